@@ -1,0 +1,1 @@
+//! The words plug-in, engine and two hosts share.

@@ -1,0 +1,2 @@
+//! The engine process of one migration on one host.
+fn main() {}
