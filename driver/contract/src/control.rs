@@ -153,6 +153,8 @@ pub struct Failure {
 pub enum FailureKind {
     /// The operator cancelled.
     Cancelled,
+    /// libvirt's own part failed first, and its error says why.
+    Libvirt,
     /// Everything else.
     Failed,
 }

@@ -35,7 +35,7 @@ impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         match failure.kind {
             FailureKind::Cancelled => Self::cancelled(),
-            FailureKind::Failed => Self::failed(failure),
+            FailureKind::Failed | FailureKind::Libvirt => Self::failed(failure),
         }
     }
 }
