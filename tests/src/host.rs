@@ -52,6 +52,11 @@ impl Host {
         }
     }
 
+    /// The init of the host's namespaces, its number outside. The host ends with it.
+    pub fn init(&self) -> u32 {
+        self.init
+    }
+
     /// `host1`, `host2`, … or `switch`.
     pub fn name(&self) -> &str {
         &self.name
