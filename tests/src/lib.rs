@@ -1,1 +1,20 @@
-//! The lab from the tests' side.
+//! What the end-to-end tests of virt-ferry stand on.
+//!
+//! ```text
+//! tests/tests/*.rs   the tests
+//!       │
+//!   lab::Lab         several libvirt hosts (script tests/lab); gone when dropped, or when this process dies
+//!   host::Host       one of them: commands, virsh, guests, logs, processes
+//!   clean            that a migration left nothing of virt-ferry on a host
+//!   wait             waiting for a condition, never for a time
+//! ```
+
+pub mod clean;
+pub mod host;
+pub mod lab;
+pub mod wait;
+
+/// Says that this machine cannot run a test, and why; `tests/run` counts and shows it. Follow it by `return Ok(())`.
+pub fn skipped(reason: &str) {
+    println!("\nSKIPPED: {reason}");
+}

@@ -1,0 +1,124 @@
+//! After a migration, however it ended, a host must be as before: nothing of virt-ferry's may be left.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{bail, Result};
+
+use crate::host::{Host, Process};
+use crate::lab::Lab;
+use crate::wait::wait_for;
+
+/// What is given to an engine for ending, and to libvirtd for noticing.
+const SETTLE: Duration = Duration::from_secs(10);
+
+impl Lab {
+    /// Makes sure that nothing of virt-ferry is left on host `number`, which gets a few seconds to settle:
+    /// no engine process, no socket, no userfaultfd or tracer in a QEMU, no job on a guest, no capability
+    /// x-ignore-shared that would make a later save lose the guest's memory, no memory file without its guest.
+    ///
+    /// # Errors
+    /// All that is left, by name.
+    pub fn assert_clean(&self, number: usize) -> Result<()> {
+        let host = self.host(number);
+        let mut last = Vec::new();
+        let clean = wait_for("a clean host", SETTLE, || {
+            last = leftovers(host)?;
+            Ok(last.is_empty().then_some(()))
+        });
+        if last.is_empty() {
+            return clean;
+        }
+        bail!("{} is not clean:\n  {}", host.name(), last.join("\n  "));
+    }
+}
+
+fn leftovers(host: &Host) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for engine in host.processes_named("virt-ferry-engine")? {
+        found.push(format!(
+            "engine process {}: {}",
+            engine.pid,
+            engine.arguments.join(" ")
+        ));
+    }
+    for file in names_in(&host.path("/run/virt-ferry")) {
+        found.push(format!("/run/virt-ferry/{file}"));
+    }
+    for process in host.processes()? {
+        if process
+            .arguments
+            .iter()
+            .any(|argument| argument.starts_with("guest="))
+        {
+            found.extend(qemu_leftovers(&process));
+        }
+    }
+    let running = host.running()?;
+    for domain in &running {
+        let job = host.virsh(&["domjobinfo", domain])?;
+        if job.split_whitespace().collect::<Vec<_>>() != ["Job", "type:", "None"] {
+            found.push(format!("{domain} still has a job: {job}"));
+        }
+        if ignores_shared(host, domain)? {
+            found.push(format!("x-ignore-shared is left on in {domain}"));
+        }
+    }
+    // libvirt names them <id>-<name>, the name possibly shortened.
+    for directory in names_in(&host.path("/var/lib/libvirt/qemu/ram")) {
+        let name = directory.split_once('-').map_or("", |(_, name)| name);
+        if name.is_empty() || !running.iter().any(|domain| domain.starts_with(name)) {
+            found.push(format!(
+                "memory files of no running guest: /var/lib/libvirt/qemu/ram/{directory}"
+            ));
+        }
+    }
+    Ok(found)
+}
+
+fn qemu_leftovers(qemu: &Process) -> Vec<String> {
+    let mut found = Vec::new();
+    for fd in names_in(&qemu.proc().join("fd")) {
+        let target = fs::read_link(qemu.proc().join("fd").join(&fd)).unwrap_or_default();
+        if target.to_string_lossy().contains("[userfaultfd]") {
+            found.push(format!("QEMU {} holds a userfaultfd, {fd}", qemu.pid));
+        }
+    }
+    let status = fs::read_to_string(qemu.proc().join("status")).unwrap_or_default();
+    let tracer = status
+        .lines()
+        .find_map(|line| line.strip_prefix("TracerPid:"))
+        .unwrap_or("0")
+        .trim();
+    if tracer != "0" {
+        found.push(format!("QEMU {} is traced by process {tracer}", qemu.pid));
+    }
+    found
+}
+
+fn ignores_shared(host: &Host, domain: &str) -> Result<bool> {
+    let answer = host.qmp(domain, r#"{"execute":"query-migrate-capabilities"}"#)?;
+    let capabilities = answer["return"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let Some(capability) = capabilities
+        .iter()
+        .find(|entry| entry["capability"] == "x-ignore-shared")
+    else {
+        bail!(
+            "{}: the QEMU of {domain} has no capability x-ignore-shared: {answer}",
+            host.name()
+        );
+    };
+    Ok(capability["state"] == true)
+}
+
+/// The names in a directory; none where it does not exist.
+fn names_in(directory: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
