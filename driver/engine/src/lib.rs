@@ -1,1 +1,4 @@
 //! The virt-ferry engine.
+
+pub mod memory;
+pub mod qemu;
