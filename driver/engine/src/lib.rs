@@ -1,1 +1,3 @@
 //! The virt-ferry engine.
+
+pub mod wire;
