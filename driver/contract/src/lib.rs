@@ -1,1 +1,3 @@
 //! The words plug-in, engine and two hosts share.
+
+pub mod stage;

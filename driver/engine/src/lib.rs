@@ -1,1 +1,4 @@
 //! The virt-ferry engine.
+
+pub mod live;
+pub mod report;
