@@ -3,3 +3,5 @@
 pub mod memory;
 pub mod qemu;
 pub mod wire;
+pub mod live;
+pub mod report;
