@@ -1,1 +1,3 @@
 //! The lab from the tests' side.
+
+pub mod guest;
