@@ -18,5 +18,4 @@ pub mod wait;
 pub fn skipped(reason: &str) {
     println!("\nSKIPPED: {reason}");
 }
-//! The lab from the tests' side.
 pub mod guest;

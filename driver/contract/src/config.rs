@@ -70,12 +70,20 @@ impl Config {
         let config: Self = toml::from_str(text).map_err(|error| Error::Syntax(error.to_string()))?;
         if !(1..=16).contains(&config.streams) {
             let value = config.streams.to_string();
-            return Err(Error::Range { key: "streams", value, range: "1 to 16" });
+            return Err(Error::Range {
+                key: "streams",
+                value,
+                range: "1 to 16",
+            });
         }
         let [first, last] = config.ports;
         if first == 0 || first > last {
             let value = format!("[{first}, {last}]");
-            return Err(Error::Range { key: "ports", value, range: "[first, last], first at most last" });
+            return Err(Error::Range {
+                key: "ports",
+                value,
+                range: "[first, last], first at most last",
+            });
         }
         Ok(config)
     }
@@ -108,7 +116,10 @@ mod tests {
                     engine = \"/e\"\nruntime_directory = \"/r\"\nlog_directory = \"/l\"\n";
         let config = Config::parse(text).unwrap();
         assert!(!config.enabled && config.verify_memory);
-        assert_eq!((config.encryption, config.streams, config.ports), (Encryption::Never, 4, [50000, 50010]));
+        assert_eq!(
+            (config.encryption, config.streams, config.ports),
+            (Encryption::Never, 4, [50000, 50010])
+        );
         assert_eq!(config.engine, PathBuf::from("/e"));
         let settings = config.settings();
         assert_eq!(

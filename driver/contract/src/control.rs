@@ -186,16 +186,26 @@ mod tests {
 
     #[test]
     fn a_line_stays_a_line() {
-        let failure =
-            Failure { kind: FailureKind::Cancelled, host: "host1".into(), cause: "two\nlines".into() };
+        let failure = Failure {
+            kind: FailureKind::Cancelled,
+            host: "host1".into(),
+            cause: "two\nlines".into(),
+        };
         let line = serde_json::to_string(&Message::Reply(Reply::Failed(failure.clone()))).unwrap();
         assert!(!line.contains('\n'));
-        assert_eq!(serde_json::from_str::<Message>(&line).unwrap(), Message::Reply(Reply::Failed(failure)));
+        assert_eq!(
+            serde_json::from_str::<Message>(&line).unwrap(),
+            Message::Reply(Reply::Failed(failure))
+        );
     }
 
     #[test]
     fn progress_round_trips() {
-        let progress = Message::Progress(Statistics { total: 1 << 40, iteration: 3, ..Default::default() });
+        let progress = Message::Progress(Statistics {
+            total: 1 << 40,
+            iteration: 3,
+            ..Default::default()
+        });
         let line = serde_json::to_string(&progress).unwrap();
         assert_eq!(serde_json::from_str::<Message>(&line).unwrap(), progress);
     }

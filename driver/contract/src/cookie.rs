@@ -252,7 +252,9 @@ impl Attributes {
     }
 
     fn parsed<T: std::str::FromStr>(&self, name: &str) -> Result<T, Error> {
-        self.text(name)?.parse().map_err(|_| Error::Element(format!("attribute {name} cannot be read")))
+        self.text(name)?
+            .parse()
+            .map_err(|_| Error::Element(format!("attribute {name} cannot be read")))
     }
 
     fn encryption(&self) -> Result<Encryption, Error> {
@@ -268,7 +270,9 @@ impl Attributes {
         if text.len() > MAX_CERTIFICATE * 4 / 3 {
             return Err(Error::Element("the certificate is too long".into()));
         }
-        BASE64_STANDARD.decode(text).map_err(|_| Error::Element("the certificate is not base64".into()))
+        BASE64_STANDARD
+            .decode(text)
+            .map_err(|_| Error::Element("the certificate is not base64".into()))
     }
 }
 
@@ -281,8 +285,9 @@ impl Element {
         let mut found: Option<Self> = None;
         let mut inside = false;
         loop {
-            let (namespace, event) =
-                reader.read_resolved_event().map_err(|error| Error::Cookie(error.to_string()))?;
+            let (namespace, event) = reader
+                .read_resolved_event()
+                .map_err(|error| Error::Cookie(error.to_string()))?;
             let ours = matches!(namespace, ResolveResult::Bound(bound) if bound.into_inner() == NAMESPACE);
             match event {
                 Event::Start(ref start) | Event::Empty(ref start) => {
@@ -293,7 +298,10 @@ impl Element {
                         if theirs != VERSION {
                             return Err(Error::Version { theirs });
                         }
-                        found = Some(Self { head, children: Vec::new() });
+                        found = Some(Self {
+                            head,
+                            children: Vec::new(),
+                        });
                         inside = matches!(event, Event::Start(_));
                     } else if let (2, true, true, Some(element)) = (depth, ours, inside, found.as_mut()) {
                         if element.children.len() == MAX_BLOCKS {
@@ -325,18 +333,29 @@ fn text(cookie: &[u8]) -> Result<&str, Error> {
     if cookie.len() > MAX_COOKIE {
         return Err(Error::Cookie(format!("it is longer than {MAX_COOKIE} bytes")));
     }
-    let bytes = cookie.strip_suffix(b"\0").ok_or_else(|| Error::Cookie("it does not end with NUL".into()))?;
+    let bytes = cookie
+        .strip_suffix(b"\0")
+        .ok_or_else(|| Error::Cookie("it does not end with NUL".into()))?;
     std::str::from_utf8(bytes).map_err(|_| Error::Cookie("it is not UTF-8".into()))
 }
 
 /// The cookie with an element of ours as the last child of its root.
 fn insert(cookie: &[u8], element: &str) -> Result<Vec<u8>, Error> {
     let text = text(cookie)?;
-    let end =
-        text.rfind("</qemu-migration>").ok_or_else(|| Error::Cookie("it has no <qemu-migration>".into()))?;
-    let longer = [&text.as_bytes()[..end], element.as_bytes(), &text.as_bytes()[end..], b"\0"].concat();
+    let end = text
+        .rfind("</qemu-migration>")
+        .ok_or_else(|| Error::Cookie("it has no <qemu-migration>".into()))?;
+    let longer = [
+        &text.as_bytes()[..end],
+        element.as_bytes(),
+        &text.as_bytes()[end..],
+        b"\0",
+    ]
+    .concat();
     if longer.len() > MAX_COOKIE {
-        return Err(Error::Cookie(format!("with our element it is longer than {MAX_COOKIE} bytes")));
+        return Err(Error::Cookie(format!(
+            "with our element it is longer than {MAX_COOKIE} bytes"
+        )));
     }
     Ok(longer)
 }
@@ -354,8 +373,16 @@ mod tests {
             encryption: Encryption::Always,
             certificate: vec![1, 2, 3, 255],
             blocks: vec![
-                Block { name: "pc.ram".into(), size: 1 << 30, resident: 1 << 20 },
-                Block { name: "odd<>&'\" name".into(), size: PAGE, resident: 0 },
+                Block {
+                    name: "pc.ram".into(),
+                    size: 1 << 30,
+                    resident: 1 << 20,
+                },
+                Block {
+                    name: "odd<>&'\" name".into(),
+                    size: PAGE,
+                    resident: 0,
+                },
             ],
         }
     }
@@ -421,7 +448,10 @@ mod tests {
         ] {
             let bad = good.replacen(from, to, 1);
             assert_ne!(bad, good, "{from}");
-            assert!(matches!(offer(bad.as_bytes()), Err(Error::Element(_))), "{from} -> {to}");
+            assert!(
+                matches!(offer(bad.as_bytes()), Err(Error::Element(_))),
+                "{from} -> {to}"
+            );
         }
         let cut = &good.as_bytes()[..good.len() / 2];
         assert!(matches!(offer(cut), Err(Error::Cookie(_))));

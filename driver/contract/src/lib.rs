@@ -18,5 +18,4 @@ pub mod config;
 pub mod control;
 pub mod cookie;
 pub mod session;
-//! The words plug-in, engine and two hosts share.
 pub mod stage;

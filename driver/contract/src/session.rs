@@ -132,7 +132,14 @@ mod tests {
 
     #[test]
     fn other_texts_are_refused() {
-        for text in ["", "00", &"g".repeat(64), &"0".repeat(63), &"0".repeat(65), &"é".repeat(32)] {
+        for text in [
+            "",
+            "00",
+            &"g".repeat(64),
+            &"0".repeat(63),
+            &"0".repeat(65),
+            &"é".repeat(32),
+        ] {
             assert_eq!(text.parse::<Token>(), Err(MalformedToken), "{text}");
         }
     }

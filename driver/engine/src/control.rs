@@ -63,13 +63,20 @@ impl Control {
     pub fn open(socket: UnixStream, meter: Arc<Meter>, signals: Arc<Signals>) -> std::io::Result<Self> {
         socket.set_write_timeout(Some(WRITE))?;
         let reader = BufReader::new(socket.try_clone()?);
-        std::thread::Builder::new().name("control".into()).spawn(move || listen(reader, &signals))?;
-        let control = Self { socket: Arc::new(Mutex::new(socket)), meter };
+        std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || listen(reader, &signals))?;
+        let control = Self {
+            socket: Arc::new(Mutex::new(socket)),
+            meter,
+        };
         let reporter = control.clone();
-        std::thread::Builder::new().name("report".into()).spawn(move || loop {
-            std::thread::sleep(REPORT);
-            reporter.report();
-        })?;
+        std::thread::Builder::new()
+            .name("report".into())
+            .spawn(move || loop {
+                std::thread::sleep(REPORT);
+                reporter.report();
+            })?;
         Ok(control)
     }
 
@@ -84,7 +91,9 @@ impl Control {
     }
 
     fn say(&self, message: &Message) {
-        let Ok(mut line) = serde_json::to_vec(message) else { return };
+        let Ok(mut line) = serde_json::to_vec(message) else {
+            return;
+        };
         line.push(b'\n');
         let mut socket = self.socket.lock().unwrap_or_else(|e| e.into_inner());
         // A plug-in that has gone is noticed by who listens to it.

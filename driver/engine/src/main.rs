@@ -14,7 +14,11 @@ use std::time::{Duration, Instant};
 
 /// Moves the memory of one guest, for libvirt's plug-in.
 #[derive(Parser)]
-#[command(version, about, after_help = "Examples:\n  virt-ferry-engine report /var/log/virt-ferry/guest-….json --svg move.svg\n  virt-ferry-engine rescue /var/lib/libvirt/qemu/domain-1-guest/virt-ferry-monitor.sock")]
+#[command(
+    version,
+    about,
+    after_help = "Examples:\n  virt-ferry-engine report /var/log/virt-ferry/guest-….json --svg move.svg\n  virt-ferry-engine rescue /var/lib/libvirt/qemu/domain-1-guest/virt-ferry-monitor.sock"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -53,14 +57,19 @@ fn main() -> anyhow::Result<()> {
         Command::Source => serve(source::run),
         Command::Destination => serve(destination::run),
         Command::Rescue { monitor } => rescue(&monitor),
-        Command::Report { file, svg } => {
-            Ok(ferry_engine::report::command(&file, svg.as_deref(), &mut std::io::stdout())?)
-        }
+        Command::Report { file, svg } => Ok(ferry_engine::report::command(
+            &file,
+            svg.as_deref(),
+            &mut std::io::stdout(),
+        )?),
     }
 }
 
 fn serve(role: fn(&Control, &Arc<Meter>, &Arc<Signals>)) -> anyhow::Result<()> {
-    let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is not the plug-in's socket")?;
+    let socket = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("standard input is not the plug-in's socket")?;
     let (meter, signals) = (Arc::new(Meter::default()), Arc::new(Signals::default()));
     let control = Control::open(UnixStream::from(socket), Arc::clone(&meter), Arc::clone(&signals))
         .context("cannot listen to the plug-in")?;

@@ -57,7 +57,10 @@ pub struct StartError {
 impl Engine {
     /// Starts the engine for one migration on this host.
     pub fn start(config: &Config, role: &str, host: &str) -> Result<Self, StartError> {
-        let failed = |source| StartError { program: config.engine.clone(), source };
+        let failed = |source| StartError {
+            program: config.engine.clone(),
+            source,
+        };
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         ours.set_write_timeout(Some(WRITE)).map_err(failed)?;
         let reader = ours.try_clone().map_err(failed)?;
@@ -111,7 +114,12 @@ impl Engine {
                 self.release();
                 return Err(self.failure("the engine did not answer in time and was given up".into()));
             }
-            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0;
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(|e| e.into_inner())
+                .0;
         }
     }
 
@@ -124,7 +132,9 @@ impl Engine {
             .map_err(|error| self.failure(format!("a request cannot be written: {error}")))?;
         line.push(b'\n');
         let mut socket = self.shared.socket.lock().unwrap_or_else(|e| e.into_inner());
-        socket.write_all(&line).map_err(|error| self.failure(format!("the engine does not listen: {error}")))
+        socket
+            .write_all(&line)
+            .map_err(|error| self.failure(format!("the engine does not listen: {error}")))
     }
 
     /// From now on, should the engine die, this QEMU is told not to ignore shared memory any more.
@@ -150,7 +160,11 @@ impl Engine {
     }
 
     fn failure(&self, cause: String) -> Failure {
-        Failure { kind: FailureKind::Failed, host: self.shared.host.clone(), cause }
+        Failure {
+            kind: FailureKind::Failed,
+            host: self.shared.host.clone(),
+            cause,
+        }
     }
 }
 
@@ -245,7 +259,10 @@ fn rescue(program: &Path, monitor: &Path) {
                 let _ = child.kill();
                 bury(&mut child)
             });
-            status.map_or_else(|| "the rescue cannot be killed".into(), |status| status.to_string())
+            status.map_or_else(
+                || "the rescue cannot be killed".into(),
+                |status| status.to_string(),
+            )
         }
         Err(error) => error.to_string(),
     };

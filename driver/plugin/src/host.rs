@@ -24,7 +24,9 @@ pub fn config() -> Result<Config, String> {
 
 fn read(path: &Path) -> std::io::Result<String> {
     let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_FILE).read_to_string(&mut text)?;
+    std::fs::File::open(path)?
+        .take(MAX_FILE)
+        .read_to_string(&mut text)?;
     Ok(text)
 }
 
@@ -54,17 +56,27 @@ fn qemu_conf(key: &str) -> Option<String> {
 /// The last `key = "value"` of a libvirt configuration file.
 fn string_setting(text: &str, key: &str) -> Option<String> {
     let mut values = text.lines().filter_map(|line| {
-        let value = line.trim().strip_prefix(key)?.trim_start().strip_prefix('=')?.trim();
+        let value = line
+            .trim()
+            .strip_prefix(key)?
+            .trim_start()
+            .strip_prefix('=')?
+            .trim();
         value.strip_prefix('"')?.split('"').next()
     });
-    values.next_back().filter(|value| !value.is_empty()).map(str::to_owned)
+    values
+        .next_back()
+        .filter(|value| !value.is_empty())
+        .map(str::to_owned)
 }
 
 /// The socket of the private monitor of a running domain; `None` where its QEMU was started without one.
 pub fn monitor(id: u32) -> Option<PathBuf> {
     let prefix = format!("domain-{id}-");
     let entries = std::fs::read_dir(QEMU_LIB).ok()?;
-    let private = entries.flatten().find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))?;
+    let private = entries
+        .flatten()
+        .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))?;
     let socket = private.path().join(MONITOR);
     socket.exists().then_some(socket)
 }
@@ -73,9 +85,15 @@ pub fn monitor(id: u32) -> Option<PathBuf> {
 /// user that libvirt runs QEMU as.
 pub fn incoming_directory(config: &Config) -> std::io::Result<PathBuf> {
     use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&config.runtime_directory)?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(&config.runtime_directory)?;
     let directory = config.runtime_directory.join("incoming");
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&directory)?;
     let user = std::fs::metadata(QEMU_LIB)?;
     std::os::unix::fs::chown(&directory, Some(user.uid()), Some(user.gid()))?;
     Ok(directory)
@@ -90,7 +108,10 @@ mod tests {
         let text =
             "# migration_host = \"no\"\nmigration_host=\"a\"\n  migration_host = \"host.example\" # why\n\
                     migration_hosts = \"x\"\nempty = \"\"\n";
-        assert_eq!(string_setting(text, "migration_host").as_deref(), Some("host.example"));
+        assert_eq!(
+            string_setting(text, "migration_host").as_deref(),
+            Some("host.example")
+        );
         assert_eq!(string_setting(text, "empty"), None);
         assert_eq!(string_setting(text, "absent"), None);
     }

@@ -27,9 +27,12 @@ static CONSTRUCTOR: extern "C" fn() = {
 /// A preload list without the plug-in: libvirt passes LD_PRELOAD on to QEMU, its probes and hooks, none of which
 /// may load us (libvirt 11.3, `virCommandAddEnvPassCommon`).
 fn without_us(list: &[u8]) -> Vec<u8> {
-    let entries = list.split(|byte| matches!(byte, b':' | b' ')).filter(|entry| !entry.is_empty());
-    let kept: Vec<&[u8]> =
-        entries.filter(|entry| entry.rsplit(|byte| *byte == b'/').next() != Some(NAME)).collect();
+    let entries = list
+        .split(|byte| matches!(byte, b':' | b' '))
+        .filter(|entry| !entry.is_empty());
+    let kept: Vec<&[u8]> = entries
+        .filter(|entry| entry.rsplit(|byte| *byte == b'/').next() != Some(NAME))
+        .collect();
     kept.join(&b':')
 }
 
@@ -44,7 +47,10 @@ mod tests {
             without_us(b"libjemalloc.so.2:/a/libvirt_driver_ferry.so /b/c.so"),
             b"libjemalloc.so.2:/b/c.so"
         );
-        assert_eq!(without_us(b"/x/not_libvirt_driver_ferry.so.1"), b"/x/not_libvirt_driver_ferry.so.1");
+        assert_eq!(
+            without_us(b"/x/not_libvirt_driver_ferry.so.1"),
+            b"/x/not_libvirt_driver_ferry.so.1"
+        );
         assert_eq!(without_us(b""), b"");
     }
 }

@@ -32,7 +32,13 @@ pub struct Session {
 impl Session {
     /// A session with its engine.
     pub fn new(role: Role, guest: Guest, offer: Offer, engine: Engine) -> Self {
-        Self { role, guest, offer, engine, cancelled: AtomicBool::new(false) }
+        Self {
+            role,
+            guest,
+            offer,
+            engine,
+            cancelled: AtomicBool::new(false),
+        }
     }
 
     /// Notes that the operator gave it up, and tells the engine.
@@ -50,7 +56,12 @@ impl Session {
 
     /// Bytes promised to this guest on this host that may not be resident yet.
     fn promised(&self) -> u64 {
-        let all: u64 = self.offer.blocks.iter().map(|block| block.resident).fold(0, u64::saturating_add);
+        let all: u64 = self
+            .offer
+            .blocks
+            .iter()
+            .map(|block| block.resident)
+            .fold(0, u64::saturating_add);
         all.saturating_sub(self.engine.statistics().data)
     }
 }
@@ -82,12 +93,18 @@ pub fn add(session: Session) -> Arc<Session> {
 
 /// The session of this guest.
 pub fn by_uuid(role: Role, uuid: Uuid) -> Option<Arc<Session>> {
-    sessions().iter().find(|session| session.role == role && session.guest.uuid == uuid).cloned()
+    sessions()
+        .iter()
+        .find(|session| session.role == role && session.guest.uuid == uuid)
+        .cloned()
 }
 
 /// The session of the guest of this name on this host.
 pub fn by_name(role: Role, name: &str) -> Option<Arc<Session>> {
-    sessions().iter().find(|session| session.role == role && session.guest.name == name).cloned()
+    sessions()
+        .iter()
+        .find(|session| session.role == role && session.guest.name == name)
+        .cloned()
 }
 
 /// Forgets a session; its engine is let go with the last reference.
@@ -98,7 +115,13 @@ pub fn remove(session: &Arc<Session>) {
 
 /// Bytes of memory promised to guests on their way to this host.
 pub fn promised() -> u64 {
-    let arriving: Vec<_> =
-        sessions().iter().filter(|session| session.role == Role::Destination).cloned().collect();
-    arriving.iter().map(|session| session.promised()).fold(0, u64::saturating_add)
+    let arriving: Vec<_> = sessions()
+        .iter()
+        .filter(|session| session.role == Role::Destination)
+        .cloned()
+        .collect();
+    arriving
+        .iter()
+        .map(|session| session.promised())
+        .fold(0, u64::saturating_add)
 }

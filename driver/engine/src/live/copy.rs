@@ -34,7 +34,7 @@ pub struct Outgoing {
     lanes: Vec<Lane>,
     /// Pages that may hold something at the destination.
     told: Vec<PageSet>,
-    rounds: u32,
+    rounds: u64,
 }
 
 struct Lane {
@@ -54,7 +54,10 @@ pub fn present(file: &RamFile) -> Result<PageSet, Error> {
 impl Outgoing {
     /// Streams for blocks of these lengths.
     pub fn new(senders: Vec<DataSender>, lengths: &[u64]) -> Self {
-        let lanes = senders.into_iter().map(|sender| Lane { sender, buffer: vec![0; CHUNK as usize] });
+        let lanes = senders.into_iter().map(|sender| Lane {
+            sender,
+            buffer: vec![0; CHUNK as usize],
+        });
         Self {
             lanes: lanes.collect(),
             told: lengths.iter().map(|length| PageSet::new(*length)).collect(),
@@ -79,12 +82,21 @@ impl Outgoing {
             let workers: Vec<_> = (0..count)
                 .zip(&mut self.lanes)
                 .map(|(number, lane)| {
-                    let share = Share { number, count, files, pages, meter, signals };
+                    let share = Share {
+                        number,
+                        count,
+                        files,
+                        pages,
+                        meter,
+                        signals,
+                    };
                     scope.spawn(move || lane.send(&share, round))
                 })
                 .collect();
             for worker in workers {
-                let part = worker.join().map_err(|_| Error::Elsewhere("a sending thread panicked".into()))??;
+                let part = worker
+                    .join()
+                    .map_err(|_| Error::Elsewhere("a sending thread panicked".into()))??;
                 sent.data += part.data;
                 sent.zero += part.zero;
             }
@@ -93,7 +105,13 @@ impl Outgoing {
         for (told, pages) in self.told.iter_mut().zip(pages) {
             told.union_with(pages);
         }
-        meter.wire.store(self.lanes.iter().map(|lane| lane.sender.totals().wire_bytes).sum(), Relaxed);
+        meter.wire.store(
+            self.lanes
+                .iter()
+                .map(|lane| lane.sender.progress().wire_bytes())
+                .sum(),
+            Relaxed,
+        );
         sent.elapsed = began.elapsed();
         Ok(sent)
     }
@@ -110,7 +128,10 @@ impl Outgoing {
 
     /// Ends the streams; returns what each carried.
     pub fn finish(self) -> Result<Vec<Totals>, Error> {
-        self.lanes.into_iter().map(|lane| lane.sender.finish().map_err(Error::from)).collect()
+        self.lanes
+            .into_iter()
+            .map(|lane| lane.sender.finish().map_err(Error::from))
+            .collect()
     }
 }
 
@@ -126,7 +147,7 @@ struct Share<'a> {
 }
 
 impl Lane {
-    fn send(&mut self, share: &Share<'_>, round: u32) -> Result<Sent, Error> {
+    fn send(&mut self, share: &Share<'_>, round: u64) -> Result<Sent, Error> {
         let mut sent = Sent::default();
         for (block, (file, pages)) in share.files.iter().zip(share.pages).enumerate() {
             let block = u16::try_from(block).map_err(|_| Error::Elsewhere("too many RAM blocks".into()))?;
@@ -155,11 +176,13 @@ impl Lane {
         for run in split_zero(chunk) {
             match run {
                 Run::Zero(range) => {
-                    self.sender.zero(block, piece.start + range.start as u64, range.len() as u64)?;
+                    self.sender
+                        .zero(block, piece.start + range.start as u64, range.len() as u64)?;
                     sent.zero += range.len() as u64;
                 }
                 Run::Data(range) => {
-                    self.sender.data(block, piece.start + range.start as u64, &chunk[range.clone()])?;
+                    self.sender
+                        .data(block, piece.start + range.start as u64, &chunk[range.clone()])?;
                     sent.data += range.len() as u64;
                 }
             }
@@ -199,10 +222,13 @@ mod tests {
     fn streams_share_a_run_without_gap_or_overlap() {
         let run = STRIPE - 3 * PAGE..5 * STRIPE + 7 * PAGE;
         for count in 1..5 {
-            let mut all: Vec<_> =
-                (0..count).flat_map(|number| pieces(run.clone(), number, count)).collect();
+            let mut all: Vec<_> = (0..count)
+                .flat_map(|number| pieces(run.clone(), number, count))
+                .collect();
             all.sort_by_key(|piece| piece.start);
-            assert!(all.iter().all(|piece| piece.end - piece.start <= CHUNK && piece.start < piece.end));
+            assert!(all
+                .iter()
+                .all(|piece| piece.end - piece.start <= CHUNK && piece.start < piece.end));
             assert_eq!(all.first().unwrap().start, run.start);
             assert_eq!(all.last().unwrap().end, run.end);
             assert!(all.windows(2).all(|pair| pair[0].end == pair[1].start), "{count}");
@@ -212,7 +238,9 @@ mod tests {
     #[test]
     fn a_page_always_takes_the_same_stream() {
         let page = 9 * STRIPE + 5 * PAGE..9 * STRIPE + 6 * PAGE;
-        let alone: Vec<_> = (0..4).filter(|n| pieces(page.clone(), *n, 4).next().is_some()).collect();
+        let alone: Vec<_> = (0..4)
+            .filter(|n| pieces(page.clone(), *n, 4).next().is_some())
+            .collect();
         let within: Vec<_> = (0..4)
             .filter(|n| pieces(0..20 * STRIPE, *n, 4).any(|piece| piece.contains(&page.start)))
             .collect();

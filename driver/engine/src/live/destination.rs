@@ -44,25 +44,45 @@ const UNTIL_CONCLUDED: Duration = Duration::from_secs(15 * 60);
 
 /// Serves one plug-in, from its first request to its end.
 pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
-    let Some(Request::Reserve { guest, host, offer, memory_directory, promised, settings }) =
-        signals.next_request(Some(deadline(UNTIL_ATTACH)))
+    let Some(Request::Reserve {
+        guest,
+        host,
+        offer,
+        memory_directory,
+        promised,
+        settings,
+    }) = signals.next_request(Some(deadline(UNTIL_ATTACH)))
     else {
         return;
     };
     let span = tracing::info_span!("migration", guest = guest.name, role = "destination");
     let _entered = span.enter();
-    let place = Place { control, meter, signals, guest, host, offer, settings };
+    let place = Place {
+        control,
+        meter,
+        signals,
+        guest,
+        host,
+        offer,
+        settings,
+    };
     match reserve(&place.offer, &memory_directory, promised) {
         Ok(Backing::Memory) => control.reply(Reply::Reserved),
         Ok(Backing::Other) => {
             let directory = memory_directory.display();
-            let reason = format!("{directory} (memory_backing_dir) is not on tmpfs: memory would be written to a disk");
+            let reason = format!(
+                "{directory} (memory_backing_dir) is not on tmpfs: memory would be written to a disk"
+            );
             return control.reply(Reply::NotEligible { reason });
         }
         Err(error) => return control.reply(Reply::Failed(error.failure(&place.host))),
     }
-    let Some(Request::Attach { monitor, incoming, host: address, listen }) =
-        signals.next_request(Some(deadline(UNTIL_ATTACH)))
+    let Some(Request::Attach {
+        monitor,
+        incoming,
+        host: address,
+        listen,
+    }) = signals.next_request(Some(deadline(UNTIL_ATTACH)))
     else {
         return;
     };
@@ -98,7 +118,10 @@ impl Place<'_> {
         let mut recorder = Recorder::new(Migration {
             session: self.offer.session,
             role: Role::Destination,
-            guest: report::Guest { name: self.guest.name.clone(), uuid: self.guest.uuid },
+            guest: report::Guest {
+                name: self.guest.name.clone(),
+                uuid: self.guest.uuid,
+            },
             local_host: self.host.clone(),
             peer_host: String::new(),
             encryption: (self.encryption() == Encryption::Always).then(|| "TLS 1.3".into()),
@@ -125,7 +148,10 @@ impl Place<'_> {
         self.signals.end(End::Failed(error.to_string()));
         let outcome = match error {
             Error::Cancelled => Outcome::Cancelled,
-            error => Outcome::Failed { stage: recorder.stage(), error: error.to_string() },
+            error => Outcome::Failed {
+                stage: recorder.stage(),
+                error: error.to_string(),
+            },
         };
         report::publish(&recorder.finish(outcome), &self.settings.log_directory);
         let failure = error.failure(&self.host);
@@ -164,7 +190,12 @@ impl Attached {
         let (first, last) = place.settings.ports;
         let listener = bind(listen, first..=last)?;
         place.signals.watch_listener(listener.stopper());
-        Ok(Self { watch, landing, listener, identity })
+        Ok(Self {
+            watch,
+            landing,
+            listener,
+            identity,
+        })
     }
 
     /// Answers the plug-in, then serves the source's engine on one thread and the plug-in on this one.
@@ -177,14 +208,22 @@ impl Attached {
             port: self.listener.address().port(),
         };
         let protection = match place.encryption() {
-            Encryption::Always => {
-                Protection::Encrypted { identity: self.identity, peer: place.offer.certificate.clone() }
-            }
+            Encryption::Always => Protection::Encrypted {
+                identity: self.identity,
+                peer: place.offer.certificate.clone(),
+            },
             Encryption::Never => Protection::Plain,
         };
         let token = (*place.offer.token.bytes()).into();
-        let security = Security { session: place.offer.session, token, protection };
-        place.meter.total.store(place.offer.blocks.iter().map(|block| block.size).sum(), Relaxed);
+        let security = Security {
+            session: place.offer.session,
+            token,
+            protection,
+        };
+        place
+            .meter
+            .total
+            .store(place.offer.blocks.iter().map(|block| block.size).sum(), Relaxed);
         let (tell, concluded) = channel();
         let (noted, notes) = channel();
         let arrival = Arrival {
@@ -192,7 +231,12 @@ impl Attached {
             meter: Arc::clone(place.meter),
             landing: self.landing,
             layout: place.offer.blocks.iter().map(|block| block.size).collect(),
-            names: place.offer.blocks.iter().map(|block| block.name.clone()).collect(),
+            names: place
+                .offer
+                .blocks
+                .iter()
+                .map(|block| block.name.clone())
+                .collect(),
             host: place.host.clone(),
             incoming,
             concluded,
@@ -251,7 +295,9 @@ fn bind(listen: Option<&str>, ports: std::ops::RangeInclusive<u16>) -> Result<Li
     };
     let failed = Error::system("find the listen address");
     let mut found = (name, 0).to_socket_addrs().map_err(failed)?;
-    let address = found.next().ok_or_else(|| failed(std::io::ErrorKind::AddrNotAvailable.into()))?;
+    let address = found
+        .next()
+        .ok_or_else(|| failed(std::io::ErrorKind::AddrNotAvailable.into()))?;
     Ok(Listener::bind(address.ip(), ports)?)
 }
 
@@ -289,7 +335,12 @@ impl Arrival {
     fn try_serve(mut self, listener: &Listener, security: &Security) -> Result<(), Error> {
         let (mut control, streams) = self.first(listener, security)?;
         let served = self.streams(listener, security, streams).and_then(|landed| {
-            message::send(&mut control, &Answer::Ready { host: self.host.clone() })?;
+            message::send(
+                &mut control,
+                &Answer::Ready {
+                    host: self.host.clone(),
+                },
+            )?;
             self.commit(&mut control, landed)
         });
         match served {
@@ -298,7 +349,9 @@ impl Arrival {
                 self.signals.end(End::Failed(error.to_string()));
                 // The first cause, in this host's words, for the source's administrator; it may not be listening.
                 let cause = self.signals.check().err().unwrap_or(error);
-                let refusal = Answer::Refused { cause: format!("{cause} (on host {})", self.host) };
+                let refusal = Answer::Refused {
+                    cause: format!("{cause} (on host {})", self.host),
+                };
                 let _ = message::send(&mut control, &refusal);
                 Err(cause)
             }
@@ -309,13 +362,18 @@ impl Arrival {
     fn first(&self, listener: &Listener, security: &Security) -> Result<(Connection, u16), Error> {
         let (purpose, mut control) = listener.accept(security, deadline(UNTIL_SOURCE))?;
         if purpose != Purpose::Control {
-            return Err(Error::Elsewhere(format!("the source began with a {purpose} connection")));
+            return Err(Error::Elsewhere(format!(
+                "the source began with a {purpose} connection"
+            )));
         }
         control.set_deadline(Some(deadline(CONNECTIONS)))?;
         let ask = message::receive(&mut control)?;
         control.set_deadline(None)?;
         match ask {
-            Ask::Open { streams: streams @ 1..=16, host } => {
+            Ask::Open {
+                streams: streams @ 1..=16,
+                host,
+            } => {
                 // Nobody listens any more where libvirt has concluded already.
                 let _ = self.noted.send(Note::Connected { host });
                 Ok((control, streams))
@@ -345,13 +403,21 @@ impl Arrival {
             };
             match place {
                 Some(place @ None) => *place = Some(connection),
-                _ => return Err(Error::Elsewhere(format!("the source opened one {purpose} connection too many"))),
+                _ => {
+                    return Err(Error::Elsewhere(format!(
+                        "the source opened one {purpose} connection too many"
+                    )))
+                }
             }
         }
         if let (Some(device_state), Some(return_path)) = (device_state, return_path) {
             relay::to_destination(self.incoming.clone(), &self.signals, device_state, return_path)?;
         }
-        streams.into_iter().flatten().map(|connection| self.land(connection)).collect()
+        streams
+            .into_iter()
+            .flatten()
+            .map(|connection| self.land(connection))
+            .collect()
     }
 
     fn land(&self, connection: Connection) -> Result<JoinHandle<Result<Totals, Error>>, Error> {
@@ -370,7 +436,10 @@ impl Arrival {
             }
             landed
         };
-        std::thread::Builder::new().name("land".into()).spawn(run).map_err(Error::system("start a thread"))
+        std::thread::Builder::new()
+            .name("land".into())
+            .spawn(run)
+            .map_err(Error::system("start a thread"))
     }
 
     /// Commitment: every stream carried exactly what the source says it sent.
@@ -381,14 +450,24 @@ impl Arrival {
     ) -> Result<(), Error> {
         let (totals, memory) = match message::receive(control)? {
             Ask::Commit { totals, memory } => (totals, memory),
-            other => return Err(Error::Elsewhere(format!("the source asked out of turn: {other:?}"))),
+            other => {
+                return Err(Error::Elsewhere(format!(
+                    "the source asked out of turn: {other:?}"
+                )))
+            }
         };
         let mut ours = Vec::new();
         for stream in landed {
-            ours.push(stream.join().map_err(|_| Error::Elsewhere("a landing thread panicked".into()))??);
+            ours.push(
+                stream
+                    .join()
+                    .map_err(|_| Error::Elsewhere("a landing thread panicked".into()))??,
+            );
         }
         if ours != totals {
-            return Err(Error::Elsewhere("what arrived is not what the source sent: counts or digests differ".into()));
+            return Err(Error::Elsewhere(
+                "what arrived is not what the source sent: counts or digests differ".into(),
+            ));
         }
         if let Some(theirs) = memory {
             let mine = verify::digest(self.landing.files())?;
@@ -438,12 +517,18 @@ fn finish(
     }
     if place.signals.committed().is_none() {
         place.signals.check()?;
-        return Err(Error::Elsewhere("the guest's memory had not arrived when libvirt wanted to resume it".into()));
+        return Err(Error::Elsewhere(
+            "the guest's memory had not arrived when libvirt wanted to resume it".into(),
+        ));
     }
     note(recorder, notes.try_iter());
-    let loaded = place.signals.wait_for_qemu(deadline(LOAD), |seen| seen.completed.is_some() || seen.failed)?;
+    let loaded = place
+        .signals
+        .wait_for_qemu(deadline(LOAD), |seen| seen.completed.is_some() || seen.failed)?;
     if loaded != Some(true) || place.signals.seen().failed {
-        return Err(Error::Elsewhere("QEMU could not load the guest's device state; see its log".into()));
+        return Err(Error::Elsewhere(
+            "QEMU could not load the guest's device state; see its log".into(),
+        ));
     }
     watch.honour_shared(COMMAND)?;
     recorder.enter(Stage::Activation);
@@ -494,7 +579,10 @@ fn conclude(place: &Place<'_>, mut recorder: Recorder, notes: &Receiver<Note>, t
     if let Some(theirs) = note(&mut recorder, asked.into_iter()) {
         recorder.downtime(downtime(theirs, ours));
     }
-    report::publish(&recorder.finish(Outcome::Completed), &place.settings.log_directory);
+    report::publish(
+        &recorder.finish(Outcome::Completed),
+        &place.settings.log_directory,
+    );
 }
 
 /// For the source to ask for the pause after libvirt's Finish; only the timeline waits for it.

@@ -71,6 +71,10 @@ impl Error {
             Self::Libvirt => FailureKind::Libvirt,
             _ => FailureKind::Failed,
         };
-        Failure { kind, host: host.to_owned(), cause: self.to_string() }
+        Failure {
+            kind,
+            host: host.to_owned(),
+            cause: self.to_string(),
+        }
     }
 }

@@ -28,17 +28,23 @@ impl Landing {
     }
 
     fn file(&self, block: u16) -> io::Result<&RamFile> {
-        self.0.get(usize::from(block)).ok_or_else(|| io::Error::other(format!("there is no RAM block {block}")))
+        self.0
+            .get(usize::from(block))
+            .ok_or_else(|| io::Error::other(format!("there is no RAM block {block}")))
     }
 }
 
 impl Apply for Landing {
     /// Cold pages are written by pwrite: one copy into fresh pages, no fault a page.
     fn data(&mut self, block: u16, offset: u64, payload: &[u8]) -> io::Result<()> {
-        self.file(block)?.write_at(offset, payload).map_err(io::Error::other)
+        self.file(block)?
+            .write_at(offset, payload)
+            .map_err(io::Error::other)
     }
 
     fn zero(&mut self, block: u16, offset: u64, span: u64) -> io::Result<()> {
-        self.file(block)?.punch(offset..offset + span).map_err(io::Error::other)
+        self.file(block)?
+            .punch(offset..offset + span)
+            .map_err(io::Error::other)
     }
 }

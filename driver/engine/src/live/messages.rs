@@ -77,10 +77,7 @@ pub struct DestinationPause {
 /// trip of the network, in which the commitment travels, is left out.
 pub fn downtime(source: SourcePause, destination: DestinationPause) -> crate::report::Downtime {
     crate::report::Downtime {
-        total_ms: source.stop_ms
-            + source.last_copy_ms
-            + destination.device_state_ms
-            + destination.resume_ms,
+        total_ms: source.stop_ms + source.last_copy_ms + destination.device_state_ms + destination.resume_ms,
         stop_ms: source.stop_ms,
         last_copy_ms: source.last_copy_ms,
         device_state_ms: destination.device_state_ms,

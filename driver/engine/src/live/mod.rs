@@ -39,8 +39,3 @@ pub mod watch;
 pub mod working_set;
 
 pub use error::Error;
-//! Live migration of a running guest.
-//! `rounds` and `working_set` are pure policy: no I/O, no clock, no threads. Everything they know they are told,
-//! so every decision of a real migration can be replayed in a test.
-//!  scan ──dirty──▶ WorkingSet ──pending──▶ Policy ──Continue──▶ WorkingSet::take ──▶ send, then scan again
-//!                                            └──StopAndCopy──▶ stop the guest, scan, WorkingSet::into_last

@@ -72,8 +72,14 @@ impl Precopy {
             meter,
             tracker,
             outgoing: Outgoing::new(streams, &lengths),
-            working: lengths.iter().map(|length| WorkingSet::new((length / PAGE) as usize)).collect(),
-            policy: Policy::new(Limits { page_size: PAGE, ..Limits::default() }),
+            working: lengths
+                .iter()
+                .map(|length| WorkingSet::new((length / PAGE) as usize))
+                .collect(),
+            policy: Policy::new(Limits {
+                page_size: PAGE,
+                ..Limits::default()
+            }),
             blocks,
             round: 0,
             scanned_at: Instant::now(),
@@ -86,10 +92,18 @@ impl Precopy {
         let began = Instant::now();
         self.tracker.arm()?;
         self.scanned_at = Instant::now();
-        let scan = Scan { began, took: began.elapsed(), span: Duration::ZERO, pages: 0 };
+        let scan = Scan {
+            began,
+            took: began.elapsed(),
+            span: Duration::ZERO,
+            pages: 0,
+        };
         let drained = self.watch.drain()?;
         let present = self.present()?;
-        let scan = Scan { pages: copy::bytes(&present) / PAGE, ..scan };
+        let scan = Scan {
+            pages: copy::bytes(&present) / PAGE,
+            ..scan
+        };
         self.copy(recorder, scan, drained, &present)
     }
 
@@ -100,18 +114,27 @@ impl Precopy {
         let mut written: Vec<PageSet> = self.blocks.iter().map(|block| PageSet::new(block.size)).collect();
         let report = self.tracker.scan_into(&mut written)?;
         for (working, written) in self.working.iter_mut().zip(&written) {
-            working.absorb(written.words()).map_err(|error| Error::Elsewhere(error.to_string()))?;
+            working
+                .absorb(written.words())
+                .map_err(|error| Error::Elsewhere(error.to_string()))?;
         }
         let span = began - self.scanned_at;
         self.scanned_at = began;
-        let scan = Scan { began, took: began.elapsed(), span, pages: report.pages };
+        let scan = Scan {
+            began,
+            took: began.elapsed(),
+            span,
+            pages: report.pages,
+        };
         self.meter.dirty_rate.store(scan.dirty_rate() as u64, Relaxed);
         Ok(scan)
     }
 
     /// Whether to go on, by what the scan found.
     pub fn decide(&mut self, scan: &Scan) -> Result<Decision, Error> {
-        let target = self.watch.command(|monitor| monitor.downtime_limit_ms(deadline(COMMAND)))?;
+        let target = self
+            .watch
+            .command(|monitor| monitor.downtime_limit_ms(deadline(COMMAND)))?;
         self.policy.set_downtime_target(Duration::from_millis(target));
         Ok(self.policy.decide(&Observation {
             dirty_pages: scan.pages,
@@ -142,7 +165,12 @@ impl Precopy {
         }
         self.copy(recorder, scan, Duration::ZERO, &pages)?;
         let totals = self.outgoing.finish()?;
-        Ok(Last { totals, pages: dirty, sent: self.sent, blocks: self.blocks })
+        Ok(Last {
+            totals,
+            pages: dirty,
+            sent: self.sent,
+            blocks: self.blocks,
+        })
     }
 
     /// Pages that would have to be sent if the guest stopped now.
@@ -150,9 +178,11 @@ impl Precopy {
         self.working.iter().map(WorkingSet::pending_pages).sum()
     }
 
-
     fn present(&self) -> Result<Vec<PageSet>, Error> {
-        self.blocks.iter().map(|block| copy::present(&block.file)).collect()
+        self.blocks
+            .iter()
+            .map(|block| copy::present(&block.file))
+            .collect()
     }
 
     fn take(&mut self, deferral: Deferral) -> Vec<PageSet> {

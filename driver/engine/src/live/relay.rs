@@ -56,7 +56,10 @@ impl Door {
             let mut polled = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
             // Woken now and then to look whether the migration still lives.
             if let Ok(1..) = poll(&mut polled, PollTimeout::from(100u16)) {
-                let (stream, _) = self.listener.accept().map_err(Error::system("accept QEMU's stream"))?;
+                let (stream, _) = self
+                    .listener
+                    .accept()
+                    .map_err(Error::system("accept QEMU's stream"))?;
                 return Ok(stream);
             }
         }
@@ -82,7 +85,10 @@ fn run(
             signals.end(End::Failed(error.to_string()));
         }
     };
-    std::thread::Builder::new().name(name.into()).spawn(body).map_err(Error::system("start a thread"))?;
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(Error::system("start a thread"))?;
     Ok(())
 }
 
@@ -98,13 +104,17 @@ pub fn from_source(
     run("relay", signals, move || {
         let qemu = door.accept(&inner)?;
         drop(door);
-        inner.watch_socket(&qemu).map_err(Error::system("share QEMU's stream"))?;
+        inner
+            .watch_socket(&qemu)
+            .map_err(Error::system("share QEMU's stream"))?;
         let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
         run("return-path", &inner, move || to_qemu(back, &other))?;
         from_qemu(qemu, out, |switched| match switched {
             true => Ok(Kind::Held),
             // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
-            false => watch.before_switchover().map(|before| if before { Kind::Early } else { Kind::Held }),
+            false => watch
+                .before_switchover()
+                .map(|before| if before { Kind::Early } else { Kind::Held }),
         })
     })
 }
@@ -131,7 +141,9 @@ pub fn to_destination(
         }
     })?;
     let inner = Arc::clone(signals);
-    run("deliver", signals, move || deliver(&incoming, &inner, &chunks, back))
+    run("deliver", signals, move || {
+        deliver(&incoming, &inner, &chunks, back)
+    })
 }
 
 fn deliver(
@@ -140,12 +152,18 @@ fn deliver(
     chunks: &Receiver<(Kind, Vec<u8>)>,
     back: Connection,
 ) -> Result<(), Error> {
-    let Ok(mut next) = chunks.recv() else { return Ok(()) };
+    let Ok(mut next) = chunks.recv() else {
+        return Ok(());
+    };
     // QEMU begins to load with the first byte, so it is connected to no sooner.
     let qemu = UnixStream::connect(incoming).map_err(Error::system("connect to the incoming QEMU"))?;
-    signals.watch_socket(&qemu).map_err(Error::system("share QEMU's stream"))?;
+    signals
+        .watch_socket(&qemu)
+        .map_err(Error::system("share QEMU's stream"))?;
     let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
-    run("return-path", signals, move || from_qemu(other, back, |_| Ok(Kind::Early)))?;
+    run("return-path", signals, move || {
+        from_qemu(other, back, |_| Ok(Kind::Early))
+    })?;
     loop {
         let (kind, bytes) = next;
         match kind {

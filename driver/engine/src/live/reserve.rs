@@ -29,15 +29,26 @@ pub struct NoRoom {
 /// Whether the resident part of these blocks fits beside what is promised already. The rest of a guest's memory is
 /// as overcommitted as it was at the source.
 pub fn check(blocks: &[Block], promised: u64, room: Room, directory: &Path) -> Result<(), NoRoom> {
-    let needed = blocks.iter().map(|block| block.resident).fold(0, u64::saturating_add);
+    let needed = blocks
+        .iter()
+        .map(|block| block.resident)
+        .fold(0, u64::saturating_add);
     let places = [
-        (room.file_system, format!("the file system of {} (memory_backing_dir)", directory.display())),
+        (
+            room.file_system,
+            format!("the file system of {} (memory_backing_dir)", directory.display()),
+        ),
         (room.memory, "the host's memory".to_owned()),
     ];
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
     for (room, place) in places {
         if needed.saturating_add(promised) > room {
-            return Err(NoRoom { needed: mib(needed), promised: mib(promised), room: mib(room), place });
+            return Err(NoRoom {
+                needed: mib(needed),
+                promised: mib(promised),
+                room: mib(room),
+                place,
+            });
         }
     }
     Ok(())
@@ -54,26 +65,44 @@ pub enum Backing {
 
 /// Looks at this host.
 pub fn survey(directory: &Path) -> Result<(Room, Backing), Error> {
-    let existing = directory.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let existing = directory
+        .ancestors()
+        .find(|ancestor| ancestor.exists())
+        .unwrap_or(Path::new("/"));
     let look = Error::system("look at the directory of guests' memory");
     let statistics = nix::sys::statvfs::statvfs(existing).map_err(|errno| look(errno.into()))?;
-    let kind = nix::sys::statfs::statfs(existing).map_err(|errno| {
-        Error::system("look at the directory of guests' memory")(errno.into())
-    })?;
-    let free = statistics.blocks_available().saturating_mul(statistics.fragment_size());
+    let kind = nix::sys::statfs::statfs(existing)
+        .map_err(|errno| Error::system("look at the directory of guests' memory")(errno.into()))?;
+    let free = statistics
+        .blocks_available()
+        .saturating_mul(statistics.fragment_size());
     let backing = match kind.filesystem_type() {
         nix::sys::statfs::TMPFS_MAGIC => Backing::Memory,
         _ => Backing::Other,
     };
     let text = std::fs::read_to_string("/proc/meminfo").map_err(Error::system("read /proc/meminfo"))?;
-    let memory = available(&text).ok_or_else(|| Error::Elsewhere("/proc/meminfo has no MemAvailable".into()))?;
-    Ok((Room { file_system: free, memory }, backing))
+    let memory =
+        available(&text).ok_or_else(|| Error::Elsewhere("/proc/meminfo has no MemAvailable".into()))?;
+    Ok((
+        Room {
+            file_system: free,
+            memory,
+        },
+        backing,
+    ))
 }
 
 /// MemAvailable in bytes.
 fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
 }
 
 #[cfg(test)]
@@ -81,29 +110,49 @@ mod tests {
     use super::*;
 
     fn blocks() -> Vec<Block> {
-        vec![Block { name: "pc.ram".into(), size: 1 << 30, resident: 100 << 20 }]
+        vec![Block {
+            name: "pc.ram".into(),
+            size: 1 << 30,
+            resident: 100 << 20,
+        }]
     }
 
     #[test]
     fn what_is_promised_counts() {
-        let room = Room { file_system: 150 << 20, memory: 1 << 30 };
+        let room = Room {
+            file_system: 150 << 20,
+            memory: 1 << 30,
+        };
         let directory = Path::new("/ram");
         assert_eq!(check(&blocks(), 50 << 20, room, directory), Ok(()));
-        let error = check(&blocks(), 51 << 20, room, directory).unwrap_err().to_string();
-        assert!(error.contains("100 MiB") && error.contains("/ram") && error.contains("150 MiB left"), "{error}");
+        let error = check(&blocks(), 51 << 20, room, directory)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("100 MiB") && error.contains("/ram") && error.contains("150 MiB left"),
+            "{error}"
+        );
     }
 
     #[test]
     fn the_hosts_memory_counts_too() {
-        let room = Room { file_system: u64::MAX, memory: 99 << 20 };
-        let error = check(&blocks(), 0, room, Path::new("/ram")).unwrap_err().to_string();
+        let room = Room {
+            file_system: u64::MAX,
+            memory: 99 << 20,
+        };
+        let error = check(&blocks(), 0, room, Path::new("/ram"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("the host's memory"), "{error}");
         assert!(check(&blocks(), u64::MAX, room, Path::new("/ram")).is_err());
     }
 
     #[test]
     fn meminfo_is_read() {
-        assert_eq!(available("MemTotal: 5 kB\nMemAvailable:   17 kB\n"), Some(17 * 1024));
+        assert_eq!(
+            available("MemTotal: 5 kB\nMemAvailable:   17 kB\n"),
+            Some(17 * 1024)
+        );
         assert_eq!(available("MemFree: 5 kB\n"), None);
         assert_eq!(available("MemAvailable: 99999999999999999999 kB\n"), None);
     }

@@ -159,10 +159,12 @@ impl Signals {
         deadline: Instant,
         which: impl Fn(&Seen) -> bool,
     ) -> Result<Option<bool>, Error> {
-        self.wait(Some(deadline), |state| match (which(&state.seen), state.requests.is_empty()) {
-            (true, _) => Some(true),
-            (false, false) => Some(false),
-            (false, true) => None,
+        self.wait(Some(deadline), |state| {
+            match (which(&state.seen), state.requests.is_empty()) {
+                (true, _) => Some(true),
+                (false, false) => Some(false),
+                (false, true) => None,
+            }
         })
     }
 
@@ -192,10 +194,19 @@ impl Signals {
         }
     }
 
-    fn sleep<'a>(&self, state: MutexGuard<'a, State>, left: Option<std::time::Duration>) -> MutexGuard<'a, State> {
+    fn sleep<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        left: Option<std::time::Duration>,
+    ) -> MutexGuard<'a, State> {
         match left {
             None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
-            Some(left) => self.changed.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0,
+            Some(left) => {
+                self.changed
+                    .wait_timeout(state, left)
+                    .unwrap_or_else(|e| e.into_inner())
+                    .0
+            }
         }
     }
 }
@@ -217,7 +228,9 @@ impl State {
     }
 
     fn break_off(&mut self) {
-        self.connections.drain(..).for_each(|connection| connection.break_off());
+        self.connections
+            .drain(..)
+            .for_each(|connection| connection.break_off());
         for socket in self.sockets.drain(..) {
             // One that is closed already needs no shutting.
             let _ = socket.shutdown(std::net::Shutdown::Both);

@@ -20,7 +20,7 @@ use crate::memory::probe;
 use crate::qemu::{discover, Process, RamBlock};
 use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::data::WINDOW;
-use crate::wire::{connect, message, Connection, DataSender, Identity, Protection, Purpose, Security, Totals};
+use crate::wire::{connect, message, Connection, DataSender, Identity, Protection, Purpose, Security};
 use ferry_contract::control::{Reply, Request, Settings};
 use ferry_contract::cookie::{self, Offer};
 use ferry_contract::session::{Block, Encryption, Guest};
@@ -46,17 +46,32 @@ const STEP: Duration = Duration::from_millis(10);
 
 /// Serves one plug-in, from its first request to its end.
 pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
-    let Some(Request::Inspect { guest, host, monitor, settings }) =
-        signals.next_request(Some(deadline(UNTIL_PERFORM)))
+    let Some(Request::Inspect {
+        guest,
+        host,
+        monitor,
+        settings,
+    }) = signals.next_request(Some(deadline(UNTIL_PERFORM)))
     else {
         return;
     };
-    let place = Place { control, meter, signals, guest, host, settings };
+    let place = Place {
+        control,
+        meter,
+        signals,
+        guest,
+        host,
+        settings,
+    };
     let span = tracing::info_span!("migration", guest = place.guest.name, role = "source");
     let _entered = span.enter();
     let inspected = match Inspected::look(&place, monitor) {
         Ok(inspected) => inspected,
-        Err(error) => return control.reply(Reply::NotEligible { reason: error.to_string() }),
+        Err(error) => {
+            return control.reply(Reply::NotEligible {
+                reason: error.to_string(),
+            })
+        }
     };
     control.reply(Reply::Offer(inspected.offer.clone()));
     match signals.next_request(Some(deadline(UNTIL_PERFORM))) {
@@ -96,7 +111,11 @@ impl Inspected {
         let token = ferry_contract::session::Token::new(*crate::wire::Token::generate()?.expose());
         let offered = |block: &RamBlock| {
             let resident = block.file.resident()?.min(block.size);
-            Ok(Block { name: block.name.clone(), size: block.size, resident })
+            Ok(Block {
+                name: block.name.clone(),
+                size: block.size,
+                resident,
+            })
         };
         let offer = Offer {
             session,
@@ -105,7 +124,13 @@ impl Inspected {
             certificate: identity.certificate().to_vec(),
             blocks: blocks.iter().map(offered).collect::<Result<_, Error>>()?,
         };
-        Ok(Self { offer, identity, watch, process, blocks })
+        Ok(Self {
+            offer,
+            identity,
+            watch,
+            process,
+            blocks,
+        })
     }
 
     /// All that follows, and the undoing of it where it fails.
@@ -126,7 +151,10 @@ impl Inspected {
         let mut recorder = Recorder::new(Migration {
             session: self.offer.session,
             role: Role::Source,
-            guest: report::Guest { name: place.guest.name.clone(), uuid: place.guest.uuid },
+            guest: report::Guest {
+                name: place.guest.name.clone(),
+                uuid: place.guest.uuid,
+            },
             local_host: place.host.clone(),
             peer_host: answer.host.clone(),
             encryption: (answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()),
@@ -147,8 +175,14 @@ impl Inspected {
         recorder: &mut Recorder,
     ) -> Result<Converged, Error> {
         recorder.enter(Stage::Reservation);
-        place.meter.total.store(self.blocks.iter().map(|block| block.size).sum(), Relaxed);
-        place.meter.remaining.store(self.offer.blocks.iter().map(|block| block.resident).sum(), Relaxed);
+        place
+            .meter
+            .total
+            .store(self.blocks.iter().map(|block| block.size).sum(), Relaxed);
+        place.meter.remaining.store(
+            self.offer.blocks.iter().map(|block| block.resident).sum(),
+            Relaxed,
+        );
         let links = Links::connect(place, &self.offer, self.identity, answer)?;
         recorder.enter(Stage::PreCopy);
         let mut precopy = Precopy::begin(
@@ -163,8 +197,13 @@ impl Inspected {
         loop {
             let scan = precopy.scan()?;
             match precopy.decide(&scan)? {
-                Decision::StopAndCopy { why, expected_pause, .. } => {
-                    recorder.note(format!("stop-and-copy: {why}, {:.1} ms expected", millis(expected_pause)));
+                Decision::StopAndCopy {
+                    why, expected_pause, ..
+                } => {
+                    recorder.note(format!(
+                        "stop-and-copy: {why}, {:.1} ms expected",
+                        millis(expected_pause)
+                    ));
                     break;
                 }
                 Decision::Continue { wait, .. } => {
@@ -202,7 +241,10 @@ impl Links {
         answer: &cookie::Answer,
     ) -> Result<Self, Error> {
         let protection = match (place.settings.encryption, answer.encryption) {
-            (_, Encryption::Always) => Protection::Encrypted { identity, peer: answer.certificate.clone() },
+            (_, Encryption::Always) => Protection::Encrypted {
+                identity,
+                peer: answer.certificate.clone(),
+            },
             (Encryption::Never, Encryption::Never) => Protection::Plain,
             (Encryption::Always, Encryption::Never) => {
                 return Err(Error::Refused(format!(
@@ -212,7 +254,11 @@ impl Links {
             }
         };
         let token = (*offer.token.bytes()).into();
-        let security = Security { session: offer.session, token, protection };
+        let security = Security {
+            session: offer.session,
+            token,
+            protection,
+        };
         let addresses: Vec<SocketAddr> = (answer.host.as_str(), answer.port)
             .to_socket_addrs()
             .map_err(Error::system("find the address of the destination's engine"))?
@@ -229,7 +275,10 @@ impl Links {
         };
         let mut control = open(Purpose::Control)?;
         let streams = place.settings.streams;
-        let greeting = Ask::Open { streams, host: place.host.clone() };
+        let greeting = Ask::Open {
+            streams,
+            host: place.host.clone(),
+        };
         control.set_deadline(Some(end))?;
         message::send(&mut control, &greeting)?;
         let data = (0..streams).map(|number| Ok(DataSender::new(watched(Purpose::Data(number))?, WINDOW)));
@@ -241,12 +290,19 @@ impl Links {
             Answer::Refused { cause } => return Err(Error::Refused(cause)),
             other => return Err(out_of_turn(&other)),
         }
-        Ok(Self { control, data, device_state, return_path })
+        Ok(Self {
+            control,
+            data,
+            device_state,
+            return_path,
+        })
     }
 }
 
 fn out_of_turn(answer: &Answer) -> Error {
-    Error::Elsewhere(format!("the destination's engine answered out of turn: {answer:?}"))
+    Error::Elsewhere(format!(
+        "the destination's engine answered out of turn: {answer:?}"
+    ))
 }
 
 /// Pre-copy is done: what is left fits the pause. The streams stay open.
@@ -263,10 +319,21 @@ impl Converged {
     /// Lets libvirt begin QEMU's own migration, and copies on until the guest stands still; then the last copy,
     /// and the commitment.
     fn stop_and_copy(self, place: &Place<'_>, recorder: &mut Recorder) -> Result<Moved, Error> {
-        let Self { mut precopy, mut control, watch, .. } = self;
+        let Self {
+            mut precopy,
+            mut control,
+            watch,
+            ..
+        } = self;
         let door = Door::open(&place.settings.runtime_directory, self.session)?;
         let socket = door.path().to_owned();
-        relay::from_source(door, Arc::clone(&watch), place.signals, self.device_state, self.return_path)?;
+        relay::from_source(
+            door,
+            Arc::clone(&watch),
+            place.signals,
+            self.device_state,
+            self.return_path,
+        )?;
         watch.ignore_shared()?;
         place.control.reply(Reply::Switchover { socket });
         loop {
@@ -290,9 +357,19 @@ impl Converged {
         let last = precopy.last(recorder)?;
         recorder.enter(Stage::Commitment);
         let files = last.blocks.iter().map(|block| &block.file);
-        let memory = place.settings.verify_memory.then(|| verify::digest(files)).transpose()?;
+        let memory = place
+            .settings
+            .verify_memory
+            .then(|| verify::digest(files))
+            .transpose()?;
         control.set_deadline(Some(deadline(COMMIT)))?;
-        match message::ask(&mut control, &Ask::Commit { totals: last.totals.clone(), memory })? {
+        match message::ask(
+            &mut control,
+            &Ask::Commit {
+                totals: last.totals.clone(),
+                memory,
+            },
+        )? {
             Answer::Committed => {}
             Answer::Refused { cause } => return Err(Error::Refused(cause)),
             other => return Err(out_of_turn(&other)),
@@ -305,7 +382,11 @@ impl Converged {
             bytes: last.sent.data,
         };
         recorder.totals(report::Totals::from_streams(&last.totals));
-        Ok(Moved { watch, control, pause })
+        Ok(Moved {
+            watch,
+            control,
+            pause,
+        })
     }
 }
 
@@ -342,7 +423,9 @@ impl Moved {
             Some(Request::Conclude { success: true }) => {
                 match self.resumed() {
                     Ok(pause) => recorder.downtime(downtime(self.pause, pause)),
-                    Err(error) => recorder.note(format!("the destination did not say when the guest ran: {error}")),
+                    Err(error) => {
+                        recorder.note(format!("the destination did not say when the guest ran: {error}"))
+                    }
                 }
                 recorder.finish(Outcome::Completed)
             }
@@ -372,13 +455,20 @@ fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) {
     }
     let outcome = match error {
         Error::Cancelled => Outcome::Cancelled,
-        error => Outcome::Failed { stage: recorder.stage(), error: error.to_string() },
+        error => Outcome::Failed {
+            stage: recorder.stage(),
+            error: error.to_string(),
+        },
     };
     save(place, &recorder.finish(outcome));
     let failure = error.failure(&place.host);
     place.control.reply(Reply::Failed(failure.clone()));
     // Answered or not, the plug-in may still be at its Perform and ask about it.
-    while place.signals.next_request(Some(deadline(UNTIL_PERFORM))).is_some() {
+    while place
+        .signals
+        .next_request(Some(deadline(UNTIL_PERFORM)))
+        .is_some()
+    {
         place.control.reply(Reply::Failed(failure.clone()));
     }
 }

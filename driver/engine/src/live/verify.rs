@@ -18,7 +18,11 @@ pub struct Digests(Vec<Vec<String>>);
 
 /// Computes the digests of these files.
 pub fn digest<'a>(files: impl IntoIterator<Item = &'a RamFile>) -> Result<Digests, Error> {
-    files.into_iter().map(digest_file).collect::<Result<_, _>>().map(Digests)
+    files
+        .into_iter()
+        .map(digest_file)
+        .collect::<Result<_, _>>()
+        .map(Digests)
 }
 
 /// The first piece in which two hosts differ: block, offset and length in bytes.
@@ -76,16 +80,25 @@ mod tests {
         let (_a, empty) = file(5 << 20, None);
         let (_b, zeros) = file(5 << 20, Some((3 << 20, 0)));
         let (_c, other) = file(5 << 20, Some(((3 << 20) + 77, 1)));
-        let (empty, zeros, other_digests) =
-            (digest([&empty]).unwrap(), digest([&zeros]).unwrap(), digest([&other]).unwrap());
+        let (empty, zeros, other_digests) = (
+            digest([&empty]).unwrap(),
+            digest([&zeros]).unwrap(),
+            digest([&other]).unwrap(),
+        );
         assert_eq!(difference(&empty, &zeros, [&other]), None);
-        assert_eq!(difference(&empty, &other_digests, [&other]), Some((0, 3 << 20, 1 << 20)));
+        assert_eq!(
+            difference(&empty, &other_digests, [&other]),
+            Some((0, 3 << 20, 1 << 20))
+        );
     }
 
     #[test]
     fn missing_digests_are_a_difference() {
         let (_a, file) = file(1 << 20, None);
         let ours = digest([&file]).unwrap();
-        assert_eq!(difference(&ours, &Digests(vec![]), [&file]), Some((0, 0, 1 << 20)));
+        assert_eq!(
+            difference(&ours, &Digests(vec![]), [&file]),
+            Some((0, 0, 1 << 20))
+        );
     }
 }

@@ -22,8 +22,14 @@ impl Watch {
     /// Connects to the private monitor and begins to note its events.
     pub fn open(path: &Path, signals: Arc<Signals>) -> Result<Arc<Self>, Error> {
         let monitor = Monitor::connect(path, deadline(COMMAND))?;
-        let descriptor = monitor.as_fd().try_clone_to_owned().map_err(Error::system("watch QEMU's monitor"))?;
-        let watch = Arc::new(Self { monitor: Mutex::new(monitor), signals });
+        let descriptor = monitor
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(Error::system("watch QEMU's monitor"))?;
+        let watch = Arc::new(Self {
+            monitor: Mutex::new(monitor),
+            signals,
+        });
         let pump = Arc::downgrade(&watch);
         let run = move || {
             while let Some(watch) = wait_readable(&descriptor).then(|| pump.upgrade()).flatten() {
@@ -59,7 +65,7 @@ impl Watch {
 
     /// Whether QEMU's own migration is still before its switch-over.
     pub fn before_switchover(&self) -> Result<bool, Error> {
-        use crate::qemu::commands::MigrationStatus::{Active, Setup};
+        use crate::qemu::MigrationStatus::{Active, Setup};
         let status = self.command(|monitor| monitor.migration_status(deadline(COMMAND)))?;
         Ok(matches!(status, Setup | Active))
     }
@@ -89,7 +95,11 @@ impl Watch {
 
     fn note(&self, event: &Event) {
         let now = Instant::now();
-        let status = event.data.get("status").and_then(|status| status.as_str()).unwrap_or_default();
+        let status = event
+            .data
+            .get("status")
+            .and_then(|status| status.as_str())
+            .unwrap_or_default();
         tracing::trace!(event = event.name, status, "from QEMU");
         self.signals.saw(|seen| match (event.name.as_str(), status) {
             ("STOP", _) => seen.stopped = seen.stopped.or(Some(now)),

@@ -34,6 +34,24 @@ impl PageSet {
         set
     }
 
+    /// A set for a block of `len` bytes from its bitmap, page 0 in bit 0 of word 0. Missing words are empty; what
+    /// lies past the end of the block is ignored.
+    pub fn from_words(len: u64, words: &[u64]) -> Self {
+        let mut set = PageSet::new(len);
+        for (to, from) in set.words.iter_mut().zip(words) {
+            *to = *from;
+        }
+        if let (Some(last), rest @ 1..) = (set.words.last_mut(), set.pages % BITS) {
+            *last &= (1 << rest) - 1;
+        }
+        set
+    }
+
+    /// The bitmap of [`from_words`](Self::from_words).
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// Bytes the set covers, a multiple of [`PAGE`].
     pub fn capacity(&self) -> u64 {
         self.pages * PAGE

@@ -18,9 +18,10 @@ pub mod write;
 mod read;
 mod text;
 
+pub use ferry_contract::stage::Stage;
 pub use read::{command, load, ReportError};
 pub use timeline::{
-    Clock, Downtime, Event, Guest, Migration, Outcome, Ram, Recorder, Role, Round, StageSpan, Timeline,
-    Totals,
+    millis, Clock, Downtime, Event, Guest, Migration, Outcome, Ram, Recorder, Role, Round, StageSpan,
+    Timeline, Totals,
 };
-pub use write::save;
+pub use write::{publish, save};

@@ -188,6 +188,23 @@ pub struct Totals {
     pub digest: Option<String>,
 }
 
+impl Totals {
+    /// The sums over all streams; their digests, in order, together are the digest.
+    pub fn from_streams(streams: &[crate::wire::Totals]) -> Self {
+        let digests: Vec<_> = streams
+            .iter()
+            .map(|stream| format!("{:032x}", stream.digest))
+            .collect();
+        Totals {
+            frames: streams.iter().map(|stream| stream.frames).sum(),
+            data_bytes: streams.iter().map(|stream| stream.data_bytes).sum(),
+            zero_bytes: streams.iter().map(|stream| stream.zero_bytes).sum(),
+            wire_bytes: streams.iter().map(|stream| stream.wire_bytes).sum(),
+            digest: Some(digests.join("+")),
+        }
+    }
+}
+
 /// Something worth remembering that is neither a stage nor a round.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
@@ -332,6 +349,11 @@ impl Recorder {
             text: text::cut(event.as_ref(), LONGEST_TEXT),
         };
         push(&mut self.timeline.events, event, &mut self.timeline.omitted);
+    }
+
+    /// The other host's name, once it is known.
+    pub fn peer(&mut self, host: impl Into<String>) {
+        self.timeline.migration.peer_host = host.into();
     }
 
     /// The guest's memory, once it is known.

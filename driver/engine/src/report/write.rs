@@ -57,6 +57,18 @@ pub fn save(timeline: &Timeline, dir: &Path) -> Result<PathBuf, SaveError> {
     Ok(json_path)
 }
 
+/// Tells a finished migration: a few lines in the log, and its files in `dir`. A full disk must not fail a migration,
+/// so a report that cannot be kept is only logged.
+pub fn publish(timeline: &Timeline, dir: &Path) {
+    for line in super::summary::lines(timeline) {
+        tracing::info!("{line}");
+    }
+    match save(timeline, dir) {
+        Ok(path) => tracing::info!(timeline = %path.display(), "timeline kept"),
+        Err(error) => tracing::warn!("{error}"),
+    }
+}
+
 fn stem(timeline: &Timeline) -> String {
     let m = &timeline.migration;
     format!("{}-{}-{}", file_safe(&m.guest.name), m.session, m.role.name())

@@ -25,7 +25,11 @@ pub unsafe extern "C" fn execve(
     let pointers: Vec<*const c_char>;
     let argv = match &more {
         Some(arguments) => {
-            pointers = arguments.iter().map(|argument| argument.as_ptr()).chain([std::ptr::null()]).collect();
+            pointers = arguments
+                .iter()
+                .map(|argument| argument.as_ptr())
+                .chain([std::ptr::null()])
+                .collect();
             pointers.as_ptr()
         }
         None => argv,
@@ -65,8 +69,9 @@ unsafe fn with_monitor(argv: *const *const c_char) -> Option<Vec<CString>> {
 /// capability probe among them.
 fn private_directory(arguments: &[CString]) -> Option<String> {
     let mut pairs = arguments.windows(2).map(|pair| (pair[0].to_bytes(), &pair[1]));
-    let named =
-        pairs.clone().any(|(option, value)| option == b"-name" && value.to_bytes().starts_with(b"guest="));
+    let named = pairs
+        .clone()
+        .any(|(option, value)| option == b"-name" && value.to_bytes().starts_with(b"guest="));
     if !named {
         return None;
     }
@@ -99,14 +104,24 @@ mod tests {
     use super::*;
 
     fn list(arguments: &[&str]) -> Vec<CString> {
-        arguments.iter().map(|argument| CString::new(*argument).unwrap()).collect()
+        arguments
+            .iter()
+            .map(|argument| CString::new(*argument).unwrap())
+            .collect()
     }
 
     const SECRET: &str = r#"{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/var/lib/libvirt/qemu/domain-1-g/master-key.aes"}"#;
 
     #[test]
     fn a_guest_is_known_by_its_arguments() {
-        let guest = list(&["qemu", "-name", "guest=g,debug-threads=on", "-S", "-object", SECRET]);
+        let guest = list(&[
+            "qemu",
+            "-name",
+            "guest=g,debug-threads=on",
+            "-S",
+            "-object",
+            SECRET,
+        ]);
         let directory = private_directory(&guest).unwrap();
         assert_eq!(directory, "/var/lib/libvirt/qemu/domain-1-g");
         let monitor = monitor(&directory).unwrap();
@@ -118,9 +133,15 @@ mod tests {
 
     #[test]
     fn probes_and_others_are_left_alone() {
-        assert_eq!(private_directory(&list(&["qemu", "-S", "-machine", "none"])), None);
+        assert_eq!(
+            private_directory(&list(&["qemu", "-S", "-machine", "none"])),
+            None
+        );
         assert_eq!(private_directory(&list(&["swtpm", "-object", SECRET])), None);
-        assert_eq!(private_directory(&list(&["qemu", "-name", "guest=g", "-object", "{"])), None);
+        assert_eq!(
+            private_directory(&list(&["qemu", "-name", "guest=g", "-object", "{"])),
+            None
+        );
         assert_eq!(private_directory(&list(&[])), None);
         assert!(monitor(&"d".repeat(120)).is_none());
     }

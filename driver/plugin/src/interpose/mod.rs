@@ -36,8 +36,10 @@ fn speak_up() {
     ONCE.call_once(|| {
         let filter = tracing_subscriber::EnvFilter::try_from_env("VIRT_FERRY_LOG");
         let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-        let subscriber =
-            tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr);
+        let subscriber = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(false)
+            .with_writer(std::io::stderr);
         // A second plug-in in this process could have set one; ours then logs through it.
         let _ = subscriber.try_init();
     });

@@ -12,7 +12,10 @@ pub struct Cookie {
 impl Cookie {
     /// No cookie: what libvirt means by NULL and 0.
     pub fn none() -> Self {
-        Self { data: std::ptr::null_mut(), length: 0 }
+        Self {
+            data: std::ptr::null_mut(),
+            length: 0,
+        }
     }
 
     /// Takes over what a phase of libvirt returned.
@@ -20,7 +23,10 @@ impl Cookie {
     /// # Safety
     /// `data` is NULL or points to `length` bytes from malloc that nobody else will free.
     pub unsafe fn take(data: *mut c_char, length: c_int) -> Self {
-        Self { data, length: length.max(0) }
+        Self {
+            data,
+            length: length.max(0),
+        }
     }
 
     /// A copy of these bytes; no cookie for none.

@@ -75,14 +75,20 @@ impl Domain {
         let mut uuid = [0; 16];
         // SAFETY: a valid domain; the name lives as long as it; uuid has room for VIR_UUID_BUFLEN (16) bytes.
         let (name, got) = unsafe {
-            (virt_sys::virDomainGetName(self.0), virt_sys::virDomainGetUUID(self.0, uuid.as_mut_ptr()))
+            (
+                virt_sys::virDomainGetName(self.0),
+                virt_sys::virDomainGetUUID(self.0, uuid.as_mut_ptr()),
+            )
         };
         if name.is_null() || got != 0 {
             return None;
         }
         // SAFETY: as above.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
-        Some(Guest { name, uuid: Uuid::from_bytes(uuid) })
+        Some(Guest {
+            name,
+            uuid: Uuid::from_bytes(uuid),
+        })
     }
 
     /// libvirt's number of the running domain; `None` for one that does not run.

@@ -24,13 +24,19 @@ impl Error {
     /// The error of everything that can go wrong in a migration: "operation failed: …".
     pub fn failed(cause: impl std::fmt::Display) -> Self {
         let message = format!("operation failed: migration through virt-ferry: {cause}");
-        Self::Ours { code: virt_sys::VIR_ERR_OPERATION_FAILED as c_int, message }
+        Self::Ours {
+            code: virt_sys::VIR_ERR_OPERATION_FAILED as c_int,
+            message,
+        }
     }
 
     /// The error of a cancelled job, worded as libvirt 11.3 words it.
     pub fn cancelled() -> Self {
         let message = "operation aborted: migration out: canceled by client".to_owned();
-        Self::Ours { code: virt_sys::VIR_ERR_OPERATION_ABORTED as c_int, message }
+        Self::Ours {
+            code: virt_sys::VIR_ERR_OPERATION_ABORTED as c_int,
+            message,
+        }
     }
 
     /// Makes this the thread's libvirt error, which the dispatcher sends to the client.

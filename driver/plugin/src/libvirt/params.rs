@@ -26,12 +26,20 @@ impl<'a> Params<'a> {
             },
             _ => Vec::new(),
         };
-        Self { entries, strings: Vec::new(), caller: PhantomData }
+        Self {
+            entries,
+            strings: Vec::new(),
+            caller: PhantomData,
+        }
     }
 
     /// No parameters.
     pub fn none() -> Self {
-        Self { entries: Vec::new(), strings: Vec::new(), caller: PhantomData }
+        Self {
+            entries: Vec::new(),
+            strings: Vec::new(),
+            caller: PhantomData,
+        }
     }
 
     /// The names of all parameters.
@@ -76,14 +84,19 @@ impl<'a> Params<'a> {
         };
         let mut field = [0; 80];
         let name = name.to_bytes_with_nul();
-        assert!(name.len() <= field.len(), "libvirt's parameter names fit their field");
+        assert!(
+            name.len() <= field.len(),
+            "libvirt's parameter names fit their field"
+        );
         for (to, from) in field.iter_mut().zip(name) {
             *to = *from as std::os::raw::c_char;
         }
         list.entries.push(virTypedParameter {
             field,
             type_: VIR_TYPED_PARAM_STRING as c_int,
-            value: virt_sys::_virTypedParameter__bindgen_ty_1 { s: value.as_ptr().cast_mut() },
+            value: virt_sys::_virTypedParameter__bindgen_ty_1 {
+                s: value.as_ptr().cast_mut(),
+            },
         });
         list.strings.push(value);
         list
@@ -91,7 +104,11 @@ impl<'a> Params<'a> {
 
     /// A second list of the same parameters, for the call of another phase.
     pub fn share(&self) -> Params<'_> {
-        Params { entries: self.entries.clone(), strings: Vec::new(), caller: PhantomData }
+        Params {
+            entries: self.entries.clone(),
+            strings: Vec::new(),
+            caller: PhantomData,
+        }
     }
 
     /// For a call: NULL where there are none, as libvirt has it.
@@ -120,7 +137,9 @@ mod tests {
 
     #[test]
     fn a_rewritten_list_says_what_was_asked() {
-        let list = Params::none().with(c"migrate_uri", "tcp://a").with(c"listen_address", "::");
+        let list = Params::none()
+            .with(c"migrate_uri", "tcp://a")
+            .with(c"listen_address", "::");
         assert_eq!(list.utf8(c"migrate_uri"), Some("tcp://a"));
         let list = list.with(c"migrate_uri", "unix:///b").without(c"listen_address");
         assert_eq!(list.utf8(c"migrate_uri"), Some("unix:///b"));

@@ -54,7 +54,9 @@ impl Drop for MallocString {
 }
 
 fn missing(name: &str) -> Error {
-    Error::failed(format!("this libvirt has no {name}; remove the plug-in or install a matching release"))
+    Error::failed(format!(
+        "this libvirt has no {name}; remove the plug-in or install a matching release"
+    ))
 }
 
 fn cookie_in(cookie: &[u8]) -> (*const c_char, c_int) {
@@ -69,14 +71,25 @@ pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error
     let real = real::begin().ok_or_else(|| missing("virDomainMigrateBegin3Params"))?;
     let (mut data, mut length) = (std::ptr::null_mut(), 0);
     // SAFETY: the prototype's arguments; the two outputs are ours.
-    let xml =
-        unsafe { real(domain.pointer(), params.pointer(), params.count(), &mut data, &mut length, flags) };
+    let xml = unsafe {
+        real(
+            domain.pointer(),
+            params.pointer(),
+            params.count(),
+            &mut data,
+            &mut length,
+            flags,
+        )
+    };
     // SAFETY: libvirt gives cookies from malloc away.
     let cookie = unsafe { Cookie::take(data, length) };
     if xml.is_null() {
         return Err(Error::Libvirt);
     }
-    Ok(Begun { xml: MallocString(xml), cookie })
+    Ok(Begun {
+        xml: MallocString(xml),
+        cookie,
+    })
 }
 
 /// Destination, reservation: starts the incoming QEMU.
@@ -187,7 +200,15 @@ pub fn confirm(
     let (bytes, count) = cookie_in(cookie);
     // SAFETY: the prototype's arguments.
     let result = unsafe {
-        real(domain.pointer(), params.pointer(), params.count(), bytes, count, flags, c_int::from(cancelled))
+        real(
+            domain.pointer(),
+            params.pointer(),
+            params.count(),
+            bytes,
+            count,
+            flags,
+            c_int::from(cancelled),
+        )
     };
     if result < 0 {
         return Err(Error::Libvirt);

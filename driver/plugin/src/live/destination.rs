@@ -87,9 +87,14 @@ impl Arrival {
             return Err(reason);
         }
         let (name, uuid) = identity(cookie).ok_or("libvirt's cookie names no guest")?;
-        let name = params.utf8(VIR_MIGRATE_PARAM_DEST_NAME).map_or(name, str::to_owned);
+        let name = params
+            .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
+            .map_or(name, str::to_owned);
         let data = match params.utf8(VIR_MIGRATE_PARAM_URI) {
-            None => DataAddress { host: host::address(), port: None },
+            None => DataAddress {
+                host: host::address(),
+                port: None,
+            },
             Some(given) => {
                 uri::parse(given).ok_or_else(|| format!("the engine does not take the URI {given}"))?
             }
@@ -97,7 +102,14 @@ impl Arrival {
         let directory = host::incoming_directory(&config)
             .map_err(|error| format!("{}: {error}", config.runtime_directory.display()))?;
         let incoming = incoming_socket(&directory, offer.session, &name);
-        Ok(Self { config, host: host::name(), guest: Guest { name, uuid }, offer, data, incoming })
+        Ok(Self {
+            config,
+            host: host::name(),
+            guest: Guest { name, uuid },
+            offer,
+            data,
+            incoming,
+        })
     }
 
     /// Reservation: would the guest fit?
@@ -135,14 +147,20 @@ impl Arrival {
         session: &Arc<Session>,
     ) -> Result<Prepared, Error> {
         let uri = format!("unix://{}", self.incoming.display());
-        let rewritten =
-            params.share().without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS).with(VIR_MIGRATE_PARAM_URI, &uri);
+        let rewritten = params
+            .share()
+            .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
+            .with(VIR_MIGRATE_PARAM_URI, &uri);
         let prepared = phase::prepare(connection, &rewritten, cookie, flags)?;
-        self.attach(connection, params, session, prepared).inspect_err(|_| {
-            let name = params.share().only(&[]).with(VIR_MIGRATE_PARAM_DEST_NAME, &self.guest.name);
-            // Always an error: cancelled, it returns no domain.
-            let _ = phase::finish(connection, &name, &[], flags, true);
-        })
+        self.attach(connection, params, session, prepared)
+            .inspect_err(|_| {
+                let name = params
+                    .share()
+                    .only(&[])
+                    .with(VIR_MIGRATE_PARAM_DEST_NAME, &self.guest.name);
+                // Always an error: cancelled, it returns no domain.
+                let _ = phase::finish(connection, &name, &[], flags, true);
+            })
     }
 
     fn attach(
@@ -177,7 +195,10 @@ impl Arrival {
         let cookie = cookie::with_answer(prepared.cookie.bytes(), answer)
             .map_err(|error| Error::failed(format!("host {}: {error}", self.host)))?;
         let uri = uri::of(&answer.host, answer.port);
-        Ok(Prepared { cookie: Cookie::copy_of(&cookie), uri: Some(MallocString::copy_of(&uri)) })
+        Ok(Prepared {
+            cookie: Cookie::copy_of(&cookie),
+            uri: Some(MallocString::copy_of(&uri)),
+        })
     }
 }
 
@@ -185,7 +206,9 @@ impl Arrival {
 /// (libvirt 11.3, virt-aa-helper.c); a guest whose name is too long for it goes without.
 fn incoming_socket(directory: &Path, session: Uuid, name: &str) -> PathBuf {
     let short = session.simple().to_string();
-    let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    let plain = name
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
     let path = directory.join(format!("{}.tunnelmigrate.dest.{name}", &short[..8]));
     if plain && path.as_os_str().len() <= SUN_PATH {
         return path;
@@ -225,9 +248,14 @@ pub fn finish(
     };
     let finished = phase::finish(connection, params, cookie, flags, committed.is_err());
     let failed = finished.is_err().then(SavedError::save);
-    let conclude = Request::Conclude { success: committed.is_ok() && failed.is_none() };
+    let conclude = Request::Conclude {
+        success: committed.is_ok() && failed.is_none(),
+    };
     if let Err(failure) = session.engine.ask(&conclude, Some(LOCAL)) {
-        tracing::warn!(guest = session.guest.name, "the engine did not conclude: {failure}");
+        tracing::warn!(
+            guest = session.guest.name,
+            "the engine did not conclude: {failure}"
+        );
     }
     match (finished, committed) {
         (Ok(finished), _) => Ok(finished),

@@ -45,12 +45,21 @@ pub fn refusal(params: &Params, flags: u32) -> Option<String> {
         return Some("the guest is to be paused for its whole move (no --live)".into());
     }
     if let other @ 1.. = flags & !TAKEN {
-        let named = NAMES.iter().filter(|(flag, _)| other & flag != 0).map(|(_, name)| *name);
+        let named = NAMES
+            .iter()
+            .filter(|(flag, _)| other & flag != 0)
+            .map(|(_, name)| *name);
         let names: Vec<_> = named.collect();
-        return Some(format!("the engine does not take these options: {} ({other:#x})", names.join(", ")));
+        return Some(format!(
+            "the engine does not take these options: {} ({other:#x})",
+            names.join(", ")
+        ));
     }
     let other = params.names().find(|name| !HONOURED.contains(name))?;
-    Some(format!("the engine does not take the parameter {}", other.to_string_lossy()))
+    Some(format!(
+        "the engine does not take the parameter {}",
+        other.to_string_lossy()
+    ))
 }
 
 #[cfg(test)]
@@ -63,16 +72,23 @@ mod tests {
         let nova =
             VIR_MIGRATE_LIVE | VIR_MIGRATE_PEER2PEER | VIR_MIGRATE_PERSIST_DEST | VIR_MIGRATE_UNDEFINE_SOURCE;
         assert_eq!(refusal(&Params::none(), virsh), None);
-        assert_eq!(refusal(&Params::none().with(c"migrate_uri", "tcp://host"), nova), None);
+        assert_eq!(
+            refusal(&Params::none().with(c"migrate_uri", "tcp://host"), nova),
+            None
+        );
     }
 
     #[test]
     fn what_is_not_is_named() {
         assert!(refusal(&Params::none(), 0).unwrap().contains("--live"));
         let postcopy = VIR_MIGRATE_LIVE | VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_TLS;
-        assert!(refusal(&Params::none(), postcopy).unwrap().contains("postcopy, tls"));
+        assert!(refusal(&Params::none(), postcopy)
+            .unwrap()
+            .contains("postcopy, tls"));
         assert!(refusal(&Params::none(), VIR_MIGRATE_LIVE | 1 << 31).is_some());
         let disks = Params::none().with(c"migrate_disks", "vda");
-        assert!(refusal(&disks, VIR_MIGRATE_LIVE).unwrap().contains("migrate_disks"));
+        assert!(refusal(&disks, VIR_MIGRATE_LIVE)
+            .unwrap()
+            .contains("migrate_disks"));
     }
 }

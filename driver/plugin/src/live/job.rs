@@ -21,7 +21,10 @@ pub fn progress(domain: Domain) -> Option<Progress> {
 
 /// Cancels the migration of a guest that the engine moves away from here.
 pub fn cancel(domain: Domain) {
-    if let Some(session) = domain.guest().and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid)) {
+    if let Some(session) = domain
+        .guest()
+        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid))
+    {
         session.cancel();
     }
 }
@@ -78,7 +81,11 @@ struct List {
 
 impl List {
     fn take(params: &virTypedParameterPtr, count: &c_int) -> Self {
-        Self { entries: *params, count: *count, room: *count }
+        Self {
+            entries: *params,
+            count: *count,
+            room: *count,
+        }
     }
 
     fn find(&mut self, name: &CStr) -> Option<&mut virTypedParameter> {
@@ -119,7 +126,12 @@ mod tests {
 
     #[test]
     fn figures_are_added_to_libvirts() {
-        let progress = Progress(Statistics { total: 100, remaining: 40, data: 8192, ..Default::default() });
+        let progress = Progress(Statistics {
+            total: 100,
+            remaining: 40,
+            data: 8192,
+            ..Default::default()
+        });
         let (mut params, mut count, mut room) = (std::ptr::null_mut(), 0, 0);
         let value = |params, count, name: &CStr| {
             let mut value = 0;
@@ -131,7 +143,10 @@ mod tests {
         unsafe {
             assert_eq!(virInitialize(), 0);
             let total = VIR_DOMAIN_JOB_MEMORY_TOTAL.as_ptr();
-            assert_eq!(virTypedParamsAddULLong(&mut params, &mut count, &mut room, total, 7), 0);
+            assert_eq!(
+                virTypedParamsAddULLong(&mut params, &mut count, &mut room, total, 7),
+                0
+            );
             progress.complete_stats(&mut params, &mut count);
             assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_TOTAL), (1, 107));
             assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_PROCESSED), (1, 60));

@@ -48,7 +48,13 @@ pub fn perform(
     };
     let reason = match OwnedConnection::open(uri) {
         Ok(peer) if answers(peer.get()) => {
-            let moved = Move { domain, peer: peer.get(), params, flags, managed };
+            let moved = Move {
+                domain,
+                peer: peer.get(),
+                params,
+                flags,
+                managed,
+            };
             match moved.run(&session) {
                 Ok(Outcome::Moved) => return Ok(Cookie::none()),
                 Ok(Outcome::Declined) => "the destination declined (see its log)",
@@ -92,7 +98,11 @@ impl Move<'_> {
     fn run(&self, session: &Arc<Session>) -> Result<Outcome, Error> {
         let begun = source::offer(phase::begin(self.domain, self.params, self.managed)?, session);
         let xml = begun.xml.text().to_string_lossy().into_owned();
-        let name = self.params.utf8(VIR_MIGRATE_PARAM_DEST_NAME).unwrap_or(&session.guest.name).to_owned();
+        let name = self
+            .params
+            .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
+            .unwrap_or(&session.guest.name)
+            .to_owned();
         let paused = match self.domain.is_paused() {
             Ok(true) => VIR_MIGRATE_PAUSED,
             Ok(false) => 0,
@@ -101,7 +111,11 @@ impl Move<'_> {
         // As libvirt's own: the destination sees PEER2PEER, but neither the source's own business.
         let there = (self.flags | paused)
             & !(VIR_MIGRATE_ABORT_ON_ERROR | VIR_MIGRATE_AUTO_CONVERGE | VIR_MIGRATE_CHANGE_PROTECTION);
-        let given = self.params.share().only(&DESTINATION).with(VIR_MIGRATE_PARAM_DEST_XML, &xml);
+        let given = self
+            .params
+            .share()
+            .only(&DESTINATION)
+            .with(VIR_MIGRATE_PARAM_DEST_XML, &xml);
         let given = given.with(VIR_MIGRATE_PARAM_DEST_NAME, &name);
         let prepared = match phase::prepare(self.peer, &given, begun.cookie.bytes(), there) {
             Ok(prepared) => prepared,
@@ -114,7 +128,10 @@ impl Move<'_> {
             self.stay(SavedError::save());
             return Ok(Outcome::Declined);
         }
-        let uri = prepared.uri.as_ref().map(|uri| uri.text().to_string_lossy().into_owned());
+        let uri = prepared
+            .uri
+            .as_ref()
+            .map(|uri| uri.text().to_string_lossy().into_owned());
         let here = match &uri {
             Some(uri) => self.params.share().with(VIR_MIGRATE_PARAM_URI, uri),
             None => self.params.share(),
@@ -147,7 +164,11 @@ impl Move<'_> {
         flags: u32,
         cancelled: bool,
     ) -> Result<(OwnedDomain, Cookie), Error> {
-        let given = self.params.share().only(&DESTINATION).with(VIR_MIGRATE_PARAM_DEST_NAME, name);
+        let given = self
+            .params
+            .share()
+            .only(&DESTINATION)
+            .with(VIR_MIGRATE_PARAM_DEST_NAME, name);
         phase::finish(self.peer, &given, cookie, flags, cancelled)
     }
 
@@ -155,7 +176,10 @@ impl Move<'_> {
     /// migration has succeeded.
     fn confirmed(&self, cookie: &[u8]) {
         if source::confirm(self.domain, &Params::none(), cookie, self.managed, false).is_err() {
-            tracing::warn!("libvirt could not end the guest on the source: {}", SavedError::save().message());
+            tracing::warn!(
+                "libvirt could not end the guest on the source: {}",
+                SavedError::save().message()
+            );
         }
     }
 

@@ -60,7 +60,12 @@ pub fn open(domain: Domain, params: &Params, flags: u32) -> Result<Arc<Session>,
     let name = host::name();
     let engine = Engine::start(&config, "source", &name).map_err(|error| error.to_string())?;
     engine.guard(&monitor);
-    let inspect = Request::Inspect { guest: guest.clone(), host: name, monitor, settings: config.settings() };
+    let inspect = Request::Inspect {
+        guest: guest.clone(),
+        host: name,
+        monitor,
+        settings: config.settings(),
+    };
     match engine.ask(&inspect, Some(LOCAL)) {
         Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::new(Role::Source, guest, offer, engine))),
         Ok(Reply::NotEligible { reason }) => Err(reason),
@@ -76,7 +81,9 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
         Ok(answer) => answer,
         Err(error) => return Err(give_up(domain, params, flags, Error::failed(error))),
     };
-    let session = domain.guest().and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
+    let session = domain
+        .guest()
+        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
     match (answer, session) {
         (Some(answer), Some(session)) => {
             let performed = through_engine(domain, params, cookie, flags, answer, &session);
@@ -86,7 +93,10 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
             performed
         }
         (Some(_), None) => {
-            let cause = format!("host {} has no engine for this guest any more; try again", host::name());
+            let cause = format!(
+                "host {} has no engine for this guest any more; try again",
+                host::name()
+            );
             Err(give_up(domain, params, flags, Error::failed(cause)))
         }
         (None, session) => {
@@ -116,19 +126,33 @@ fn through_engine(
         Ok(reply) => return Err(give_up(domain, params, flags, unexpected(&reply))),
         // libvirt knows of the abort: its own Perform ends the job with its own error, before QEMU does anything.
         Err(failure) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
-            return phase::perform(domain, None, &towards(params, Path::new("/nonexistent")), cookie, flags)
+            return phase::perform(
+                domain,
+                None,
+                &towards(params, Path::new("/nonexistent")),
+                cookie,
+                flags,
+            )
         }
         Err(failure) => return Err(give_up(domain, params, flags, failure.into())),
     };
     let performed = phase::perform(domain, None, &towards(params, &socket), cookie, flags);
     let ours = performed.is_err().then(SavedError::save);
-    let engine = session.engine.ask(&Request::Performed { success: performed.is_ok() }, Some(LOADED));
+    let engine = session.engine.ask(
+        &Request::Performed {
+            success: performed.is_ok(),
+        },
+        Some(LOADED),
+    );
     match (performed, engine) {
         (Ok(cookie), Ok(Reply::Committed)) => Ok(cookie),
         // QEMU has handed everything over, which it could only after the commitment. The destination's engine
         // is asked again before the guest is resumed there.
         (Ok(cookie), _) => {
-            tracing::warn!(guest = session.guest.name, "the engine could not confirm the commitment");
+            tracing::warn!(
+                guest = session.guest.name,
+                "the engine could not confirm the commitment"
+            );
             Ok(cookie)
         }
         // The engine knows better than "migration failed" why the stream ended, unless libvirt ended it.
@@ -140,7 +164,10 @@ fn through_engine(
 /// The parameters for a Perform into the engine's socket (libvirt 11.3 refuses a listen address with it).
 fn towards<'a>(params: &'a Params<'_>, socket: &Path) -> Params<'a> {
     let uri = format!("unix://{}", socket.display());
-    params.share().without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS).with(VIR_MIGRATE_PARAM_URI, &uri)
+    params
+        .share()
+        .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
+        .with(VIR_MIGRATE_PARAM_URI, &uri)
 }
 
 /// Ends libvirt's job after a Perform that libvirt never saw: nobody else will (a failed Perform is not followed
@@ -148,7 +175,10 @@ fn towards<'a>(params: &'a Params<'_>, socket: &Path) -> Params<'a> {
 fn give_up(domain: Domain, params: &Params, flags: u32, error: Error) -> Error {
     let only_job = params.share().only(&[]);
     if phase::confirm(domain, &only_job, &[], flags, true).is_err() {
-        tracing::error!("libvirt could not end its migration job: {}", SavedError::save().message());
+        tracing::error!(
+            "libvirt could not end its migration job: {}",
+            SavedError::save().message()
+        );
     }
     error
 }
@@ -165,9 +195,14 @@ pub fn confirm(
     let confirmed = phase::confirm(domain, params, cookie, flags, cancelled);
     let failed = confirmed.is_err().then(SavedError::save);
     if let Some(session) = guest.and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid)) {
-        let conclude = Request::Conclude { success: !cancelled && failed.is_none() };
+        let conclude = Request::Conclude {
+            success: !cancelled && failed.is_none(),
+        };
         if let Err(failure) = session.engine.ask(&conclude, Some(LOCAL)) {
-            tracing::warn!(guest = session.guest.name, "the engine did not conclude: {failure}");
+            tracing::warn!(
+                guest = session.guest.name,
+                "the engine did not conclude: {failure}"
+            );
         }
         sessions::remove(&session);
     }

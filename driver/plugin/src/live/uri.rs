@@ -35,7 +35,10 @@ pub fn parse(uri: &str) -> Option<DataAddress> {
         Some(port) => Some(port.parse().ok().filter(|port| *port != 0)?),
         None => None,
     };
-    Some(DataAddress { host: host.to_owned(), port })
+    Some(DataAddress {
+        host: host.to_owned(),
+        port,
+    })
 }
 
 /// The URI of an engine that listens at this host and port, as libvirt's Prepare would return it.
@@ -52,9 +55,17 @@ mod tests {
 
     #[test]
     fn what_libvirt_writes_is_read() {
-        let address = |host: &str, port| Some(DataAddress { host: host.into(), port });
+        let address = |host: &str, port| {
+            Some(DataAddress {
+                host: host.into(),
+                port,
+            })
+        };
         assert_eq!(parse("tcp://10.0.0.1"), address("10.0.0.1", None));
-        assert_eq!(parse("tcp:host.example:49160"), address("host.example", Some(49160)));
+        assert_eq!(
+            parse("tcp:host.example:49160"),
+            address("host.example", Some(49160))
+        );
         assert_eq!(parse("tcp://[fe80::1%eth0]:1/"), address("fe80::1%eth0", Some(1)));
         assert_eq!(parse("tcp://[::1]"), address("::1", None));
         assert_eq!(parse(&of("::1", 7)), address("::1", Some(7)));

@@ -53,7 +53,7 @@ pub trait Apply {
 }
 
 /// What went over one data stream. Sender and receiver count on their own and must agree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Totals {
     /// Frames, barriers included, the End frame not.
     pub frames: u64,
