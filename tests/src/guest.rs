@@ -274,7 +274,7 @@ impl Guest {
         dir.join(format!("{}.log", self.name))
     }
 
-    pub(crate) fn sector_in(&self, dir: &Path) -> PathBuf {
+    pub(crate) fn boot_disk_in(&self, dir: &Path) -> PathBuf {
         dir.join(format!("{}.img", self.name))
     }
 
@@ -282,10 +282,12 @@ impl Guest {
     ///
     /// - `clocksource=acpi_pm`: counted by QEMU in exact host nanoseconds; a TSC calibrated on a busy host drifts against the
     ///   real-time clock by ms a second, which would pass for lost time.
+    /// - `no_timer_check`: on a busy host the kernel may find QEMU's timer too slow and give up.
+    /// - `loglevel=3`: kernel messages would cut our lines in two; a panic is said all the same.
     /// - `panic=-1`: a guest whose kernel was damaged resets, which ends it, and does not hang.
     pub fn command_line(config: &Config) -> String {
         format!(
-            "console=ttyS0 quiet loglevel=4 panic=-1 nokaslr mitigations=off clocksource=acpi_pm \
+            "console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check nokaslr mitigations=off clocksource=acpi_pm \
              nowatchdog ipv6.disable=1 memhp_default_state=online {config}"
         )
     }
@@ -301,8 +303,8 @@ impl Guest {
         match &self.kind {
             Kind::Linux(_) => images.install(host_dir)?,
             Kind::Boot { end_mib, spins } => {
-                let sector = images.boot_sector(*end_mib, *spins)?;
-                image::put(&self.sector_in(host_dir), &sector)?;
+                let disk = images.boot_disk(*end_mib, *spins)?;
+                image::put(&self.boot_disk_in(host_dir), &disk)?;
             }
         }
         let log = self.log_in(host_dir);

@@ -2,15 +2,18 @@
 //!
 //! A checker that never says BAD would let every other test pass, so here memory is damaged from outside and each guest must say so.
 
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use ferry_guest::line::Status;
 use ferry_guest::page::Page;
+use ferry_tests::guest::beat::Listener;
 use ferry_tests::guest::qemu::{kvm_works, wait_for_pass, Place, Qemu};
 use ferry_tests::guest::ram::{RamFile, Stamped};
-use ferry_tests::guest::{Accel, Guest, Kind, Rate};
+use ferry_tests::guest::remote::Remote;
+use ferry_tests::guest::{Accel, Address, Guest, Rate};
 
 /// For whatever a guest does at once, on a machine that has other things to do.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -151,6 +154,178 @@ fn linux_notices_a_page_of_two_versions() -> Result<()> {
         torn.bytes_mut()[2048..].copy_from_slice(&version.bytes()[2048..]);
         ram.overwrite(page.offset, &torn)
     })
+}
+
+/// A raw disk on a file system that does O_DIRECT.
+fn disk(mib: u64) -> Result<tempfile::NamedTempFile> {
+    let file = tempfile::NamedTempFile::new()?;
+    file.as_file().set_len(mib << 20)?;
+    Ok(file)
+}
+
+#[test]
+fn disk_load_is_undamaged_by_qemus_own_migration() -> Result<()> {
+    let (dir, image) = (work_dir()?, disk(16)?);
+    let guest = Guest::linux("disk")
+        .disk(image.path(), "raw")
+        .disk_load(16, Rate(400));
+    let (mut source, _) = booted(&guest, dir.path())?;
+    let before = source
+        .console()
+        .next_status(PATIENCE, |status| status.disk > 500)?;
+    let mut destination = Qemu::start(
+        &guest,
+        Place {
+            incoming: true,
+            ..Place::new(dir.path(), "destination")
+        },
+    )?;
+    source.migrate(&mut destination, &dir.path().join("migration"), PATIENCE)?;
+    drop(source);
+    // Each of the 1024 landing pages has been read into, and looked at before, since.
+    destination
+        .console()
+        .next_status(PATIENCE, |status| status.disk > before.disk + 2 * 1024)?;
+    ensure!(verdict(&mut destination, "after")?);
+    Ok(())
+}
+
+#[test]
+fn linux_notices_a_lost_disk_read() -> Result<()> {
+    let (dir, image) = (work_dir()?, disk(16)?);
+    // Only the disk's pages are stamped here.
+    let guest = Guest::linux("landed")
+        .working_set(0)
+        .disk(image.path(), "raw")
+        .disk_load(16, Rate(20));
+    let (mut qemu, _) = booted(&guest, dir.path())?;
+    qemu.console().next_status(PATIENCE, |status| status.disk > 20)?;
+    ensure!(verdict(&mut qemu, "before")?);
+    qemu.stop()?;
+    let ram = qemu.ram()?;
+    for page in ram.stamped()? {
+        ram.overwrite(page.offset, &Page::ZEROED)?;
+    }
+    qemu.resume()?;
+    ensure!(
+        !verdict(&mut qemu, "after")?,
+        "the guest calls lost disk reads good"
+    );
+    let errors = qemu.console().errors()?;
+    ensure!(
+        errors
+            .iter()
+            .any(|line| line.contains("area=landed") && line.contains("kind=zeroed")),
+        "{errors:?}"
+    );
+    Ok(())
+}
+
+/// A network namespace with a bridge and a tap device on it; ends with the value.
+struct Network {
+    name: String,
+}
+
+impl Network {
+    const HOST: &str = "192.168.77.1/24";
+    const TAP: &str = "tap0";
+
+    fn new() -> Result<Self> {
+        let network = Network {
+            name: format!("ferry-guests-{}", std::process::id()),
+        };
+        ip(&["netns", "add", &network.name])?;
+        for arguments in [
+            "link add labbr0 type bridge".to_owned(),
+            format!("addr add {} dev labbr0", Self::HOST),
+            "link set labbr0 up".to_owned(),
+            format!("tuntap add dev {} mode tap", Self::TAP),
+            format!("link set {} master labbr0 up", Self::TAP),
+        ] {
+            let words: Vec<&str> = ["-n", &network.name]
+                .into_iter()
+                .chain(arguments.split(' '))
+                .collect();
+            ip(&words)?;
+        }
+        Ok(network)
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.name)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        if let Err(error) = ip(&["netns", "delete", &self.name]) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("ip")
+        .args(arguments)
+        .output()
+        .context("cannot run ip")?;
+    ensure!(
+        output.status.success(),
+        "ip {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+#[test]
+fn a_stop_is_measured_from_outside_and_by_the_real_time_clock() -> Result<()> {
+    let (dir, network) = (work_dir()?, Network::new()?);
+    let address: Address = "192.168.77.101/24".parse().expect("an address");
+    let guest = Guest::linux("beat").network("labbr0", address);
+    let place = Place {
+        tap: Some((&network.name, Network::TAP)),
+        ..Place::new(dir.path(), "only")
+    };
+    let listener = Listener::start(Some(&network.path()))?;
+    let mut qemu = Qemu::start(&guest, place)?;
+    let remote = Remote::new(Some(&network.path()), address.ip)?;
+    ensure!(remote.check("udp", PATIENCE)?.ok());
+    listener.wait(address.ip, 500, PATIENCE)?;
+    // The clock of lost time needs a whole second to find where seconds begin.
+    let from = qemu.console().next_status(PATIENCE, |_| true)?;
+    qemu.console()
+        .next_status(PATIENCE, |status| status.t > from.t + 2.5)?;
+    remote.order("reset", PATIENCE)?;
+    listener.reset();
+    listener.wait(address.ip, 500, PATIENCE)?;
+
+    qemu.stop()?;
+    let stopped = Instant::now();
+    std::thread::sleep(Duration::from_millis(300)); // what is measured, not waited for
+    let stop = stopped.elapsed();
+    qemu.resume()?;
+
+    let numbers = listener.heard(address.ip).newest;
+    listener.wait(address.ip, 1000, PATIENCE)?;
+    let heard = listener.heard(address.ip);
+    ensure!(
+        heard.longest.length >= stop,
+        "stopped for {stop:?}, heard {heard:?}"
+    );
+    ensure!(heard.repeated == 0 && heard.newest > numbers, "{heard:?}");
+    // A real-time clock's second that began in the stop is not seen: allow for the loop's own 1 ms turns.
+    let lost = stop.as_secs_f64() * 1e3 - 20.0;
+    qemu.console()
+        .next_status(PATIENCE, |status| status.lost_ms >= lost)?;
+
+    ensure!(
+        remote.order("set 1000", PATIENCE).is_err(),
+        "more working set than memory must be refused"
+    );
+    remote.order("rate 0", PATIENCE)?;
+    qemu.console().next_status(PATIENCE, |status| status.rate == 0)?;
+    remote.order("quit", PATIENCE)?;
+    qemu.wait(PATIENCE)
 }
 
 /// The boot sector's range in these tests, MiB.

@@ -96,9 +96,9 @@ impl Guest {
         let mut letters = 'a'..='z';
         if let Kind::Boot { .. } = self.kind {
             letters.next();
-            let sector = escaped(&self.sector_in(&self.dir).to_string_lossy());
+            let disk = escaped(&self.boot_disk_in(&self.dir).to_string_lossy());
             add(format_args!(
-                "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{sector}'/>\
+                "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{disk}'/>\
                  <target dev='vda' bus='virtio'/><readonly/></disk>"
             ));
         }

@@ -21,6 +21,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Mark in the boot sector before the two numbers that may be changed (`guests/boot.S`).
 const SECTOR_MARK: &[u8] = b"FERRY:)\n";
 const SECTOR_SIZE: usize = 512;
+/// Size of the disk it is on: SeaBIOS does not boot a virtio disk of less than a cylinder.
+const BOOT_DISK_SIZE: usize = 1 << 20;
 
 /// The built files.
 #[derive(Clone, Debug)]
@@ -58,11 +60,11 @@ impl Images {
         Ok(())
     }
 
-    /// The boot sector for a range from 1 MiB to `end_mib`, with `spins` PAUSE instructions after each page.
+    /// The disk with the boot sector for a range from 1 MiB to `end_mib`, with `spins` PAUSE instructions after each page.
     ///
     /// # Errors
     /// If the range is empty or beyond 2 GiB, or the built sector is not one of ours.
-    pub fn boot_sector(&self, end_mib: u32, spins: u32) -> Result<Vec<u8>> {
+    pub fn boot_disk(&self, end_mib: u32, spins: u32) -> Result<Vec<u8>> {
         ensure!(
             (2..=2048).contains(&end_mib),
             "a boot sector's range ends between 2 and 2048 MiB, not at {end_mib}"
@@ -81,6 +83,7 @@ impl Images {
         let numbers = mark.context("the boot sector has no mark")? + SECTOR_MARK.len();
         sector[numbers..numbers + 4].copy_from_slice(&(end_mib << 20).to_le_bytes());
         sector[numbers + 4..numbers + 8].copy_from_slice(&spins.to_le_bytes());
+        sector.resize(BOOT_DISK_SIZE, 0);
         Ok(sector)
     }
 }

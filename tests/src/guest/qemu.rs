@@ -196,6 +196,19 @@ impl Qemu {
         self.execute("cont", json!({})).map(drop)
     }
 
+    /// Waits until QEMU has ended by itself.
+    ///
+    /// # Errors
+    /// When `patience` is over.
+    pub fn wait(mut self, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        while self.child.try_wait().context("cannot wait for QEMU")?.is_none() {
+            ensure!(Instant::now() < deadline, "QEMU did not end within {patience:?}");
+            thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
     /// Migrates to `destination`, QEMU's own way, and waits until the guest runs there.
     ///
     /// # Errors
@@ -310,10 +323,10 @@ fn arguments(guest: &Guest, place: &Place, qmp: &Path, serial: &Path, ram: &Path
             add("-append", Guest::command_line(config));
         }
         Kind::Boot { .. } => {
-            let sector = guest.sector_in(place.dir);
+            let disk = guest.boot_disk_in(place.dir);
             add(
                 "-drive",
-                format!("file={},format=raw,if=virtio,readonly=on", sector.display()),
+                format!("file={},format=raw,if=virtio,readonly=on", disk.display()),
             );
         }
     }

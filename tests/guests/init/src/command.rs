@@ -11,9 +11,8 @@
 //!
 //! The answer goes to who asked; a verdict is said on the serial console, too.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::net::UdpSocket;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -23,7 +22,6 @@ use nix::sys::termios::{self, LocalFlags, SetArg};
 
 use crate::report::{say, status};
 use crate::{boot, clock, Guest};
-use std::sync::atomic::Ordering;
 
 /// Carries a command out; the answer is without the prefix that all lines have.
 fn carry_out(guest: &Guest, command: &str) -> Result<String, String> {
@@ -113,17 +111,18 @@ pub fn serve_udp(guest: &Guest) {
     }
 }
 
-/// Answers lines typed at the serial console, for ever. The console echoes nothing, so that its log holds only what the guest says.
+/// Stops the console's echo, so that the log holds only what the guest says, line by line.
+pub fn silence_echo() -> Result<(), String> {
+    let failed = |errno| format!("cannot set the console up: {errno}");
+    let console = std::io::stdin();
+    let mut terminal = termios::tcgetattr(&console).map_err(failed)?;
+    terminal.local_flags.remove(LocalFlags::ECHO);
+    termios::tcsetattr(&console, SetArg::TCSANOW, &terminal).map_err(failed)
+}
+
+/// Answers lines typed at the console, for ever. Verdicts are said there in any case.
 pub fn serve_serial(guest: &Guest) {
-    let Ok(console) = File::open("/dev/ttyS0") else {
-        return;
-    };
-    if let Ok(mut terminal) = termios::tcgetattr(&console) {
-        terminal.local_flags.remove(LocalFlags::ECHO);
-        // A console that echoes is a nuisance, no failure.
-        let _ = termios::tcsetattr(&console, SetArg::TCSANOW, &terminal);
-    }
-    for line in BufReader::new(console).lines().map_while(Result::ok) {
+    for line in std::io::stdin().lines().map_while(Result::ok) {
         if line.trim().is_empty() {
             continue;
         }

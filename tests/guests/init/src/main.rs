@@ -44,6 +44,7 @@ struct Guest {
 fn start(report: &Arc<Report>) -> Result<Guest, String> {
     boot::mount_all()?;
     let config = Config::parse(&boot::command_line()?)?;
+    command::silence_echo()?;
     boot::load_modules()?;
     if let Some(address) = config.ip {
         net::bring_up("eth0", address)?;
