@@ -86,3 +86,32 @@ pub fn downtime(source: SourcePause, destination: DestinationPause) -> crate::re
         last_copy_bytes: source.bytes,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commitment_survives_its_text() {
+        let totals = Totals {
+            frames: 3,
+            data_bytes: 8192,
+            zero_bytes: 4096,
+            wire_bytes: 9000,
+            digest: u128::MAX - 5,
+        };
+        let ask = Ask::Commit {
+            totals: vec![totals],
+            memory: None,
+        };
+        let text = serde_json::to_string(&ask).unwrap();
+        let Ok(Ask::Commit {
+            totals: back,
+            memory: None,
+        }) = serde_json::from_str(&text)
+        else {
+            panic!("{text}")
+        };
+        assert_eq!(back, [totals]);
+    }
+}

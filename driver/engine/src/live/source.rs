@@ -76,6 +76,7 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     control.reply(Reply::Offer(inspected.offer.clone()));
     match signals.next_request(Some(deadline(UNTIL_PERFORM))) {
         Some(Request::Precopy { answer }) => inspected.migrate(&place, &answer),
+        Some(Request::Conclude { .. }) => control.reply(Reply::Concluded),
         _ => tracing::info!("libvirt did not come to its Perform; the engine ends"),
     }
 }
