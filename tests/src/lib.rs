@@ -18,3 +18,4 @@ pub mod wait;
 pub fn skipped(reason: &str) {
     println!("\nSKIPPED: {reason}");
 }
+pub mod guest;

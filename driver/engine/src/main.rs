@@ -1,2 +1,92 @@
-//! The engine process of one migration on one host.
-fn main() {}
+//! `virt-ferry-engine`: one process a migration and host, started by the plug-in.
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use ferry_engine::control::{Control, Meter};
+use ferry_engine::live::signals::Signals;
+use ferry_engine::live::{destination, source};
+use ferry_engine::qemu::{Monitor, MonitorError};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Moves the memory of one guest, for libvirt's plug-in.
+#[derive(Parser)]
+#[command(
+    version,
+    about,
+    after_help = "Examples:\n  virt-ferry-engine report /var/log/virt-ferry/guest-….json --svg move.svg\n  virt-ferry-engine rescue /var/lib/libvirt/qemu/domain-1-guest/virt-ferry-monitor.sock"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve the plug-in of the host a guest leaves; requests come on standard input, a socket
+    Source,
+    /// Serve the plug-in of the host a guest comes to; requests come on standard input, a socket
+    Destination,
+    /// Clear x-ignore-shared on a QEMU whose engine died
+    Rescue {
+        /// The QEMU's private monitor
+        monitor: PathBuf,
+    },
+    /// Show the timeline of a migration
+    Report {
+        /// The timeline, a JSON file
+        file: PathBuf,
+        /// Draw it into this file
+        #[arg(long)]
+        svg: Option<PathBuf>,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("VIRT_FERRY_LOG");
+    tracing_subscriber::fmt()
+        .with_env_filter(filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")))
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
+    match arguments.command {
+        Command::Source => serve(source::run),
+        Command::Destination => serve(destination::run),
+        Command::Rescue { monitor } => rescue(&monitor),
+        Command::Report { file, svg } => Ok(ferry_engine::report::command(
+            &file,
+            svg.as_deref(),
+            &mut std::io::stdout(),
+        )?),
+    }
+}
+
+fn serve(role: fn(&Control, &Arc<Meter>, &Arc<Signals>)) -> anyhow::Result<()> {
+    let socket = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("standard input is not the plug-in's socket")?;
+    let (meter, signals) = (Arc::new(Meter::default()), Arc::new(Signals::default()));
+    let control = Control::open(UnixStream::from(socket), Arc::clone(&meter), Arc::clone(&signals))
+        .context("cannot listen to the plug-in")?;
+    role(&control, &meter, &signals);
+    Ok(())
+}
+
+/// Waits for QEMU's migration to end, if one is under way, and clears the capability.
+fn rescue(monitor: &std::path::Path) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(8);
+    let mut qemu = Monitor::connect(monitor, deadline)?;
+    loop {
+        match qemu.set_ignore_shared(false, deadline) {
+            Err(MonitorError::Refused { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            outcome => return Ok(outcome?),
+        }
+    }
+}

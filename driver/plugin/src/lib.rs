@@ -1,1 +1,26 @@
-//! The plug-in.
+//! `libvirt_driver_ferry.so`: preloaded into libvirtd or virtqemud, it gives eligible migrations to the engine.
+//!
+//! ```text
+//!  libvirt's dispatcher
+//!        │ virDomainMigrate…3Params, virDomainGetJob…, execve
+//!  ┌─────▼──────┐   not ours    ┌─────────────────┐
+//!  │ interpose/ │ ────────────▶ │ the real libvirt│
+//!  └─────┬──────┘               └────────▲────────┘
+//!  ┌─────▼──────┐  phases (libvirt/)     │
+//!  │   live/    │ ───────────────────────┘
+//!  └─────┬──────┘
+//!  ┌─────▼──────┐  one engine process a migration
+//!  │   engine   │ ═══════▶ virt-ferry-engine
+//!  └────────────┘
+//! ```
+//!
+//! Rules of this house: catch every panic at the border, bound every wait, hold no lock while waiting, fall
+//! through when in doubt. The plug-in decides and delegates; it never copies a page.
+
+mod engine;
+mod host;
+mod interpose;
+mod libvirt;
+mod live;
+mod load;
+mod sessions;

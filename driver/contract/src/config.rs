@@ -1,0 +1,145 @@
+//! `/etc/virt-ferry/virt-ferry.toml`: all optional, unknown keys refused with their line.
+
+use crate::control::Settings;
+use crate::session::Encryption;
+use serde::Deserialize;
+use std::path::PathBuf;
+
+/// Where the plug-in looks for its configuration; it need not exist.
+pub const PATH: &str = "/etc/virt-ferry/virt-ferry.toml";
+
+/// The configuration of one host.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// `false`: every migration is libvirt's own, and no QEMU gets a private monitor.
+    pub enabled: bool,
+    /// Whether the engines encrypt; the stricter of the two hosts decides.
+    pub encryption: Encryption,
+    /// Parallel streams for the memory, 1 to 16.
+    pub streams: u16,
+    /// First and last TCP port to listen on for incoming guests: libvirt's own range, which firewalls know.
+    pub ports: [u16; 2],
+    /// Compare all of the guest's memory on both hosts, byte for byte, before each commitment. A test mode: it
+    /// lengthens the pause by reading all of the memory on both hosts.
+    pub verify_memory: bool,
+    /// The engine's program.
+    pub engine: PathBuf,
+    /// Where sockets go.
+    pub runtime_directory: PathBuf,
+    /// Where timelines go.
+    pub log_directory: PathBuf,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            encryption: Encryption::Always,
+            streams: 1,
+            ports: [49152, 49215],
+            verify_memory: false,
+            engine: "/usr/lib/virt-ferry/virt-ferry-engine".into(),
+            runtime_directory: "/run/libvirt/virt-ferry".into(),
+            log_directory: "/var/log/virt-ferry".into(),
+        }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// TOML, or a key or value that is not ours.
+    #[error("{0}")]
+    Syntax(String),
+    /// A value outside its range.
+    #[error("{key} = {value} is outside {range}")]
+    Range {
+        /// The key.
+        key: &'static str,
+        /// What it says.
+        value: String,
+        /// What it may say.
+        range: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads a configuration's text; an empty text is the default configuration.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let config: Self = toml::from_str(text).map_err(|error| Error::Syntax(error.to_string()))?;
+        if !(1..=16).contains(&config.streams) {
+            let value = config.streams.to_string();
+            return Err(Error::Range {
+                key: "streams",
+                value,
+                range: "1 to 16",
+            });
+        }
+        let [first, last] = config.ports;
+        if first == 0 || first > last {
+            let value = format!("[{first}, {last}]");
+            return Err(Error::Range {
+                key: "ports",
+                value,
+                range: "[first, last], first at most last",
+            });
+        }
+        Ok(config)
+    }
+
+    /// What the engine needs of it.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            encryption: self.encryption,
+            streams: self.streams,
+            ports: (self.ports[0], self.ports[1]),
+            verify_memory: self.verify_memory,
+            runtime_directory: self.runtime_directory.clone(),
+            log_directory: self.log_directory.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absent_means_default() {
+        assert_eq!(Config::parse(""), Ok(Config::default()));
+    }
+
+    #[test]
+    fn each_key_is_heard() {
+        let text = "enabled = false\nencryption = \"never\"\nstreams = 4\nports = [50000, 50010]\nverify_memory = true\n\
+                    engine = \"/e\"\nruntime_directory = \"/r\"\nlog_directory = \"/l\"\n";
+        let config = Config::parse(text).unwrap();
+        assert!(!config.enabled && config.verify_memory);
+        assert_eq!(
+            (config.encryption, config.streams, config.ports),
+            (Encryption::Never, 4, [50000, 50010])
+        );
+        assert_eq!(config.engine, PathBuf::from("/e"));
+        let settings = config.settings();
+        assert_eq!(
+            (settings.runtime_directory, settings.log_directory),
+            (PathBuf::from("/r"), PathBuf::from("/l"))
+        );
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let Err(Error::Syntax(text)) = Config::parse("enabled = true\nencrypt = \"never\"\n") else {
+            panic!("accepted")
+        };
+        assert!(text.contains("line 2") && text.contains("encrypt"), "{text}");
+    }
+
+    #[test]
+    fn ranges_are_kept() {
+        for text in ["streams = 0", "streams = 17", "ports = [0, 1]", "ports = [5, 4]"] {
+            assert!(matches!(Config::parse(text), Err(Error::Range { .. })), "{text}");
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! What a plug-in and the engine it started say to each other: one JSON object a line over a socket pair.
+//!
+//! The plug-in asks ([`Request`]) and waits for one [`Reply`], always with a time limit; the engine may send
+//! [`Statistics`] at any moment. The end of the socket is the end of the session: an engine whose plug-in has
+//! gone undoes what it did and exits; a plug-in whose engine has gone fails the migration.
+//!
+//! ```text
+//!  source:       Inspect → Offer │ NotEligible    Precopy → Switchover    Performed → Committed    Conclude → Concluded
+//!  destination:  Reserve → Reserved               Attach  → Listening     Finish    → Committed    Conclude → Concluded
+//!  anywhere:     Failed instead of the reply; Cancel ends what is under way with Failed(Cancelled)
+//! ```
+
+use crate::cookie::{Answer, Offer};
+use crate::session::{Encryption, Guest};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The longest line either side accepts, in bytes.
+pub const MAX_LINE: usize = 1 << 20;
+
+/// What the engine needs of the configuration, handed over so that one migration sees one configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// See [`Encryption`].
+    pub encryption: Encryption,
+    /// Parallel streams for memory, 1 to 16.
+    pub streams: u16,
+    /// First and last TCP port the destination may listen on.
+    pub ports: (u16, u16),
+    /// Compare all of the guest's memory on both hosts, byte for byte, before the commitment (a test mode).
+    pub verify_memory: bool,
+    /// Where the engine makes its sockets.
+    pub runtime_directory: PathBuf,
+    /// Where the timelines go.
+    pub log_directory: PathBuf,
+}
+
+/// What the plug-in asks of its engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Source, pre-migration: is this guest eligible, and what is to be moved?
+    Inspect {
+        /// The guest.
+        guest: Guest,
+        /// This host's name, for messages and the timeline.
+        host: String,
+        /// The private QMP monitor of the guest's QEMU.
+        monitor: PathBuf,
+        /// The configuration in force.
+        settings: Settings,
+    },
+    /// Source, pre-copy: connect to the destination and copy until the rest is small.
+    Precopy {
+        /// What the destination answered.
+        answer: Answer,
+    },
+    /// Source: libvirt's Perform has returned.
+    Performed {
+        /// It returned success.
+        success: bool,
+    },
+    /// Destination, reservation: would this guest fit?
+    Reserve {
+        /// The guest.
+        guest: Guest,
+        /// This host's name.
+        host: String,
+        /// What the source offered.
+        offer: Offer,
+        /// The directory that will hold the guest's RAM files.
+        memory_directory: PathBuf,
+        /// Bytes already promised to other migrations in flight and not yet resident.
+        promised: u64,
+        /// The configuration in force.
+        settings: Settings,
+    },
+    /// Destination, reservation: libvirt has started QEMU; take hold of it and listen.
+    Attach {
+        /// The private QMP monitor of the incoming QEMU.
+        monitor: PathBuf,
+        /// The unix socket on which QEMU awaits its stream.
+        incoming: PathBuf,
+        /// The name or address the source shall connect to.
+        host: String,
+        /// The address to listen on; all of them where the operator named none.
+        listen: Option<String>,
+    },
+    /// Destination, commitment: libvirt is about to resume the guest here.
+    Finish,
+    /// Both: libvirt has ended its part.
+    Conclude {
+        /// The guest now belongs to the destination.
+        success: bool,
+    },
+    /// Both: the operator gave the migration up; what is under way ends soon.
+    Cancel,
+}
+
+/// What the engine answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// The guest is eligible; this goes into the cookie.
+    Offer(Offer),
+    /// The guest takes libvirt's own way, for this reason.
+    NotEligible {
+        /// For the log: what about the guest or host is in the way.
+        reason: String,
+    },
+    /// Pre-copy is done: now let QEMU migrate into this socket.
+    Switchover {
+        /// The unix socket the engine relays to the destination's QEMU.
+        socket: PathBuf,
+    },
+    /// The guest fits; the promise stands until the session ends.
+    Reserved,
+    /// The destination awaits the source's engine.
+    Listening(Answer),
+    /// The destination holds all of the guest and its QEMU no longer ignores shared memory.
+    Committed,
+    /// All is put away; the engine exits.
+    Concluded,
+    /// It failed; everything done so far on this host is undone.
+    Failed(Failure),
+}
+
+/// A line from the engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "message", content = "content", rename_all = "kebab-case")]
+pub enum Message {
+    /// The answer to the plug-in's request.
+    Reply(Reply),
+    /// How far the memory is.
+    Progress(Statistics),
+}
+
+/// Why an engine gave up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{cause} (on host {host})")]
+pub struct Failure {
+    /// What kind of failure.
+    pub kind: FailureKind,
+    /// The host it happened on.
+    pub host: String,
+    /// What happened and what to do, in a sentence.
+    pub cause: String,
+}
+
+/// What the plug-in must tell apart in a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// The operator cancelled.
+    Cancelled,
+    /// libvirt's own part failed first, and its error says why.
+    Libvirt,
+    /// Everything else.
+    Failed,
+}
+
+/// How far the memory is: what libvirt's job statistics say while the engine copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Statistics {
+    /// Bytes of guest RAM the engine is responsible for.
+    pub total: u64,
+    /// Bytes whose newest content still has to be sent.
+    pub remaining: u64,
+    /// Bytes of page data sent, all rounds together.
+    pub data: u64,
+    /// Bytes of zero pages and holes told, all rounds together.
+    pub zero: u64,
+    /// Bytes on the wire.
+    pub wire: u64,
+    /// The round, counted from 1; 0 before the first.
+    pub iteration: u64,
+    /// Pages a second the guest dirtied in the last round.
+    pub dirty_rate: u64,
+    /// Bytes a second sent in the last round.
+    pub bandwidth: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_stays_a_line() {
+        let failure = Failure {
+            kind: FailureKind::Cancelled,
+            host: "host1".into(),
+            cause: "two\nlines".into(),
+        };
+        let line = serde_json::to_string(&Message::Reply(Reply::Failed(failure.clone()))).unwrap();
+        assert!(!line.contains('\n'));
+        assert_eq!(
+            serde_json::from_str::<Message>(&line).unwrap(),
+            Message::Reply(Reply::Failed(failure))
+        );
+    }
+
+    #[test]
+    fn progress_round_trips() {
+        let progress = Message::Progress(Statistics {
+            total: 1 << 40,
+            iteration: 3,
+            ..Default::default()
+        });
+        let line = serde_json::to_string(&progress).unwrap();
+        assert_eq!(serde_json::from_str::<Message>(&line).unwrap(), progress);
+    }
+}

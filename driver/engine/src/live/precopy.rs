@@ -1,0 +1,238 @@
+//! Iterative pre-copy on the source: scan, then drain, then copy, round after round; and the last copy.
+
+use super::copy::{self, Outgoing, Sent};
+use super::rounds::{Decision, Limits, Observation, Policy};
+use super::signals::Signals;
+use super::watch::{deadline, Watch, COMMAND};
+use super::working_set::{Deferral, WorkingSet};
+use super::Error;
+use crate::control::Meter;
+use crate::memory::{PageSet, RamFile, WriteTracker, PAGE};
+use crate::qemu::{inject, tracked_ranges, Process, RamBlock};
+use crate::report::{millis, Recorder, Round};
+use crate::wire::{DataSender, Totals};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The guest's memory on its way.
+pub struct Precopy {
+    watch: Arc<Watch>,
+    signals: Arc<Signals>,
+    meter: Arc<Meter>,
+    blocks: Vec<RamBlock>,
+    tracker: WriteTracker,
+    outgoing: Outgoing,
+    working: Vec<WorkingSet>,
+    policy: Policy,
+    round: u32,
+    scanned_at: Instant,
+    sent: Sent,
+}
+
+/// What a scan found.
+#[derive(Debug, Clone, Copy)]
+pub struct Scan {
+    began: Instant,
+    took: Duration,
+    /// Since the scan before.
+    span: Duration,
+    pages: u64,
+}
+
+/// What the last copy was.
+pub struct Last {
+    /// What each stream carried, all rounds together.
+    pub totals: Vec<Totals>,
+    /// Pages of the last copy.
+    pub pages: u64,
+    /// The last pass.
+    pub sent: Sent,
+    /// The guest's RAM, not tracked any more.
+    pub blocks: Vec<RamBlock>,
+}
+
+impl Precopy {
+    /// Begins to track the guest's writes. QEMU's main thread is stopped for about 0.3 ms to make the userfaultfd
+    /// in its process; the vCPUs run on.
+    pub fn begin(
+        process: &Process,
+        watch: Arc<Watch>,
+        signals: Arc<Signals>,
+        meter: Arc<Meter>,
+        blocks: Vec<RamBlock>,
+        streams: Vec<DataSender>,
+    ) -> Result<Self, Error> {
+        let uffd = inject::userfaultfd(process, deadline(COMMAND))?;
+        let tracker = WriteTracker::new(uffd, process, tracked_ranges(&blocks))?;
+        let lengths: Vec<u64> = blocks.iter().map(|block| block.size).collect();
+        Ok(Self {
+            watch,
+            signals,
+            meter,
+            tracker,
+            outgoing: Outgoing::new(streams, &lengths),
+            working: lengths
+                .iter()
+                .map(|length| WorkingSet::new((length / PAGE) as usize))
+                .collect(),
+            policy: Policy::new(Limits {
+                page_size: PAGE,
+                ..Limits::default()
+            }),
+            blocks,
+            round: 0,
+            scanned_at: Instant::now(),
+            sent: Sent::default(),
+        })
+    }
+
+    /// The first pass: arm, drain, then copy everything that is not a hole.
+    pub fn first(&mut self, recorder: &mut Recorder) -> Result<(), Error> {
+        let began = Instant::now();
+        self.tracker.arm()?;
+        self.scanned_at = Instant::now();
+        let scan = Scan {
+            began,
+            took: began.elapsed(),
+            span: Duration::ZERO,
+            pages: 0,
+        };
+        let drained = self.watch.drain()?;
+        let present = self.present()?;
+        let scan = Scan {
+            pages: copy::bytes(&present) / PAGE,
+            ..scan
+        };
+        self.copy(recorder, scan, drained, &present)
+    }
+
+    /// Finds what the guest has written since the last scan, and protects it again.
+    pub fn scan(&mut self) -> Result<Scan, Error> {
+        self.signals.check()?;
+        let began = Instant::now();
+        let mut written: Vec<PageSet> = self.blocks.iter().map(|block| PageSet::new(block.size)).collect();
+        let report = self.tracker.scan_into(&mut written)?;
+        for (working, written) in self.working.iter_mut().zip(&written) {
+            working
+                .absorb(written.words())
+                .map_err(|error| Error::Elsewhere(error.to_string()))?;
+        }
+        let span = began - self.scanned_at;
+        self.scanned_at = began;
+        let scan = Scan {
+            began,
+            took: began.elapsed(),
+            span,
+            pages: report.pages,
+        };
+        self.meter.dirty_rate.store(scan.dirty_rate() as u64, Relaxed);
+        Ok(scan)
+    }
+
+    /// Whether to go on, by what the scan found.
+    pub fn decide(&mut self, scan: &Scan) -> Result<Decision, Error> {
+        let target = self
+            .watch
+            .command(|monitor| monitor.downtime_limit_ms(deadline(COMMAND)))?;
+        self.policy.set_downtime_target(Duration::from_millis(target));
+        Ok(self.policy.decide(&Observation {
+            dirty_pages: scan.pages,
+            pending_pages: self.pending(),
+            sent_bytes: self.sent.data,
+            elapsed: scan.span,
+            bandwidth: None,
+        }))
+    }
+
+    /// A round: drain, then copy what is pending, but for what is written again in every round.
+    pub fn send(&mut self, recorder: &mut Recorder, scan: Scan) -> Result<(), Error> {
+        let drained = self.watch.drain()?;
+        let deferral = Deferral::choose(&self.working, self.policy.deferral_budget());
+        let pages = self.take(deferral);
+        self.copy(recorder, scan, drained, &pages)
+    }
+
+    /// The last copy, of a guest that stands still and whose block I/O has drained: what is pending, and what has
+    /// been given back since it was sent. Then the streams end.
+    pub fn last(mut self, recorder: &mut Recorder) -> Result<Last, Error> {
+        let scan = self.scan()?;
+        let mut pages = self.take(Deferral::Nothing);
+        let dirty = copy::bytes(&pages) / PAGE;
+        let present = self.present()?;
+        for (pages, gone) in pages.iter_mut().zip(self.outgoing.given_back(&present)) {
+            pages.union_with(&gone);
+        }
+        self.copy(recorder, scan, Duration::ZERO, &pages)?;
+        let totals = self.outgoing.finish()?;
+        Ok(Last {
+            totals,
+            pages: dirty,
+            sent: self.sent,
+            blocks: self.blocks,
+        })
+    }
+
+    /// Pages that would have to be sent if the guest stopped now.
+    pub fn pending(&self) -> u64 {
+        self.working.iter().map(WorkingSet::pending_pages).sum()
+    }
+
+    fn present(&self) -> Result<Vec<PageSet>, Error> {
+        self.blocks
+            .iter()
+            .map(|block| copy::present(&block.file))
+            .collect()
+    }
+
+    fn take(&mut self, deferral: Deferral) -> Vec<PageSet> {
+        let mut words = Vec::new();
+        let sets = self.working.iter_mut().zip(&self.blocks).map(|(working, block)| {
+            working.take(deferral, &mut words);
+            PageSet::from_words(block.size, &words)
+        });
+        sets.collect()
+    }
+
+    fn copy(
+        &mut self,
+        recorder: &mut Recorder,
+        scan: Scan,
+        drained: Duration,
+        pages: &[PageSet],
+    ) -> Result<(), Error> {
+        let deferred = self.pending();
+        self.meter.iteration.store(u64::from(self.round) + 1, Relaxed);
+        self.meter.remaining.store(copy::bytes(pages), Relaxed);
+        let files: Vec<&RamFile> = self.blocks.iter().map(|block| &block.file).collect();
+        self.sent = self.outgoing.send(&files, pages, &self.meter, &self.signals)?;
+        self.meter.remaining.store(deferred * PAGE, Relaxed);
+        let bandwidth = self.sent.data as f64 / self.sent.elapsed.as_secs_f64().max(1e-6);
+        self.meter.bandwidth.store(bandwidth as u64, Relaxed);
+        recorder.round(Round {
+            number: self.round,
+            begin_ms: recorder.clock().at(scan.began),
+            scan_ms: millis(scan.took),
+            drain_ms: millis(drained),
+            send_ms: millis(self.sent.elapsed),
+            pages: scan.pages,
+            data_bytes: self.sent.data,
+            zero_bytes: self.sent.zero,
+            hole_bytes: 0,
+            deferred_pages: deferred,
+            dirty_rate: scan.dirty_rate(),
+        });
+        self.round += 1;
+        Ok(())
+    }
+}
+
+impl Scan {
+    /// Pages a second.
+    fn dirty_rate(&self) -> f64 {
+        match self.span.as_secs_f64() {
+            0.0 => 0.0,
+            span => self.pages as f64 / span,
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! QEMU's own stream, handed from one QEMU to the other, both ways.
+//!
+//! Two connections, one a direction: `DeviceState` from source to destination, `ReturnPath` back. What QEMU wrote
+//! before its switch-over passes at once: from libvirt 11 on it waits for an answer of the destination's (12 bytes,
+//! switchover-ack) and spins at full speed until it comes. What it wrote after, device state, is withheld from the
+//! destination's QEMU until all memory is in place there: QEMU reads guest RAM while it loads (virtio rings).
+
+use super::signals::{End, Signals};
+use super::watch::Watch;
+use super::Error;
+use crate::wire::chunk::{self, Kind};
+use crate::wire::Connection;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{sync_channel, Receiver};
+use std::sync::Arc;
+
+/// Bytes read from QEMU at a time.
+const CHUNK: usize = 64 << 10;
+/// Chunks of device state withheld at most; then the source's QEMU waits. At [`CHUNK`] bytes each this is 64 MiB,
+/// far beyond the device state of any machine type without big local memory.
+const WITHHELD: usize = 1024;
+
+/// The socket libvirt's Perform connects to; its path goes with it.
+pub struct Door {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Door {
+    /// Makes the socket, for root only.
+    pub fn open(directory: &Path, session: uuid::Uuid) -> Result<Self, Error> {
+        let failed = Error::system("make the socket for libvirt in the runtime directory");
+        std::fs::create_dir_all(directory).map_err(failed)?;
+        let path = directory.join(format!("{}.out", &session.simple().to_string()[..8]));
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        let door = Self { listener, path };
+        std::fs::set_permissions(&door.path, PermissionsExt::from_mode(0o600)).map_err(failed)?;
+        Ok(door)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Waits for libvirt, for as long as the migration lives.
+    fn accept(&self, signals: &Signals) -> Result<UnixStream, Error> {
+        loop {
+            signals.check()?;
+            let mut polled = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+            // Woken now and then to look whether the migration still lives.
+            if let Ok(1..) = poll(&mut polled, PollTimeout::from(100u16)) {
+                let (stream, _) = self
+                    .listener
+                    .accept()
+                    .map_err(Error::system("accept QEMU's stream"))?;
+                return Ok(stream);
+            }
+        }
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // Nobody else knows it; at worst a dead socket stays until the host restarts.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Runs a direction of the relay on its own thread; its failure ends the migration.
+fn run(
+    name: &str,
+    signals: &Arc<Signals>,
+    relay: impl FnOnce() -> Result<(), Error> + Send + 'static,
+) -> Result<(), Error> {
+    let signals = Arc::clone(signals);
+    let body = move || {
+        if let Err(error) = relay() {
+            signals.end(End::Failed(error.to_string()));
+        }
+    };
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(Error::system("start a thread"))?;
+    Ok(())
+}
+
+/// The source's relay: from libvirt's connection to the destination's engine and back.
+pub fn from_source(
+    door: Door,
+    watch: Arc<Watch>,
+    signals: &Arc<Signals>,
+    out: Connection,
+    back: Connection,
+) -> Result<(), Error> {
+    let inner = Arc::clone(signals);
+    run("relay", signals, move || {
+        let qemu = door.accept(&inner)?;
+        drop(door);
+        inner
+            .watch_socket(&qemu)
+            .map_err(Error::system("share QEMU's stream"))?;
+        let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
+        run("return-path", &inner, move || to_qemu(back, &other))?;
+        from_qemu(qemu, out, |switched| match switched {
+            true => Ok(Kind::Held),
+            // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
+            false => watch
+                .before_switchover()
+                .map(|before| if before { Kind::Early } else { Kind::Held }),
+        })
+    })
+}
+
+/// The destination's relay: from the source's engine to the QEMU that waits at `incoming`, and back.
+pub fn to_destination(
+    incoming: PathBuf,
+    signals: &Arc<Signals>,
+    mut from: Connection,
+    back: Connection,
+) -> Result<(), Error> {
+    // Read on while device state is withheld: a sender whose data stays in the socket would give us up for dead.
+    let (queue, chunks) = sync_channel(WITHHELD);
+    run("relay", signals, move || loop {
+        let mut bytes = Vec::new();
+        let kind = chunk::receive(&mut from, &mut bytes)?;
+        if queue.send((kind, bytes)).is_err() {
+            return Ok(());
+        }
+        match kind {
+            Kind::Early | Kind::Held => {}
+            Kind::Eof => return Ok(from.end_receiving()?),
+            Kind::Abort => return Err(Error::Elsewhere("the source ended its stream".into())),
+        }
+    })?;
+    let inner = Arc::clone(signals);
+    run("deliver", signals, move || {
+        deliver(&incoming, &inner, &chunks, back)
+    })
+}
+
+fn deliver(
+    incoming: &Path,
+    signals: &Arc<Signals>,
+    chunks: &Receiver<(Kind, Vec<u8>)>,
+    back: Connection,
+) -> Result<(), Error> {
+    let Ok(mut next) = chunks.recv() else {
+        return Ok(());
+    };
+    // QEMU begins to load with the first byte, so it is connected to no sooner.
+    let qemu = UnixStream::connect(incoming).map_err(Error::system("connect to the incoming QEMU"))?;
+    signals
+        .watch_socket(&qemu)
+        .map_err(Error::system("share QEMU's stream"))?;
+    let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
+    run("return-path", signals, move || {
+        from_qemu(other, back, |_| Ok(Kind::Early))
+    })?;
+    loop {
+        let (kind, bytes) = next;
+        match kind {
+            Kind::Held => signals.wait_for_commitment()?,
+            Kind::Early => {}
+            Kind::Eof | Kind::Abort => {
+                end_writing(&qemu);
+                return Ok(());
+            }
+        }
+        if !write(&qemu, &bytes)? {
+            return Ok(());
+        }
+        match chunks.recv() {
+            Ok(chunk) => next = chunk,
+            Err(_) => return Ok(()),
+        }
+    }
+}
+
+/// From a QEMU to the other engine, until QEMU closes. `kind` is told whether held chunks have begun.
+fn from_qemu(
+    mut qemu: UnixStream,
+    mut to: Connection,
+    mut kind: impl FnMut(bool) -> Result<Kind, Error>,
+) -> Result<(), Error> {
+    let mut buffer = vec![0; CHUNK];
+    let mut held = false;
+    loop {
+        let count = match qemu.read(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            // QEMU closed with something unread: its end all the same; its monitor says whether it is well.
+            Err(_) => 0,
+        };
+        if count == 0 {
+            chunk::send(&mut to, Kind::Eof, &[])?;
+            return Ok(to.end_sending()?);
+        }
+        let kind = kind(held)?;
+        held |= kind == Kind::Held;
+        chunk::send(&mut to, kind, &buffer[..count])?;
+    }
+}
+
+/// From the other engine to a QEMU, until the other QEMU has closed.
+fn to_qemu(mut from: Connection, qemu: &UnixStream) -> Result<(), Error> {
+    let mut bytes = Vec::new();
+    loop {
+        match chunk::receive(&mut from, &mut bytes)? {
+            Kind::Early | Kind::Held => {
+                // A QEMU that has closed needs no more; what follows is read and dropped.
+                write(qemu, &bytes)?;
+            }
+            Kind::Eof => {
+                end_writing(qemu);
+                return Ok(from.end_receiving()?);
+            }
+            Kind::Abort => return Err(Error::Elsewhere("the other engine ended QEMU's stream".into())),
+        }
+    }
+}
+
+/// Writes to a QEMU; false where it has closed.
+fn write(mut qemu: &UnixStream, bytes: &[u8]) -> Result<bool, Error> {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+    match qemu.write_all(bytes) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset) => Ok(false),
+        Err(error) => Err(Error::system("write to QEMU's stream")(error)),
+    }
+}
+
+fn end_writing(qemu: &UnixStream) {
+    // ENOTCONN: QEMU has closed already.
+    let _ = qemu.shutdown(Shutdown::Write);
+}

@@ -1,0 +1,167 @@
+//! Reservation: would this guest fit on this host? Asked before libvirt starts anything.
+
+use super::Error;
+use ferry_contract::session::Block;
+use std::path::Path;
+
+/// What this host has, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Free on the file system that holds guests' RAM files.
+    pub file_system: u64,
+    /// Memory that can be had without swapping (MemAvailable).
+    pub memory: u64,
+}
+
+/// A guest that does not fit; each cause names the numbers, in MiB.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest needs {needed} MiB of memory and {promised} MiB are promised to other guests on their way here, \
+     but {place} has {room} MiB left; free memory there, or choose another host"
+)]
+pub struct NoRoom {
+    needed: u64,
+    promised: u64,
+    room: u64,
+    place: String,
+}
+
+/// Whether the resident part of these blocks fits beside what is promised already. The rest of a guest's memory is
+/// as overcommitted as it was at the source.
+pub fn check(blocks: &[Block], promised: u64, room: Room, directory: &Path) -> Result<(), NoRoom> {
+    let needed = blocks
+        .iter()
+        .map(|block| block.resident)
+        .fold(0, u64::saturating_add);
+    let places = [
+        (
+            room.file_system,
+            format!("the file system of {} (memory_backing_dir)", directory.display()),
+        ),
+        (room.memory, "the host's memory".to_owned()),
+    ];
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    for (room, place) in places {
+        if needed.saturating_add(promised) > room {
+            return Err(NoRoom {
+                needed: mib(needed),
+                promised: mib(promised),
+                room: mib(room),
+                place,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The kind of file system guests' RAM files lie on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// Memory: tmpfs.
+    Memory,
+    /// Anything else would write a guest's memory to a disk.
+    Other,
+}
+
+/// Looks at this host.
+pub fn survey(directory: &Path) -> Result<(Room, Backing), Error> {
+    let existing = directory
+        .ancestors()
+        .find(|ancestor| ancestor.exists())
+        .unwrap_or(Path::new("/"));
+    let look = Error::system("look at the directory of guests' memory");
+    let statistics = nix::sys::statvfs::statvfs(existing).map_err(|errno| look(errno.into()))?;
+    let kind = nix::sys::statfs::statfs(existing)
+        .map_err(|errno| Error::system("look at the directory of guests' memory")(errno.into()))?;
+    let free = statistics
+        .blocks_available()
+        .saturating_mul(statistics.fragment_size());
+    let backing = match kind.filesystem_type() {
+        nix::sys::statfs::TMPFS_MAGIC => Backing::Memory,
+        _ => Backing::Other,
+    };
+    let text = std::fs::read_to_string("/proc/meminfo").map_err(Error::system("read /proc/meminfo"))?;
+    let memory =
+        available(&text).ok_or_else(|| Error::Elsewhere("/proc/meminfo has no MemAvailable".into()))?;
+    Ok((
+        Room {
+            file_system: free,
+            memory,
+        },
+        backing,
+    ))
+}
+
+/// MemAvailable in bytes.
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocks() -> Vec<Block> {
+        vec![Block {
+            name: "pc.ram".into(),
+            size: 1 << 30,
+            resident: 100 << 20,
+        }]
+    }
+
+    #[test]
+    fn what_is_promised_counts() {
+        let room = Room {
+            file_system: 150 << 20,
+            memory: 1 << 30,
+        };
+        let directory = Path::new("/ram");
+        assert_eq!(check(&blocks(), 50 << 20, room, directory), Ok(()));
+        let error = check(&blocks(), 51 << 20, room, directory)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("100 MiB") && error.contains("/ram") && error.contains("150 MiB left"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_hosts_memory_counts_too() {
+        let room = Room {
+            file_system: u64::MAX,
+            memory: 99 << 20,
+        };
+        let error = check(&blocks(), 0, room, Path::new("/ram"))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("the host's memory"), "{error}");
+        assert!(check(&blocks(), u64::MAX, room, Path::new("/ram")).is_err());
+    }
+
+    #[test]
+    fn meminfo_is_read() {
+        assert_eq!(
+            available("MemTotal: 5 kB\nMemAvailable:   17 kB\n"),
+            Some(17 * 1024)
+        );
+        assert_eq!(available("MemFree: 5 kB\n"), None);
+        assert_eq!(available("MemAvailable: 99999999999999999999 kB\n"), None);
+    }
+
+    #[test]
+    fn a_directory_still_to_be_made_is_surveyed_by_its_parent() {
+        let (room, backing) = survey(Path::new("/dev/shm/virt-ferry/none")).unwrap();
+        assert_eq!(backing, Backing::Memory);
+        assert!(room.file_system > 0 && room.memory > 0);
+        assert_eq!(survey(Path::new("/proc")).unwrap().1, Backing::Other);
+    }
+}

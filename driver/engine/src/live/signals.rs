@@ -1,0 +1,291 @@
+//! What has happened and who must hear of it: the one place where the threads of a migration meet.
+//!
+//! The plug-in's requests, QEMU's events and anybody's failure come in; whoever waits for one of them wakes. The
+//! first [`End`] wins and breaks every connection of the session, so that no thread stays blocked on the network.
+
+use super::Error;
+use crate::wire::{Breaker, Stopper};
+use ferry_contract::control::Request;
+use std::collections::VecDeque;
+use std::os::unix::net::UnixStream;
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Instant;
+
+/// Requests that may wait; the plug-in sends one at a time.
+const MAX_REQUESTS: usize = 16;
+
+/// Why a migration ends before its time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// The operator gave it up.
+    Cancelled,
+    /// The plug-in let go: the daemon ended, or has no use for the session any more.
+    Abandoned,
+    /// Something failed, in these words.
+    Failed(String),
+}
+
+/// When QEMU did what, as seen here.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Seen {
+    /// STOP: the vCPUs stand still.
+    pub stopped: Option<Instant>,
+    /// MIGRATION pre-switchover: block I/O is drained too.
+    pub drained: Option<Instant>,
+    /// MIGRATION completed.
+    pub completed: Option<Instant>,
+    /// RESUME: the guest runs.
+    pub resumed: Option<Instant>,
+    /// MIGRATION failed or cancelled.
+    pub failed: bool,
+}
+
+#[derive(Default)]
+struct State {
+    requests: VecDeque<Request>,
+    seen: Seen,
+    committed: Option<Instant>,
+    end: Option<End>,
+    abandoned: bool,
+    connections: Vec<Breaker>,
+    sockets: Vec<UnixStream>,
+    listener: Option<Stopper>,
+}
+
+/// The meeting place.
+#[derive(Default)]
+pub struct Signals {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Signals {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change is a whole value; a panicking thread leaves nothing half done.
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The plug-in asks.
+    pub fn request(&self, request: Request) {
+        let mut state = self.lock();
+        if state.requests.len() < MAX_REQUESTS {
+            state.requests.push_back(request);
+        }
+        self.changed.notify_all();
+    }
+
+    /// QEMU did something.
+    pub fn saw(&self, note: impl FnOnce(&mut Seen)) {
+        note(&mut self.lock().seen);
+        self.changed.notify_all();
+    }
+
+    /// What QEMU has done so far.
+    pub fn seen(&self) -> Seen {
+        self.lock().seen
+    }
+
+    /// The destination holds all of the memory: device state may pass.
+    pub fn commit(&self) {
+        self.lock().committed.get_or_insert_with(Instant::now);
+        self.changed.notify_all();
+    }
+
+    /// When that was.
+    pub fn committed(&self) -> Option<Instant> {
+        self.lock().committed
+    }
+
+    /// Ends the migration; the first cause stands.
+    pub fn end(&self, end: End) {
+        let mut state = self.lock();
+        state.abandoned |= end == End::Abandoned;
+        if state.end.is_none() {
+            tracing::debug!(?end, "the session ends");
+            state.end = Some(end);
+            state.break_off();
+        }
+        self.changed.notify_all();
+    }
+
+    /// Fails where the migration has ended.
+    pub fn check(&self) -> Result<(), Error> {
+        self.lock().check()
+    }
+
+    /// A connection to be broken at the end.
+    pub fn watch(&self, breaker: Breaker) {
+        let mut state = self.lock();
+        state.connections.push(breaker);
+        state.break_off_if_ended();
+    }
+
+    /// A socket of QEMU's stream to be shut at the end.
+    pub fn watch_socket(&self, socket: &UnixStream) -> std::io::Result<()> {
+        let socket = socket.try_clone()?;
+        let mut state = self.lock();
+        state.sockets.push(socket);
+        state.break_off_if_ended();
+        Ok(())
+    }
+
+    /// A listener to be stopped at the end.
+    pub fn watch_listener(&self, stopper: Stopper) {
+        let mut state = self.lock();
+        state.listener = Some(stopper);
+        state.break_off_if_ended();
+    }
+
+    /// Waits for the plug-in's next request, also in a migration that has failed: the plug-in will ask and must be
+    /// told. `None` when the plug-in has let go, or at the deadline.
+    pub fn next_request(&self, deadline: Option<Instant>) -> Option<Request> {
+        let mut state = self.lock();
+        loop {
+            if let Some(request) = state.requests.pop_front() {
+                return Some(request);
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if state.abandoned || left.is_some_and(|left| left.is_zero()) {
+                return None;
+            }
+            state = self.sleep(state, left);
+        }
+    }
+
+    /// Waits until QEMU has done what `which` looks for, or the plug-in asks something (which is left in place),
+    /// or the deadline passes; says whether QEMU has done it.
+    pub fn wait_for_qemu(
+        &self,
+        deadline: Instant,
+        which: impl Fn(&Seen) -> bool,
+    ) -> Result<Option<bool>, Error> {
+        self.wait(Some(deadline), |state| {
+            match (which(&state.seen), state.requests.is_empty()) {
+                (true, _) => Some(true),
+                (false, false) => Some(false),
+                (false, true) => None,
+            }
+        })
+    }
+
+    /// Waits for the commitment.
+    pub fn wait_for_commitment(&self) -> Result<(), Error> {
+        self.wait(None, |state| state.committed.map(|_| ())).map(|_| ())
+    }
+
+    /// Waits for whatever `ready` finds; `None` at the deadline. An ended migration is an error, but what is
+    /// ready already is given out first.
+    fn wait<T>(
+        &self,
+        deadline: Option<Instant>,
+        mut ready: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<Option<T>, Error> {
+        let mut state = self.lock();
+        loop {
+            if let Some(found) = ready(&mut state) {
+                return Ok(Some(found));
+            }
+            state.check()?;
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(None);
+            }
+            state = self.sleep(state, left);
+        }
+    }
+
+    fn sleep<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        left: Option<std::time::Duration>,
+    ) -> MutexGuard<'a, State> {
+        match left {
+            None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+            Some(left) => {
+                self.changed
+                    .wait_timeout(state, left)
+                    .unwrap_or_else(|e| e.into_inner())
+                    .0
+            }
+        }
+    }
+}
+
+impl State {
+    fn check(&self) -> Result<(), Error> {
+        match &self.end {
+            None => Ok(()),
+            Some(End::Cancelled) => Err(Error::Cancelled),
+            Some(End::Abandoned) => Err(Error::Abandoned),
+            Some(End::Failed(cause)) => Err(Error::Elsewhere(cause.clone())),
+        }
+    }
+
+    fn break_off_if_ended(&mut self) {
+        if self.end.is_some() {
+            self.break_off();
+        }
+    }
+
+    fn break_off(&mut self) {
+        self.connections
+            .drain(..)
+            .for_each(|connection| connection.break_off());
+        for socket in self.sockets.drain(..) {
+            // One that is closed already needs no shutting.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        if let Some(listener) = self.listener.take() {
+            listener.stop();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_first_end_stands_and_wakes() {
+        let signals = std::sync::Arc::new(Signals::default());
+        let waiting = std::sync::Arc::clone(&signals);
+        let waiter = std::thread::spawn(move || waiting.wait_for_commitment());
+        signals.end(End::Cancelled);
+        signals.end(End::Failed("later".into()));
+        assert!(matches!(waiter.join().unwrap(), Err(Error::Cancelled)));
+    }
+
+    #[test]
+    fn a_failed_migration_still_hears_its_plug_in() {
+        let signals = Signals::default();
+        signals.end(End::Failed("why".into()));
+        signals.request(Request::Finish);
+        assert_eq!(signals.next_request(None), Some(Request::Finish));
+        signals.end(End::Abandoned);
+        assert_eq!(signals.next_request(None), None);
+        assert!(matches!(signals.check(), Err(Error::Elsewhere(_))));
+    }
+
+    #[test]
+    fn waiting_for_qemu_yields_to_the_plug_in() {
+        let signals = Signals::default();
+        let soon = || Instant::now() + Duration::from_millis(1);
+        let stopped = |seen: &Seen| seen.stopped.is_some();
+        assert_eq!(signals.wait_for_qemu(soon(), stopped).unwrap(), None);
+        signals.request(Request::Performed { success: false });
+        assert_eq!(signals.wait_for_qemu(soon(), stopped).unwrap(), Some(false));
+        signals.saw(|seen| seen.stopped = Some(Instant::now()));
+        assert_eq!(signals.wait_for_qemu(soon(), stopped).unwrap(), Some(true));
+    }
+
+    #[test]
+    fn a_socket_watched_too_late_is_shut_at_once() {
+        use std::io::Read;
+        let signals = Signals::default();
+        signals.end(End::Abandoned);
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        signals.watch_socket(&theirs).unwrap();
+        assert_eq!(ours.read(&mut [0; 1]).unwrap(), 0);
+    }
+}

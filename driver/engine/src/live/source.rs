@@ -1,0 +1,479 @@
+//! The source's engine: the guest is here until the destination has committed.
+//!
+//! The stages are values, and each gives the next one away; what belongs to a later stage cannot be had earlier:
+//!
+//! ```text
+//!   Inspected ──precopy──▶ Converged ──stop_and_copy──▶ Moved ──▶ concluded
+//!       └──────────┴───────────────┴── error ──▶ everything undone, the guest runs on
+//! ```
+
+use super::messages::{downtime, Answer, Ask, SourcePause};
+use super::precopy::Precopy;
+use super::relay::{self, Door};
+use super::rounds::Decision;
+use super::signals::{End, Signals};
+use super::verify;
+use super::watch::{deadline, Watch, COMMAND};
+use super::Error;
+use crate::control::{Control, Meter};
+use crate::memory::probe;
+use crate::qemu::{discover, Process, RamBlock};
+use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage};
+use crate::wire::data::WINDOW;
+use crate::wire::{connect, message, Connection, DataSender, Identity, Protection, Purpose, Security};
+use ferry_contract::control::{Reply, Request, Settings};
+use ferry_contract::cookie::{self, Offer};
+use ferry_contract::session::{Block, Encryption, Guest};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// How long a plug-in may take from Begin to Perform: the destination starts QEMU, and may fill its memory first.
+const UNTIL_PERFORM: Duration = Duration::from_secs(15 * 60);
+/// For a connection to the destination.
+const CONNECT: Duration = Duration::from_secs(20);
+/// For the destination to compare and commit.
+const COMMIT: Duration = Duration::from_secs(60);
+/// For the destination to say that the guest runs; the source's guest is ended meanwhile.
+const RESUMED: Duration = Duration::from_secs(10);
+/// For QEMU to leave its own migration after a failure, so that the capability can be cleared.
+const CLEAR: Duration = Duration::from_secs(20);
+/// Between rounds while libvirt prepares the switch-over.
+const STEP: Duration = Duration::from_millis(10);
+
+/// Serves one plug-in, from its first request to its end.
+pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
+    let Some(Request::Inspect {
+        guest,
+        host,
+        monitor,
+        settings,
+    }) = signals.next_request(Some(deadline(UNTIL_PERFORM)))
+    else {
+        return;
+    };
+    let place = Place {
+        control,
+        meter,
+        signals,
+        guest,
+        host,
+        settings,
+    };
+    let span = tracing::info_span!("migration", guest = place.guest.name, role = "source");
+    let _entered = span.enter();
+    let inspected = match Inspected::look(&place, monitor) {
+        Ok(inspected) => inspected,
+        Err(error) => {
+            return control.reply(Reply::NotEligible {
+                reason: error.to_string(),
+            })
+        }
+    };
+    control.reply(Reply::Offer(inspected.offer.clone()));
+    match signals.next_request(Some(deadline(UNTIL_PERFORM))) {
+        Some(Request::Precopy { answer }) => inspected.migrate(&place, &answer),
+        _ => tracing::info!("libvirt did not come to its Perform; the engine ends"),
+    }
+}
+
+/// What every stage needs of its surroundings.
+struct Place<'a> {
+    control: &'a Control,
+    meter: &'a Arc<Meter>,
+    signals: &'a Arc<Signals>,
+    guest: Guest,
+    host: String,
+    settings: Settings,
+}
+
+/// Pre-migration: the guest is eligible and known; nothing about it has changed.
+struct Inspected {
+    offer: Offer,
+    identity: Identity,
+    watch: Arc<Watch>,
+    process: Process,
+    blocks: Vec<RamBlock>,
+}
+
+impl Inspected {
+    fn look(place: &Place<'_>, monitor: PathBuf) -> Result<Self, Error> {
+        probe().map_err(|unsupported| Error::Elsewhere(unsupported.to_string()))?;
+        let watch = Watch::open(&monitor, Arc::clone(place.signals))?;
+        let pid = watch.command(|monitor| monitor.peer_pid())?;
+        let process = Process::open(pid)?;
+        let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
+        let session = Uuid::new_v4();
+        let identity = Identity::generate(session)?;
+        let token = ferry_contract::session::Token::new(*crate::wire::Token::generate()?.expose());
+        let offered = |block: &RamBlock| {
+            let resident = block.file.resident()?.min(block.size);
+            Ok(Block {
+                name: block.name.clone(),
+                size: block.size,
+                resident,
+            })
+        };
+        let offer = Offer {
+            session,
+            token,
+            encryption: place.settings.encryption,
+            certificate: identity.certificate().to_vec(),
+            blocks: blocks.iter().map(offered).collect::<Result<_, Error>>()?,
+        };
+        Ok(Self {
+            offer,
+            identity,
+            watch,
+            process,
+            blocks,
+        })
+    }
+
+    /// All that follows, and the undoing of it where it fails.
+    fn migrate(self, place: &Place<'_>, answer: &cookie::Answer) {
+        let mut recorder = self.recorder(place, answer);
+        let watch = Arc::clone(&self.watch);
+        let moved = self
+            .precopy(place, answer, &mut recorder)
+            .and_then(|converged| converged.stop_and_copy(place, &mut recorder))
+            .and_then(|moved| moved.performed(place));
+        match moved {
+            Ok(moved) => moved.conclude(place, recorder),
+            Err(error) => undo(place, &watch, recorder, &error),
+        }
+    }
+
+    fn recorder(&self, place: &Place<'_>, answer: &cookie::Answer) -> Recorder {
+        let mut recorder = Recorder::new(Migration {
+            session: self.offer.session,
+            role: Role::Source,
+            guest: report::Guest {
+                name: place.guest.name.clone(),
+                uuid: place.guest.uuid,
+            },
+            local_host: place.host.clone(),
+            peer_host: answer.host.clone(),
+            encryption: (answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()),
+            streams: u32::from(place.settings.streams),
+        });
+        recorder.ram(Ram {
+            blocks: self.blocks.len() as u32,
+            bytes: self.blocks.iter().map(|block| block.size).sum(),
+            resident: self.offer.blocks.iter().map(|block| block.resident).sum(),
+        });
+        recorder
+    }
+
+    fn precopy(
+        self,
+        place: &Place<'_>,
+        answer: &cookie::Answer,
+        recorder: &mut Recorder,
+    ) -> Result<Converged, Error> {
+        recorder.enter(Stage::Reservation);
+        place
+            .meter
+            .total
+            .store(self.blocks.iter().map(|block| block.size).sum(), Relaxed);
+        place.meter.remaining.store(
+            self.offer.blocks.iter().map(|block| block.resident).sum(),
+            Relaxed,
+        );
+        let links = Links::connect(place, &self.offer, self.identity, answer)?;
+        recorder.enter(Stage::PreCopy);
+        let mut precopy = Precopy::begin(
+            &self.process,
+            Arc::clone(&self.watch),
+            Arc::clone(place.signals),
+            Arc::clone(place.meter),
+            self.blocks,
+            links.data,
+        )?;
+        precopy.first(recorder)?;
+        loop {
+            let scan = precopy.scan()?;
+            match precopy.decide(&scan)? {
+                Decision::StopAndCopy {
+                    why, expected_pause, ..
+                } => {
+                    recorder.note(format!(
+                        "stop-and-copy: {why}, {:.1} ms expected",
+                        millis(expected_pause)
+                    ));
+                    break;
+                }
+                Decision::Continue { wait, .. } => {
+                    precopy.send(recorder, scan)?;
+                    if !wait.is_zero() {
+                        place.signals.wait_for_qemu(deadline(wait), |_| false)?;
+                    }
+                }
+            }
+        }
+        Ok(Converged {
+            session: self.offer.session,
+            watch: self.watch,
+            precopy,
+            control: links.control,
+            device_state: links.device_state,
+            return_path: links.return_path,
+        })
+    }
+}
+
+/// The connections of a session.
+struct Links {
+    control: Connection,
+    data: Vec<DataSender>,
+    device_state: Connection,
+    return_path: Connection,
+}
+
+impl Links {
+    fn connect(
+        place: &Place<'_>,
+        offer: &Offer,
+        identity: Identity,
+        answer: &cookie::Answer,
+    ) -> Result<Self, Error> {
+        let protection = match (place.settings.encryption, answer.encryption) {
+            (_, Encryption::Always) => Protection::Encrypted {
+                identity,
+                peer: answer.certificate.clone(),
+            },
+            (Encryption::Never, Encryption::Never) => Protection::Plain,
+            (Encryption::Always, Encryption::Never) => {
+                return Err(Error::Refused(format!(
+                    "host {} would not encrypt, but this host's configuration says encryption = \"always\"",
+                    answer.host
+                )))
+            }
+        };
+        let token = (*offer.token.bytes()).into();
+        let security = Security {
+            session: offer.session,
+            token,
+            protection,
+        };
+        let addresses: Vec<SocketAddr> = (answer.host.as_str(), answer.port)
+            .to_socket_addrs()
+            .map_err(Error::system("find the address of the destination's engine"))?
+            .collect();
+        let end = deadline(CONNECT);
+        let open = |purpose| -> Result<Connection, Error> {
+            place.signals.check()?;
+            Ok(connect(&addresses, &security, purpose, end)?)
+        };
+        let watched = |purpose| -> Result<Connection, Error> {
+            let connection = open(purpose)?;
+            place.signals.watch(connection.breaker());
+            Ok(connection)
+        };
+        let mut control = open(Purpose::Control)?;
+        let streams = place.settings.streams;
+        let greeting = Ask::Open {
+            streams,
+            host: place.host.clone(),
+        };
+        control.set_deadline(Some(end))?;
+        message::send(&mut control, &greeting)?;
+        let data = (0..streams).map(|number| Ok(DataSender::new(watched(Purpose::Data(number))?, WINDOW)));
+        let data = data.collect::<Result<_, Error>>()?;
+        let device_state = watched(Purpose::DeviceState)?;
+        let return_path = watched(Purpose::ReturnPath)?;
+        match message::receive(&mut control)? {
+            Answer::Ready { .. } => {}
+            Answer::Refused { cause } => return Err(Error::Refused(cause)),
+            other => return Err(out_of_turn(&other)),
+        }
+        Ok(Self {
+            control,
+            data,
+            device_state,
+            return_path,
+        })
+    }
+}
+
+fn out_of_turn(answer: &Answer) -> Error {
+    Error::Elsewhere(format!(
+        "the destination's engine answered out of turn: {answer:?}"
+    ))
+}
+
+/// Pre-copy is done: what is left fits the pause. The streams stay open.
+struct Converged {
+    session: Uuid,
+    watch: Arc<Watch>,
+    precopy: Precopy,
+    control: Connection,
+    device_state: Connection,
+    return_path: Connection,
+}
+
+impl Converged {
+    /// Lets libvirt begin QEMU's own migration, and copies on until the guest stands still; then the last copy,
+    /// and the commitment.
+    fn stop_and_copy(self, place: &Place<'_>, recorder: &mut Recorder) -> Result<Moved, Error> {
+        let Self {
+            mut precopy,
+            mut control,
+            watch,
+            ..
+        } = self;
+        let door = Door::open(&place.settings.runtime_directory, self.session)?;
+        let socket = door.path().to_owned();
+        relay::from_source(
+            door,
+            Arc::clone(&watch),
+            place.signals,
+            self.device_state,
+            self.return_path,
+        )?;
+        watch.ignore_shared()?;
+        place.control.reply(Reply::Switchover { socket });
+        loop {
+            let done = |seen: &super::signals::Seen| seen.drained.is_some() || seen.failed;
+            match place.signals.wait_for_qemu(deadline(STEP), done)? {
+                Some(true) if place.signals.seen().failed => return Err(Error::Libvirt),
+                Some(true) => break,
+                // libvirt's Perform is over, and QEMU never came to its switch-over.
+                Some(false) => return Err(Error::Libvirt),
+                None => {
+                    let scan = precopy.scan()?;
+                    if precopy.pending() > 0 {
+                        precopy.send(recorder, scan)?;
+                    }
+                }
+            }
+        }
+        recorder.enter(Stage::StopAndCopy);
+        let seen = place.signals.seen();
+        let drained = seen.drained.unwrap_or_else(Instant::now);
+        let last = precopy.last(recorder)?;
+        recorder.enter(Stage::Commitment);
+        let files = last.blocks.iter().map(|block| &block.file);
+        let memory = place
+            .settings
+            .verify_memory
+            .then(|| verify::digest(files))
+            .transpose()?;
+        control.set_deadline(Some(deadline(COMMIT)))?;
+        match message::ask(
+            &mut control,
+            &Ask::Commit {
+                totals: last.totals.clone(),
+                memory,
+            },
+        )? {
+            Answer::Committed => {}
+            Answer::Refused { cause } => return Err(Error::Refused(cause)),
+            other => return Err(out_of_turn(&other)),
+        }
+        place.signals.commit();
+        let pause = SourcePause {
+            stop_ms: millis(drained - seen.stopped.unwrap_or(drained).min(drained)),
+            last_copy_ms: millis(drained.elapsed()),
+            pages: last.pages,
+            bytes: last.sent.data,
+        };
+        recorder.totals(report::Totals::from_streams(&last.totals));
+        Ok(Moved {
+            watch,
+            control,
+            pause,
+        })
+    }
+}
+
+/// The destination has committed: it holds the guest's memory, and device state is on its way.
+struct Moved {
+    watch: Arc<Watch>,
+    control: Connection,
+    pause: SourcePause,
+}
+
+impl Moved {
+    /// libvirt's Perform is over. Had it failed, the guest would go on here; either way its QEMU must not ignore
+    /// its memory any longer.
+    fn performed(self, place: &Place<'_>) -> Result<Self, Error> {
+        match place.signals.next_request(None) {
+            Some(Request::Performed { success: true }) => {
+                self.watch.honour_shared(CLEAR)?;
+                place.control.reply(Reply::Committed);
+                Ok(self)
+            }
+            Some(Request::Performed { success: false }) => {
+                place.signals.check()?;
+                Err(Error::Libvirt)
+            }
+            Some(_) => Err(Error::Elsewhere("the plug-in asked out of turn".into())),
+            None => Err(Error::Abandoned),
+        }
+    }
+
+    /// libvirt has ended the guest here, or resumed it because the destination could not.
+    fn conclude(mut self, place: &Place<'_>, mut recorder: Recorder) {
+        recorder.enter(Stage::Activation);
+        let timeline = match place.signals.next_request(Some(deadline(UNTIL_PERFORM))) {
+            Some(Request::Conclude { success: true }) => {
+                match self.resumed() {
+                    Ok(pause) => recorder.downtime(downtime(self.pause, pause)),
+                    Err(error) => {
+                        recorder.note(format!("the destination did not say when the guest ran: {error}"))
+                    }
+                }
+                recorder.finish(Outcome::Completed)
+            }
+            Some(_) => recorder.fail("the destination could not resume the guest; it runs on here"),
+            None => recorder.fail("libvirt's daemon ended before it confirmed the migration"),
+        };
+        save(place, &timeline);
+        place.control.reply(Reply::Concluded);
+    }
+
+    fn resumed(&mut self) -> Result<super::messages::DestinationPause, Error> {
+        self.control.set_deadline(Some(deadline(RESUMED)))?;
+        match message::ask(&mut self.control, &Ask::Resumed { pause: self.pause })? {
+            Answer::Resumed { pause } => Ok(pause),
+            other => Err(out_of_turn(&other)),
+        }
+    }
+}
+
+/// The migration failed before the destination owned the guest: nothing of ours may stay with it here. What the
+/// stages held (tracking, connections, sockets) went with them.
+fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) {
+    place.signals.end(End::Failed(error.to_string()));
+    if let Err(left) = watch.honour_shared(CLEAR) {
+        // QEMU itself is gone, most likely, and its memory with it.
+        tracing::warn!("x-ignore-shared may still be on: {left}");
+    }
+    let outcome = match error {
+        Error::Cancelled => Outcome::Cancelled,
+        error => Outcome::Failed {
+            stage: recorder.stage(),
+            error: error.to_string(),
+        },
+    };
+    save(place, &recorder.finish(outcome));
+    let failure = error.failure(&place.host);
+    place.control.reply(Reply::Failed(failure.clone()));
+    // Answered or not, the plug-in may still be at its Perform and ask about it.
+    while place
+        .signals
+        .next_request(Some(deadline(UNTIL_PERFORM)))
+        .is_some()
+    {
+        place.control.reply(Reply::Failed(failure.clone()));
+    }
+}
+
+/// Writes the timeline down; a full disk must not fail a migration.
+fn save(place: &Place<'_>, timeline: &report::Timeline) {
+    report::publish(timeline, &place.settings.log_directory);
+}

@@ -1,0 +1,128 @@
+//! The private monitor, shared: commands from any thread, and QEMU's events noted the moment they come.
+
+use super::signals::{End, Signals};
+use super::Error;
+use crate::qemu::monitor::{Event, Monitor, MonitorError};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// For commands that QEMU answers at once; its main loop may be held up by a slow disk.
+pub const COMMAND: Duration = Duration::from_secs(30);
+
+/// A QEMU under watch.
+pub struct Watch {
+    monitor: Mutex<Monitor>,
+    signals: Arc<Signals>,
+}
+
+impl Watch {
+    /// Connects to the private monitor and begins to note its events.
+    pub fn open(path: &Path, signals: Arc<Signals>) -> Result<Arc<Self>, Error> {
+        let monitor = Monitor::connect(path, deadline(COMMAND))?;
+        let descriptor = monitor
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(Error::system("watch QEMU's monitor"))?;
+        let watch = Arc::new(Self {
+            monitor: Mutex::new(monitor),
+            signals,
+        });
+        let pump = Arc::downgrade(&watch);
+        let run = move || {
+            while let Some(watch) = wait_readable(&descriptor).then(|| pump.upgrade()).flatten() {
+                if let Err(error) = watch.command(|_| Ok(())) {
+                    // On the source after the guest has moved, and on either side when QEMU dies.
+                    watch.signals.end(End::Failed(error.to_string()));
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("events".into()).spawn(run);
+        thread.map_err(Error::system("start a thread"))?;
+        Ok(watch)
+    }
+
+    /// Runs commands on the monitor, then notes the events that came with the answers.
+    pub fn command<T>(&self, run: impl FnOnce(&mut Monitor) -> Result<T, MonitorError>) -> Result<T, Error> {
+        let mut monitor = self.lock();
+        let result = run(&mut monitor)?;
+        while let Some(event) = monitor.poll_event()? {
+            self.note(&event);
+        }
+        Ok(result)
+    }
+
+    /// Waits until no block I/O is in flight: QEMU's answer to an empty transaction (QEMU 7.2 to 10.0, `blockdev.c`).
+    /// A slow disk is waited for; a migration that ends is not.
+    pub fn drain(&self) -> Result<Duration, Error> {
+        let began = Instant::now();
+        self.command(|monitor| monitor.drain(deadline(Duration::from_secs(600))))?;
+        Ok(began.elapsed())
+    }
+
+    /// Whether QEMU's own migration is still before its switch-over.
+    pub fn before_switchover(&self) -> Result<bool, Error> {
+        use crate::qemu::MigrationStatus::{Active, Setup};
+        let status = self.command(|monitor| monitor.migration_status(deadline(COMMAND)))?;
+        Ok(matches!(status, Setup | Active))
+    }
+
+    /// Turns x-ignore-shared on, which QEMU accepts while it does not migrate.
+    pub fn ignore_shared(&self) -> Result<(), Error> {
+        self.command(|monitor| monitor.set_ignore_shared(true, deadline(COMMAND)))
+    }
+
+    /// Turns it off: a save while it is on would have no RAM in it. Waits for QEMU's migration to end, and for
+    /// libvirt to end it.
+    pub fn honour_shared(&self, limit: Duration) -> Result<(), Error> {
+        let end = deadline(limit);
+        loop {
+            match self.command(|monitor| monitor.set_ignore_shared(false, end)) {
+                Err(Error::Monitor(MonitorError::Refused { .. })) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Monitor> {
+        self.monitor.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn note(&self, event: &Event) {
+        let now = Instant::now();
+        let status = event
+            .data
+            .get("status")
+            .and_then(|status| status.as_str())
+            .unwrap_or_default();
+        tracing::trace!(event = event.name, status, "from QEMU");
+        self.signals.saw(|seen| match (event.name.as_str(), status) {
+            ("STOP", _) => seen.stopped = seen.stopped.or(Some(now)),
+            ("RESUME", _) => seen.resumed = Some(now),
+            ("MIGRATION", "pre-switchover") => seen.drained = seen.drained.or(Some(now)),
+            ("MIGRATION", "completed") => seen.completed = Some(now),
+            ("MIGRATION", "failed" | "cancelled") => seen.failed = true,
+            _ => {}
+        });
+    }
+}
+
+/// Waits a little for something to read; also true when nothing came, so that the caller looks whether it is
+/// still wanted. False where the descriptor is of no use.
+fn wait_readable(descriptor: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(descriptor.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut polled, PollTimeout::from(500u16)) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => true,
+        Err(_) => false,
+    }
+}
+
+/// A time limit from now.
+pub fn deadline(limit: Duration) -> Instant {
+    Instant::now() + limit
+}

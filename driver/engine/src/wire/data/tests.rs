@@ -1,0 +1,1 @@
+//! Data streams over real TCP.

@@ -1,0 +1,270 @@
+//! The engine process of one migration: started, asked, listened to, and buried.
+//!
+//! One thread a session reads what the engine says and ends with the process. Every wait here is bounded; an
+//! engine that has said nothing for [`SILENCE`] is taken for stuck and killed, which closes its sockets and so
+//! fails the migration on this host; QEMU and libvirt then do what they do when a network fails.
+
+use ferry_contract::config::Config;
+use ferry_contract::control::{Failure, FailureKind, Message, Reply, Request, Statistics, MAX_LINE};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// An engine reports every second or so; one that is silent this long is stuck.
+const SILENCE: Duration = Duration::from_secs(30);
+/// How long a request may take to be written: the engine reads all the time.
+const WRITE: Duration = Duration::from_secs(5);
+/// How long an engine may take to put things away after its plug-in let go of it.
+const BURIAL: Duration = Duration::from_secs(15);
+/// How long the rescue of a guest from a dead engine may take.
+const RESCUE: Duration = Duration::from_secs(10);
+
+/// A running engine.
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    host: String,
+    socket: Mutex<UnixStream>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    reply: Option<Reply>,
+    statistics: Statistics,
+    /// The monitor of the QEMU the engine works on, to be rescued if the engine dies.
+    monitor: Option<PathBuf>,
+    gone: Option<String>,
+}
+
+/// An engine that cannot be started.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot start the engine {}: {source}; install virt-ferry-engine there, or set engine in {}", program.display(), ferry_contract::config::PATH)]
+pub struct StartError {
+    program: PathBuf,
+    source: std::io::Error,
+}
+
+impl Engine {
+    /// Starts the engine for one migration on this host.
+    pub fn start(config: &Config, role: &str, host: &str) -> Result<Self, StartError> {
+        let failed = |source| StartError {
+            program: config.engine.clone(),
+            source,
+        };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        ours.set_write_timeout(Some(WRITE)).map_err(failed)?;
+        let reader = ours.try_clone().map_err(failed)?;
+        reader.set_read_timeout(Some(SILENCE)).map_err(failed)?;
+        let child = Command::new(&config.engine)
+            .arg(role)
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .map_err(failed)?;
+        let shared = Arc::new(Shared {
+            host: host.to_owned(),
+            socket: Mutex::new(ours),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let program = config.engine.clone();
+        let listener = Arc::clone(&shared);
+        let started = std::thread::Builder::new()
+            .name("ferry-engine".into())
+            .spawn(move || listen(&listener, BufReader::new(reader), child, &program));
+        // Without the thread the socket closes, and the engine ends by itself.
+        started.map_err(failed)?;
+        Ok(Self { shared })
+    }
+
+    /// Asks and waits for the answer. `limit` bounds the whole wait; without it the wait ends when the engine
+    /// answers, dies or falls silent.
+    pub fn ask(&self, request: &Request, limit: Option<Duration>) -> Result<Reply, Failure> {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        self.shared.lock().reply = None;
+        self.tell(request)?;
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(reply) = state.reply.take() {
+                return match reply {
+                    Reply::Failed(failure) => Err(failure),
+                    reply => Ok(reply),
+                };
+            }
+            if let Some(gone) = &state.gone {
+                return Err(self.failure(gone.clone()));
+            }
+            let left = match deadline {
+                Some(deadline) => deadline.saturating_duration_since(Instant::now()),
+                None => SILENCE,
+            };
+            if left.is_zero() {
+                drop(state);
+                self.release();
+                return Err(self.failure("the engine did not answer in time and was given up".into()));
+            }
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(|e| e.into_inner())
+                .0;
+        }
+    }
+
+    /// Tells the engine something that it need not answer.
+    pub fn tell(&self, request: &Request) -> Result<(), Failure> {
+        if let Some(gone) = &self.shared.lock().gone {
+            return Err(self.failure(gone.clone()));
+        }
+        let mut line = serde_json::to_vec(request)
+            .map_err(|error| self.failure(format!("a request cannot be written: {error}")))?;
+        line.push(b'\n');
+        let mut socket = self.shared.socket.lock().unwrap_or_else(|e| e.into_inner());
+        socket
+            .write_all(&line)
+            .map_err(|error| self.failure(format!("the engine does not listen: {error}")))
+    }
+
+    /// From now on, should the engine die, this QEMU is told not to ignore shared memory any more.
+    pub fn guard(&self, monitor: &Path) {
+        self.shared.lock().monitor = Some(monitor.to_owned());
+    }
+
+    /// How far the memory is.
+    pub fn statistics(&self) -> Statistics {
+        self.shared.lock().statistics
+    }
+
+    /// Whether the process has ended.
+    pub fn is_gone(&self) -> bool {
+        self.shared.lock().gone.is_some()
+    }
+
+    /// Lets the engine go: it undoes what is not committed and exits.
+    fn release(&self) {
+        let socket = self.shared.socket.lock().unwrap_or_else(|e| e.into_inner());
+        // An engine that is gone already has closed it.
+        let _ = socket.shutdown(Shutdown::Both);
+    }
+
+    fn failure(&self, cause: String) -> Failure {
+        Failure {
+            kind: FailureKind::Failed,
+            host: self.shared.host.clone(),
+            cause,
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic under this lock leaves whole values: each is written in one assignment.
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// The life of the session's thread: hear the engine out, bury it, and rescue its guest if it died at work.
+fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, program: &Path) {
+    let why = loop {
+        let mut line = Vec::new();
+        match lines.by_ref().take(MAX_LINE as u64).read_until(b'\n', &mut line) {
+            Ok(0) => break "the engine ended".to_owned(),
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(_) => {
+                // The kernel closes its sockets and mappings: the guest runs on, the migration fails.
+                let _ = child.kill();
+                break format!("the engine was silent for {} s and was killed", SILENCE.as_secs());
+            }
+        }
+        match serde_json::from_slice::<Message>(&line) {
+            Ok(Message::Progress(statistics)) => shared.lock().statistics = statistics,
+            Ok(Message::Reply(reply)) => {
+                shared.lock().reply = Some(reply);
+                shared.changed.notify_all();
+            }
+            Err(error) => {
+                let _ = child.kill();
+                break format!("the engine said what the plug-in does not understand ({error}): are both of one release?");
+            }
+        }
+    };
+    let status = bury(&mut child);
+    let clean = status.is_some_and(|status| status.success());
+    let how = status.map_or_else(|| "it cannot be killed".into(), |status| status.to_string());
+    let monitor = {
+        let mut state = shared.lock();
+        state.gone = Some(format!("{why} ({how}); see the daemon's log"));
+        state.monitor.take()
+    };
+    shared.changed.notify_all();
+    if let (false, Some(monitor)) = (clean, monitor) {
+        rescue(program, &monitor);
+    }
+}
+
+/// Waits for the process to end, killing it when it takes too long.
+fn bury(child: &mut Child) -> Option<ExitStatus> {
+    wait(child, BURIAL).or_else(|| {
+        let _ = child.kill();
+        wait(child, BURIAL)
+    })
+}
+
+/// The exit status within a time limit. A child has no file descriptor to wait on before pidfd, and the end of
+/// its socket has been seen: it is exiting, so a short poll does.
+fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+    let deadline = Instant::now() + limit;
+    let mut pause = Duration::from_millis(1);
+    while Instant::now() < deadline {
+        if let Ok(Some(status)) = child.try_wait() {
+            return Some(status);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+    None
+}
+
+/// x-ignore-shared left on would cost the guest its memory at the next save: have it cleared.
+fn rescue(program: &Path, monitor: &Path) {
+    let child = Command::new(program)
+        .arg("rescue")
+        .arg(monitor)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .process_group(0)
+        .spawn();
+    let outcome = match child {
+        Ok(mut child) => {
+            let status = wait(&mut child, RESCUE).or_else(|| {
+                let _ = child.kill();
+                bury(&mut child)
+            });
+            status.map_or_else(
+                || "the rescue cannot be killed".into(),
+                |status| status.to_string(),
+            )
+        }
+        Err(error) => error.to_string(),
+    };
+    tracing::warn!(monitor = %monitor.display(), outcome, "an engine died at work; its guest was rescued");
+}

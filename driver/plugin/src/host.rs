@@ -1,0 +1,118 @@
+//! This host: its configuration, names and directories.
+
+use ferry_contract::config::{Config, PATH};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Where libvirt keeps each guest's private directory (system mode).
+const QEMU_LIB: &str = "/var/lib/libvirt/qemu";
+const QEMU_CONF: &str = "/etc/libvirt/qemu.conf";
+/// The private monitor's socket in the guest's private directory.
+pub const MONITOR: &str = "virt-ferry-monitor.sock";
+/// The most of a configuration file that is read.
+const MAX_FILE: u64 = 1 << 20;
+
+/// The configuration in force; read anew for each migration, so that a change needs no restart.
+pub fn config() -> Result<Config, String> {
+    match read(Path::new(PATH)) {
+        Ok(text) => Config::parse(&text).map_err(|error| format!("{PATH}: {error}")),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Config::default()),
+        Err(error) => Err(format!("{PATH}: {error}")),
+    }
+}
+
+fn read(path: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    std::fs::File::open(path)?
+        .take(MAX_FILE)
+        .read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// This host's name.
+pub fn name() -> String {
+    nix::unistd::gethostname().map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The address other hosts reach this one by: `migration_host` in qemu.conf, else its name.
+pub fn address() -> String {
+    qemu_conf("migration_host").unwrap_or_else(name)
+}
+
+/// The directory for guests' RAM files: `memory_backing_dir` in qemu.conf, with libvirt's own subdirectory where
+/// it is set (libvirt 11.3, `virQEMUDriverConfigLoadMemoryEntry`: `<memory_backing_dir>/libvirt/qemu`).
+pub fn memory_directory() -> PathBuf {
+    match qemu_conf("memory_backing_dir") {
+        Some(directory) => Path::new(&directory).join("libvirt/qemu"),
+        None => Path::new(QEMU_LIB).join("ram"),
+    }
+}
+
+fn qemu_conf(key: &str) -> Option<String> {
+    string_setting(&read(Path::new(QEMU_CONF)).ok()?, key)
+}
+
+/// The last `key = "value"` of a libvirt configuration file.
+fn string_setting(text: &str, key: &str) -> Option<String> {
+    let mut values = text.lines().filter_map(|line| {
+        let value = line
+            .trim()
+            .strip_prefix(key)?
+            .trim_start()
+            .strip_prefix('=')?
+            .trim();
+        value.strip_prefix('"')?.split('"').next()
+    });
+    values
+        .next_back()
+        .filter(|value| !value.is_empty())
+        .map(str::to_owned)
+}
+
+/// The socket of the private monitor of a running domain; `None` where its QEMU was started without one.
+pub fn monitor(id: u32) -> Option<PathBuf> {
+    let prefix = format!("domain-{id}-");
+    let entries = std::fs::read_dir(QEMU_LIB).ok()?;
+    let private = entries
+        .flatten()
+        .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))?;
+    let socket = private.path().join(MONITOR);
+    socket.exists().then_some(socket)
+}
+
+/// Makes the directory in which incoming QEMUs bind the sockets the engine connects to: theirs alone, as the
+/// user that libvirt runs QEMU as.
+pub fn incoming_directory(config: &Config) -> std::io::Result<PathBuf> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(&config.runtime_directory)?;
+    let directory = config.runtime_directory.join("incoming");
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&directory)?;
+    let user = std::fs::metadata(QEMU_LIB)?;
+    std::os::unix::fs::chown(&directory, Some(user.uid()), Some(user.gid()))?;
+    Ok(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_found_as_libvirt_finds_them() {
+        let text =
+            "# migration_host = \"no\"\nmigration_host=\"a\"\n  migration_host = \"host.example\" # why\n\
+                    migration_hosts = \"x\"\nempty = \"\"\n";
+        assert_eq!(
+            string_setting(text, "migration_host").as_deref(),
+            Some("host.example")
+        );
+        assert_eq!(string_setting(text, "empty"), None);
+        assert_eq!(string_setting(text, "absent"), None);
+    }
+}

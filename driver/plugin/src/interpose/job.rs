@@ -1,0 +1,92 @@
+//! Job information and abort: while the engine copies, libvirt's own figures know nothing of the memory.
+
+use super::border;
+use crate::libvirt::{real, Domain, Error};
+use crate::live::job;
+use std::os::raw::{c_int, c_uint};
+use virt_sys::{virDomainJobInfoPtr, virDomainPtr, virTypedParameterPtr, VIR_DOMAIN_JOB_STATS_COMPLETED};
+
+fn missing(name: &str) -> Error {
+    Error::failed(format!("this libvirt has no {name}"))
+}
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainGetJobInfo(domain: virDomainPtr, info: virDomainJobInfoPtr) -> c_int {
+    border(-1, || {
+        let real = real::get_job_info().ok_or_else(|| missing("virDomainGetJobInfo"))?;
+        // SAFETY: the dispatcher's arguments; info is filled by libvirt before it is read.
+        unsafe {
+            if real(domain, info) < 0 {
+                return Err(Error::Libvirt);
+            }
+            if let (Some(progress), false) = (job::progress(Domain::borrow(domain)), info.is_null()) {
+                progress.complete_info(&mut *info);
+            }
+        }
+        Ok(0)
+    })
+}
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainGetJobStats(
+    domain: virDomainPtr,
+    kind: *mut c_int,
+    params: *mut virTypedParameterPtr,
+    nparams: *mut c_int,
+    flags: c_uint,
+) -> c_int {
+    border(-1, || {
+        let real = real::get_job_stats().ok_or_else(|| missing("virDomainGetJobStats"))?;
+        // SAFETY: the dispatcher's arguments; on success libvirt has filled the list, which is from malloc.
+        unsafe {
+            if real(domain, kind, params, nparams, flags) < 0 {
+                return Err(Error::Libvirt);
+            }
+            if flags & VIR_DOMAIN_JOB_STATS_COMPLETED == 0 && !params.is_null() && !nparams.is_null() {
+                if let Some(progress) = job::progress(Domain::borrow(domain)) {
+                    progress.complete_stats(&mut *params, &mut *nparams);
+                }
+            }
+        }
+        Ok(0)
+    })
+}
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainAbortJob(domain: virDomainPtr) -> c_int {
+    border(-1, || {
+        let real = real::abort_job().ok_or_else(|| missing("virDomainAbortJob"))?;
+        // SAFETY: the dispatcher's argument.
+        unsafe { aborted(domain, real(domain)) }
+    })
+}
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainAbortJobFlags(domain: virDomainPtr, flags: c_uint) -> c_int {
+    border(-1, || {
+        let real = real::abort_job_flags().ok_or_else(|| missing("virDomainAbortJobFlags"))?;
+        // SAFETY: the dispatcher's arguments.
+        unsafe { aborted(domain, real(domain, flags)) }
+    })
+}
+
+/// libvirt has noted the abort, then the engine hears of it: its failure must find libvirt's note.
+///
+/// # Safety
+/// `domain` is the dispatcher's.
+unsafe fn aborted(domain: virDomainPtr, result: c_int) -> Result<c_int, Error> {
+    if result < 0 {
+        return Err(Error::Libvirt);
+    }
+    // SAFETY: as the caller says.
+    job::cancel(unsafe { Domain::borrow(domain) });
+    Ok(result)
+}

@@ -1,0 +1,184 @@
+//! Domains and connections, borrowed from a call or opened by us.
+
+use super::Error;
+use ferry_contract::session::Guest;
+use std::ffi::{CStr, CString};
+use std::os::raw::c_int;
+use uuid::Uuid;
+use virt_sys::{virConnectPtr, virDomainPtr};
+
+/// A connection a call was made on.
+#[derive(Debug, Clone, Copy)]
+pub struct Connection(virConnectPtr);
+
+impl Connection {
+    /// # Safety
+    /// `pointer` is NULL or a connection that stays open while this value is used.
+    pub unsafe fn borrow(pointer: virConnectPtr) -> Self {
+        Self(pointer)
+    }
+
+    /// For a call.
+    pub fn pointer(self) -> virConnectPtr {
+        self.0
+    }
+
+    /// Whether QEMU's driver serves it: the daemon may serve others too.
+    pub fn is_qemu(self) -> bool {
+        if self.0.is_null() {
+            return false;
+        }
+        // SAFETY: an open connection; the type is a static string or NULL.
+        let kind = unsafe { virt_sys::virConnectGetType(self.0) };
+        // SAFETY: as above.
+        !kind.is_null() && unsafe { CStr::from_ptr(kind) } == c"QEMU"
+    }
+
+    /// The domain of this UUID.
+    pub fn domain(self, uuid: Uuid) -> Result<OwnedDomain, Error> {
+        // SAFETY: an open connection and 16 bytes.
+        let domain = unsafe { virt_sys::virDomainLookupByUUID(self.0, uuid.as_bytes().as_ptr()) };
+        OwnedDomain::from(domain)
+    }
+}
+
+/// A domain a call was made for.
+#[derive(Debug, Clone, Copy)]
+pub struct Domain(virDomainPtr);
+
+impl Domain {
+    /// # Safety
+    /// `pointer` is NULL or a domain that stays valid while this value is used.
+    pub unsafe fn borrow(pointer: virDomainPtr) -> Self {
+        Self(pointer)
+    }
+
+    /// For a call.
+    pub fn pointer(self) -> virDomainPtr {
+        self.0
+    }
+
+    /// The connection it belongs to.
+    pub fn connection(self) -> Connection {
+        if self.0.is_null() {
+            return Connection(std::ptr::null_mut());
+        }
+        // SAFETY: a valid domain.
+        Connection(unsafe { virt_sys::virDomainGetConnect(self.0) })
+    }
+
+    /// Its name and UUID; `None` for a pointer that is no domain.
+    pub fn guest(self) -> Option<Guest> {
+        if self.0.is_null() {
+            return None;
+        }
+        let mut uuid = [0; 16];
+        // SAFETY: a valid domain; the name lives as long as it; uuid has room for VIR_UUID_BUFLEN (16) bytes.
+        let (name, got) = unsafe {
+            (
+                virt_sys::virDomainGetName(self.0),
+                virt_sys::virDomainGetUUID(self.0, uuid.as_mut_ptr()),
+            )
+        };
+        if name.is_null() || got != 0 {
+            return None;
+        }
+        // SAFETY: as above.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+        Some(Guest {
+            name,
+            uuid: Uuid::from_bytes(uuid),
+        })
+    }
+
+    /// libvirt's number of the running domain; `None` for one that does not run.
+    pub fn id(self) -> Option<u32> {
+        // SAFETY: a valid domain; (unsigned)-1 means not running.
+        let id = unsafe { virt_sys::virDomainGetID(self.0) };
+        (id != u32::MAX).then_some(id)
+    }
+
+    /// Whether its vCPUs are stopped.
+    pub fn is_paused(self) -> Result<bool, Error> {
+        let (mut state, mut reason): (c_int, c_int) = (0, 0);
+        // SAFETY: a valid domain and two integers to write.
+        match unsafe { virt_sys::virDomainGetState(self.0, &mut state, &mut reason, 0) } {
+            0 => Ok(state == virt_sys::VIR_DOMAIN_PAUSED as c_int),
+            _ => Err(Error::Libvirt),
+        }
+    }
+}
+
+/// A domain reference of ours.
+#[derive(Debug)]
+pub struct OwnedDomain(virDomainPtr);
+
+impl OwnedDomain {
+    /// Takes over a reference; NULL is libvirt's failure.
+    pub fn from(pointer: virDomainPtr) -> Result<Self, Error> {
+        if pointer.is_null() {
+            return Err(Error::Libvirt);
+        }
+        Ok(Self(pointer))
+    }
+
+    /// The domain.
+    pub fn get(&self) -> Domain {
+        Domain(self.0)
+    }
+
+    /// Gives the reference to a caller, who frees it.
+    pub fn into_pointer(self) -> virDomainPtr {
+        std::mem::ManuallyDrop::new(self).0
+    }
+}
+
+impl Drop for OwnedDomain {
+    fn drop(&mut self) {
+        // SAFETY: our own reference, freed once.
+        unsafe { virt_sys::virDomainFree(self.0) };
+    }
+}
+
+/// A connection of ours to another host's daemon.
+#[derive(Debug)]
+pub struct OwnedConnection(virConnectPtr);
+
+impl OwnedConnection {
+    /// Opens a URI as libvirt's own peer-to-peer code does: credentials a daemon cannot ask for are not given,
+    /// and a keepalive notices a dead peer (5 s, 5 times: libvirt's defaults in qemu.conf).
+    pub fn open(uri: &CStr) -> Result<Self, Error> {
+        let mut auth = virt_sys::virConnectAuth {
+            credtype: std::ptr::null_mut(),
+            ncredtype: 0,
+            cb: None,
+            cbdata: std::ptr::null_mut(),
+        };
+        // SAFETY: a string and an auth structure that outlive the call.
+        let connection = unsafe { virt_sys::virConnectOpenAuth(uri.as_ptr(), &mut auth, 0) };
+        if connection.is_null() {
+            return Err(Error::Libvirt);
+        }
+        let connection = Self(connection);
+        // SAFETY: an open connection. A peer that has no keepalive is no failure.
+        unsafe { virt_sys::virConnectSetKeepAlive(connection.0, 5, 5) };
+        Ok(connection)
+    }
+
+    /// The connection.
+    pub fn get(&self) -> Connection {
+        Connection(self.0)
+    }
+}
+
+impl Drop for OwnedConnection {
+    fn drop(&mut self) {
+        // SAFETY: our own reference, closed once.
+        unsafe { virt_sys::virConnectClose(self.0) };
+    }
+}
+
+/// A C string of ours; NULs, which no name of libvirt's has, are left out.
+pub fn c_string(text: &str) -> CString {
+    CString::new(text.replace('\0', "")).unwrap_or_default()
+}

@@ -1,0 +1,121 @@
+//! libvirt's errors: one a thread, set before a phase returns failure.
+
+use super::real;
+use std::ffi::{CStr, CString};
+use std::os::raw::c_int;
+
+/// Why a phase fails.
+#[derive(Debug)]
+pub enum Error {
+    /// libvirt itself failed and has set the thread's error.
+    Libvirt,
+    /// We failed, with this error to set.
+    Ours {
+        /// A `virErrorNumber`.
+        code: c_int,
+        /// The whole message, libvirt's prefix included.
+        message: String,
+    },
+    /// The error that an earlier phase left.
+    Saved(SavedError),
+}
+
+impl Error {
+    /// The error of everything that can go wrong in a migration: "operation failed: …".
+    pub fn failed(cause: impl std::fmt::Display) -> Self {
+        let message = format!("operation failed: migration through virt-ferry: {cause}");
+        Self::Ours {
+            code: virt_sys::VIR_ERR_OPERATION_FAILED as c_int,
+            message,
+        }
+    }
+
+    /// The error of a cancelled job, worded as libvirt 11.3 words it.
+    pub fn cancelled() -> Self {
+        let message = "operation aborted: migration out: canceled by client".to_owned();
+        Self::Ours {
+            code: virt_sys::VIR_ERR_OPERATION_ABORTED as c_int,
+            message,
+        }
+    }
+
+    /// Makes this the thread's libvirt error, which the dispatcher sends to the client.
+    pub fn raise(self) {
+        match self {
+            Self::Libvirt => {}
+            Self::Ours { code, message } => {
+                tracing::error!("{message}");
+                set(code, &message);
+            }
+            Self::Saved(saved) => saved.restore(),
+        }
+    }
+}
+
+fn set(code: c_int, message: &str) {
+    let Ok(message) = CString::new(message.replace('\0', " ")) else {
+        return;
+    };
+    let null = std::ptr::null_mut();
+    let mut error = virt_sys::virError {
+        code,
+        domain: virt_sys::VIR_FROM_QEMU as c_int,
+        message: message.as_ptr().cast_mut(),
+        level: virt_sys::VIR_ERR_ERROR,
+        conn: std::ptr::null_mut(),
+        dom: std::ptr::null_mut(),
+        str1: message.as_ptr().cast_mut(),
+        str2: null,
+        str3: null,
+        int1: -1,
+        int2: -1,
+        net: std::ptr::null_mut(),
+    };
+    if let Some(set_error) = real::set_error() {
+        // SAFETY: virSetError copies the error and its strings (libvirt 9.0 and 11.3, virerror.c).
+        unsafe { set_error(&mut error) };
+    }
+}
+
+/// An error kept while later phases run, which would overwrite it.
+#[derive(Debug)]
+pub struct SavedError(virt_sys::virErrorPtr);
+
+impl SavedError {
+    /// The thread's error as it is now.
+    pub fn save() -> Self {
+        // SAFETY: returns a copy that is ours, or NULL.
+        Self(unsafe { virt_sys::virSaveLastError() })
+    }
+
+    /// Makes it the thread's error again.
+    fn restore(self) {
+        if let (false, Some(set_error)) = (self.0.is_null(), real::set_error()) {
+            // SAFETY: the error is valid until self is dropped; virSetError copies it.
+            unsafe { set_error(self.0) };
+        }
+    }
+
+    /// What it says.
+    pub fn message(&self) -> String {
+        if self.0.is_null() {
+            return "no error was given".into();
+        }
+        // SAFETY: a saved error's message is NULL or a string that lives as long as the error.
+        let message = unsafe { (*self.0).message };
+        if message.is_null() {
+            return "no message was given".into();
+        }
+        // SAFETY: as above.
+        unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned()
+    }
+}
+
+impl Drop for SavedError {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: it came from virSaveLastError and is freed once.
+            unsafe { virt_sys::virFreeError(self.0) };
+        }
+    }
+}

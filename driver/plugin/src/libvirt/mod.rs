@@ -1,0 +1,16 @@
+//! libvirt as the rest of the plug-in sees it: the only room that handles its pointers.
+//!
+//! The types here borrow or own what C gave us and give it back in the way C expects; what is above them is
+//! ordinary Rust.
+
+mod cookie;
+mod domain;
+mod error;
+mod params;
+pub mod phase;
+pub mod real;
+
+pub use cookie::Cookie;
+pub use domain::{Connection, Domain, OwnedConnection, OwnedDomain};
+pub use error::{Error, SavedError};
+pub use params::Params;

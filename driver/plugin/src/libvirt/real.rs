@@ -1,0 +1,108 @@
+//! The functions we stand in for, found behind us by plain name: their version tag changes with every libvirt
+//! release (LIBVIRT_PRIVATE_11.3.0), their prototypes have not (libvirt 9.0 and 11.3).
+
+use std::ffi::CStr;
+use std::os::raw::{c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+use virt_sys::{virConnectPtr, virDomainJobInfoPtr, virDomainPtr, virErrorPtr, virTypedParameterPtr};
+
+/// The next definition of a symbol after ours.
+fn next(name: &CStr) -> *mut c_void {
+    // SAFETY: a NUL-terminated name; RTLD_NEXT looks behind this object in the search order.
+    unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) }
+}
+
+macro_rules! real {
+    ($(#[doc = $doc:literal] $function:ident = $symbol:literal: $kind:ty;)*) => {$(
+        #[doc = $doc]
+        pub fn $function() -> Option<$kind> {
+            static FOUND: OnceLock<Option<$kind>> = OnceLock::new();
+            *FOUND.get_or_init(|| {
+                let found = next($symbol);
+                // SAFETY: the symbol's prototype is this type; a NULL pointer is None.
+                unsafe { std::mem::transmute::<*mut c_void, Option<$kind>>(found) }
+            })
+        }
+    )*};
+}
+
+type Bytes = *const c_char;
+type CookieOut = *mut *mut c_char;
+type Length = *mut c_int;
+
+/// `virDomainMigrateBegin3Params`.
+pub type Begin =
+    unsafe extern "C" fn(virDomainPtr, virTypedParameterPtr, c_int, CookieOut, Length, c_uint) -> *mut c_char;
+/// `virDomainMigratePrepare3Params`.
+pub type Prepare = unsafe extern "C" fn(
+    virConnectPtr,
+    virTypedParameterPtr,
+    c_int,
+    Bytes,
+    c_int,
+    CookieOut,
+    Length,
+    *mut *mut c_char,
+    c_uint,
+) -> c_int;
+/// `virDomainMigratePerform3Params`.
+pub type Perform = unsafe extern "C" fn(
+    virDomainPtr,
+    *const c_char,
+    virTypedParameterPtr,
+    c_int,
+    Bytes,
+    c_int,
+    CookieOut,
+    Length,
+    c_uint,
+) -> c_int;
+/// `virDomainMigrateFinish3Params`.
+pub type Finish = unsafe extern "C" fn(
+    virConnectPtr,
+    virTypedParameterPtr,
+    c_int,
+    Bytes,
+    c_int,
+    CookieOut,
+    Length,
+    c_uint,
+    c_int,
+) -> virDomainPtr;
+/// `virDomainMigrateConfirm3Params`.
+pub type Confirm =
+    unsafe extern "C" fn(virDomainPtr, virTypedParameterPtr, c_int, Bytes, c_int, c_uint, c_int) -> c_int;
+/// `virDomainGetJobInfo`.
+pub type GetJobInfo = unsafe extern "C" fn(virDomainPtr, virDomainJobInfoPtr) -> c_int;
+/// `virDomainGetJobStats`.
+pub type GetJobStats =
+    unsafe extern "C" fn(virDomainPtr, *mut c_int, *mut virTypedParameterPtr, *mut c_int, c_uint) -> c_int;
+/// `virDomainAbortJob`.
+pub type AbortJob = unsafe extern "C" fn(virDomainPtr) -> c_int;
+/// `virDomainAbortJobFlags`.
+pub type AbortJobFlags = unsafe extern "C" fn(virDomainPtr, c_uint) -> c_int;
+/// `virSetError`, private to libvirt but in every release since 0.8: takes a public structure and copies it.
+pub type SetError = unsafe extern "C" fn(virErrorPtr);
+
+real! {
+    #[doc = "libvirt's own Begin."]
+    begin = c"virDomainMigrateBegin3Params": Begin;
+    #[doc = "libvirt's own Prepare."]
+    prepare = c"virDomainMigratePrepare3Params": Prepare;
+    #[doc = "libvirt's own Perform."]
+    perform = c"virDomainMigratePerform3Params": Perform;
+    #[doc = "libvirt's own Finish."]
+    finish = c"virDomainMigrateFinish3Params": Finish;
+    #[doc = "libvirt's own Confirm."]
+    confirm = c"virDomainMigrateConfirm3Params": Confirm;
+    #[doc = "libvirt's own job information."]
+    get_job_info = c"virDomainGetJobInfo": GetJobInfo;
+    #[doc = "libvirt's own job statistics."]
+    get_job_stats = c"virDomainGetJobStats": GetJobStats;
+    #[doc = "libvirt's own abort."]
+    abort_job = c"virDomainAbortJob": AbortJob;
+    #[doc = "libvirt's own abort with flags; absent before libvirt 8.5."]
+    abort_job_flags = c"virDomainAbortJobFlags": AbortJobFlags;
+    #[doc = "Sets the thread's error."]
+    set_error = c"virSetError": SetError;
+}

@@ -1,0 +1,289 @@
+//! The host the guest comes to: Prepare, Finish.
+
+use super::uri::{self, DataAddress};
+use super::{eligible, unexpected, LOADED, LOCAL};
+use crate::engine::Engine;
+use crate::host;
+use crate::libvirt::phase::{self, MallocString, Prepared};
+use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params, SavedError};
+use crate::sessions::{self, Role, Session};
+use ferry_contract::config::Config;
+use ferry_contract::control::{Reply, Request};
+use ferry_contract::cookie::{self, Answer, Offer};
+use ferry_contract::session::Guest;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use uuid::Uuid;
+use virt_sys::{VIR_MIGRATE_PARAM_DEST_NAME, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI};
+
+/// The longest path a unix socket can have, in bytes.
+const SUN_PATH: usize = 107;
+
+/// Prepare: libvirt's own; with an offer in the cookie, of a QEMU that awaits its stream from our engine.
+pub fn prepare(
+    connection: Connection,
+    params: &Params,
+    cookie: &[u8],
+    flags: u32,
+) -> Result<Prepared, Error> {
+    let own = |reason: &str| {
+        tracing::info!("libvirt's own migration to this host: {reason}");
+        phase::prepare(connection, params, cookie, flags)
+    };
+    let offer = match cookie::offer(cookie) {
+        Ok(None) => return phase::prepare(connection, params, cookie, flags),
+        Ok(Some(offer)) => offer,
+        Err(error @ cookie::Error::Version { .. }) => return own(&error.to_string()),
+        Err(error) => return Err(Error::failed(format!("host {}: {error}", host::name()))),
+    };
+    let arrival = match Arrival::plan(connection, params, cookie, flags, offer) {
+        Ok(arrival) => arrival,
+        Err(reason) => return own(&reason),
+    };
+    match arrival.reserve()? {
+        Reservation::Declined(reason) => own(&reason),
+        Reservation::Made(session) => match arrival.start(connection, params, cookie, flags, &session) {
+            Ok(prepared) => Ok(prepared),
+            Err(error) => {
+                sessions::remove(&session);
+                Err(error)
+            }
+        },
+    }
+}
+
+/// What is known of an arriving guest before anything is started.
+struct Arrival {
+    config: Config,
+    host: String,
+    guest: Guest,
+    offer: Offer,
+    data: DataAddress,
+    incoming: PathBuf,
+}
+
+enum Reservation {
+    Made(Arc<Session>),
+    Declined(String),
+}
+
+impl Arrival {
+    /// Where the guest will arrive, or why its migration is libvirt's own.
+    fn plan(
+        connection: Connection,
+        params: &Params,
+        cookie: &[u8],
+        flags: u32,
+        offer: Offer,
+    ) -> Result<Self, String> {
+        if !connection.is_qemu() {
+            return Err("its driver is not QEMU".into());
+        }
+        let config = host::config()?;
+        if !config.enabled {
+            return Err("virt-ferry is disabled in its configuration".into());
+        }
+        if let Some(reason) = eligible::refusal(params, flags) {
+            return Err(reason);
+        }
+        let (name, uuid) = identity(cookie).ok_or("libvirt's cookie names no guest")?;
+        let name = params
+            .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
+            .map_or(name, str::to_owned);
+        let data = match params.utf8(VIR_MIGRATE_PARAM_URI) {
+            None => DataAddress {
+                host: host::address(),
+                port: None,
+            },
+            Some(given) => {
+                uri::parse(given).ok_or_else(|| format!("the engine does not take the URI {given}"))?
+            }
+        };
+        let directory = host::incoming_directory(&config)
+            .map_err(|error| format!("{}: {error}", config.runtime_directory.display()))?;
+        let incoming = incoming_socket(&directory, offer.session, &name);
+        Ok(Self {
+            config,
+            host: host::name(),
+            guest: Guest { name, uuid },
+            offer,
+            data,
+            incoming,
+        })
+    }
+
+    /// Reservation: would the guest fit?
+    fn reserve(&self) -> Result<Reservation, Error> {
+        let engine = Engine::start(&self.config, "destination", &self.host).map_err(Error::failed)?;
+        let mut settings = self.config.settings();
+        if let Some(port) = self.data.port {
+            settings.ports = (port, port);
+        }
+        let request = Request::Reserve {
+            guest: self.guest.clone(),
+            host: self.host.clone(),
+            offer: self.offer.clone(),
+            memory_directory: host::memory_directory(),
+            promised: sessions::promised(),
+            settings,
+        };
+        match engine.ask(&request, Some(LOCAL))? {
+            Reply::Reserved => {
+                let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
+                Ok(Reservation::Made(sessions::add(session)))
+            }
+            Reply::NotEligible { reason } => Ok(Reservation::Declined(reason)),
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// libvirt starts QEMU, the engine takes hold of it. From the real Prepare on, a failure must end that QEMU.
+    fn start(
+        &self,
+        connection: Connection,
+        params: &Params,
+        cookie: &[u8],
+        flags: u32,
+        session: &Arc<Session>,
+    ) -> Result<Prepared, Error> {
+        let uri = format!("unix://{}", self.incoming.display());
+        let rewritten = params
+            .share()
+            .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
+            .with(VIR_MIGRATE_PARAM_URI, &uri);
+        let prepared = phase::prepare(connection, &rewritten, cookie, flags)?;
+        self.attach(connection, params, session, prepared)
+            .inspect_err(|_| {
+                let name = params
+                    .share()
+                    .only(&[])
+                    .with(VIR_MIGRATE_PARAM_DEST_NAME, &self.guest.name);
+                // Always an error: cancelled, it returns no domain.
+                let _ = phase::finish(connection, &name, &[], flags, true);
+            })
+    }
+
+    fn attach(
+        &self,
+        connection: Connection,
+        params: &Params,
+        session: &Arc<Session>,
+        prepared: Prepared,
+    ) -> Result<Prepared, Error> {
+        let domain = connection.domain(self.guest.uuid)?;
+        let monitor = domain.get().id().and_then(host::monitor).ok_or_else(|| {
+            Error::failed(format!(
+                "the QEMU that libvirt started on host {} has no private monitor",
+                self.host
+            ))
+        })?;
+        session.engine.guard(&monitor);
+        let attach = Request::Attach {
+            monitor,
+            incoming: self.incoming.clone(),
+            host: self.data.host.clone(),
+            listen: params.utf8(VIR_MIGRATE_PARAM_LISTEN_ADDRESS).map(str::to_owned),
+        };
+        let answer = match session.engine.ask(&attach, Some(LOCAL))? {
+            Reply::Listening(answer) => answer,
+            reply => return Err(unexpected(&reply)),
+        };
+        self.answered(prepared, &answer)
+    }
+
+    fn answered(&self, prepared: Prepared, answer: &Answer) -> Result<Prepared, Error> {
+        let cookie = cookie::with_answer(prepared.cookie.bytes(), answer)
+            .map_err(|error| Error::failed(format!("host {}: {error}", self.host)))?;
+        let uri = uri::of(&answer.host, answer.port);
+        Ok(Prepared {
+            cookie: Cookie::copy_of(&cookie),
+            uri: Some(MallocString::copy_of(&uri)),
+        })
+    }
+}
+
+/// Where the incoming QEMU binds. The name's end is one that libvirt's AppArmor profiles let every guest create
+/// (libvirt 11.3, virt-aa-helper.c); a guest whose name is too long for it goes without.
+fn incoming_socket(directory: &Path, session: Uuid, name: &str) -> PathBuf {
+    let short = session.simple().to_string();
+    let plain = name
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    let path = directory.join(format!("{}.tunnelmigrate.dest.{name}", &short[..8]));
+    if plain && path.as_os_str().len() <= SUN_PATH {
+        return path;
+    }
+    directory.join(format!("{}.sock", &short[..8]))
+}
+
+/// The guest's name and UUID in libvirt's cookie.
+fn identity(cookie: &[u8]) -> Option<(String, Uuid)> {
+    let text = |name| cookie::text_of(cookie, name).ok().flatten();
+    Some((text("name")?, text("uuid")?.parse().ok()?))
+}
+
+/// Finish: where the engine brought the guest, only after it has committed.
+pub fn finish(
+    connection: Connection,
+    params: &Params,
+    cookie: &[u8],
+    flags: u32,
+    cancelled: bool,
+) -> Result<(OwnedDomain, Cookie), Error> {
+    let session = params
+        .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
+        .filter(|_| connection.is_qemu())
+        .and_then(|name| sessions::by_name(Role::Destination, name));
+    let Some(session) = session else {
+        return phase::finish(connection, params, cookie, flags, cancelled);
+    };
+    sessions::remove(&session);
+    let committed = match cancelled {
+        true => Err(None),
+        false => match session.engine.ask(&Request::Finish, Some(LOADED)) {
+            Ok(Reply::Committed) => Ok(()),
+            Ok(reply) => Err(Some(unexpected(&reply))),
+            Err(failure) => Err(Some(failure.into())),
+        },
+    };
+    let finished = phase::finish(connection, params, cookie, flags, committed.is_err());
+    let failed = finished.is_err().then(SavedError::save);
+    let conclude = Request::Conclude {
+        success: committed.is_ok() && failed.is_none(),
+    };
+    if let Err(failure) = session.engine.ask(&conclude, Some(LOCAL)) {
+        tracing::warn!(
+            guest = session.guest.name,
+            "the engine did not conclude: {failure}"
+        );
+    }
+    match (finished, committed) {
+        (Ok(finished), _) => Ok(finished),
+        (Err(_), Err(Some(ours))) => Err(ours),
+        (Err(error), _) => Err(failed.map_or(error, Error::Saved)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_path_always_fits() {
+        let directory = Path::new("/run/libvirt/virt-ferry/incoming");
+        for name in ["g", &"n".repeat(300), "with space", "ä"] {
+            let path = incoming_socket(directory, Uuid::from_u128(1), name);
+            assert!(path.as_os_str().len() <= SUN_PATH, "{path:?}");
+        }
+        let path = incoming_socket(directory, Uuid::from_u128(1), "guest");
+        assert!(path.ends_with("00000000.tunnelmigrate.dest.guest"));
+    }
+
+    #[test]
+    fn the_cookie_says_who_arrives() {
+        let uuid = Uuid::from_u128(5);
+        let cookie = format!("<qemu-migration><name>g&amp;1</name><uuid>{uuid}</uuid></qemu-migration>\0");
+        assert_eq!(identity(cookie.as_bytes()), Some(("g&1".into(), uuid)));
+        assert_eq!(identity(b"<qemu-migration/>\0"), None);
+    }
+}

@@ -1,0 +1,157 @@
+//! The job as users see it: the engine's figures in libvirt's fields.
+
+use crate::libvirt::Domain;
+use crate::sessions::{self, Role};
+use ferry_contract::control::Statistics;
+use ferry_contract::session::PAGE;
+use std::ffi::CStr;
+use std::os::raw::c_int;
+use virt_sys::*;
+
+/// The engine's part of a running job.
+pub struct Progress(Statistics);
+
+/// How far the guest is, where the engine moves it away from here; before anything has been counted, libvirt's
+/// own figures stand.
+pub fn progress(domain: Domain) -> Option<Progress> {
+    let session = sessions::by_uuid(Role::Source, domain.guest()?.uuid)?;
+    let statistics = session.engine.statistics();
+    (statistics.total > 0).then_some(Progress(statistics))
+}
+
+/// Cancels the migration of a guest that the engine moves away from here.
+pub fn cancel(domain: Domain) {
+    if let Some(session) = domain
+        .guest()
+        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid))
+    {
+        session.cancel();
+    }
+}
+
+impl Progress {
+    /// Bytes dealt with, in libvirt's sense: what is no longer remaining.
+    fn processed(&self) -> u64 {
+        self.0.total.saturating_sub(self.0.remaining)
+    }
+
+    /// Adds the engine's figures to libvirt's, which know the small blocks in QEMU's own stream and the disks.
+    pub fn complete_info(&self, info: &mut virDomainJobInfo) {
+        info.memTotal += self.0.total;
+        info.memProcessed += self.processed();
+        info.memRemaining += self.0.remaining;
+        info.dataTotal += self.0.total;
+        info.dataProcessed += self.processed();
+        info.dataRemaining += self.0.remaining;
+    }
+
+    /// [`Self::complete_info`] for the typed list.
+    pub fn complete_stats(&self, params: &mut virTypedParameterPtr, count: &mut c_int) {
+        let added = [
+            (VIR_DOMAIN_JOB_MEMORY_TOTAL, self.0.total),
+            (VIR_DOMAIN_JOB_MEMORY_PROCESSED, self.processed()),
+            (VIR_DOMAIN_JOB_MEMORY_REMAINING, self.0.remaining),
+            (VIR_DOMAIN_JOB_DATA_TOTAL, self.0.total),
+            (VIR_DOMAIN_JOB_DATA_PROCESSED, self.processed()),
+            (VIR_DOMAIN_JOB_DATA_REMAINING, self.0.remaining),
+            (VIR_DOMAIN_JOB_MEMORY_CONSTANT, self.0.zero / PAGE),
+            (VIR_DOMAIN_JOB_MEMORY_NORMAL, self.0.data / PAGE),
+            (VIR_DOMAIN_JOB_MEMORY_NORMAL_BYTES, self.0.data),
+            (VIR_DOMAIN_JOB_MEMORY_BPS, self.0.bandwidth),
+            (VIR_DOMAIN_JOB_MEMORY_DIRTY_RATE, self.0.dirty_rate),
+            (VIR_DOMAIN_JOB_MEMORY_ITERATION, self.0.iteration),
+        ];
+        let mut list = List::take(params, count);
+        for (name, value) in added {
+            list.add(name, value);
+        }
+        if list.find(VIR_DOMAIN_JOB_MEMORY_PAGE_SIZE).is_none() {
+            list.add(VIR_DOMAIN_JOB_MEMORY_PAGE_SIZE, PAGE);
+        }
+        list.give_back(params, count);
+    }
+}
+
+/// libvirt's own list of job statistics, from malloc, to be extended in place.
+struct List {
+    entries: virTypedParameterPtr,
+    count: c_int,
+    room: c_int,
+}
+
+impl List {
+    fn take(params: &virTypedParameterPtr, count: &c_int) -> Self {
+        Self {
+            entries: *params,
+            count: *count,
+            room: *count,
+        }
+    }
+
+    fn find(&mut self, name: &CStr) -> Option<&mut virTypedParameter> {
+        // SAFETY: libvirt's own look-up in its own list; NULL where the name is absent.
+        unsafe { virTypedParamsGet(self.entries, self.count, name.as_ptr()).as_mut() }
+    }
+
+    /// Adds to the parameter's value, or the parameter to the list.
+    fn add(&mut self, name: &CStr, value: u64) {
+        match self.find(name) {
+            Some(entry) if entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int => {
+                // SAFETY: the type says that the value is an unsigned long long.
+                unsafe { entry.value.ul += value };
+            }
+            Some(_) => {}
+            // SAFETY: libvirt's list from malloc, which it may move; out of memory leaves it as it is.
+            None => unsafe {
+                virTypedParamsAddULLong(
+                    &mut self.entries,
+                    &mut self.count,
+                    &mut self.room,
+                    name.as_ptr(),
+                    value,
+                );
+            },
+        }
+    }
+
+    fn give_back(self, params: &mut virTypedParameterPtr, count: &mut c_int) {
+        *params = self.entries;
+        *count = self.count;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_added_to_libvirts() {
+        let progress = Progress(Statistics {
+            total: 100,
+            remaining: 40,
+            data: 8192,
+            ..Default::default()
+        });
+        let (mut params, mut count, mut room) = (std::ptr::null_mut(), 0, 0);
+        let value = |params, count, name: &CStr| {
+            let mut value = 0;
+            // SAFETY: a list made here.
+            let found = unsafe { virTypedParamsGetULLong(params, count, name.as_ptr(), &mut value) };
+            (found, value)
+        };
+        // SAFETY: libvirt's thread-local error needs its one-time set-up; the list is made and freed here.
+        unsafe {
+            assert_eq!(virInitialize(), 0);
+            let total = VIR_DOMAIN_JOB_MEMORY_TOTAL.as_ptr();
+            assert_eq!(
+                virTypedParamsAddULLong(&mut params, &mut count, &mut room, total, 7),
+                0
+            );
+            progress.complete_stats(&mut params, &mut count);
+            assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_TOTAL), (1, 107));
+            assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_PROCESSED), (1, 60));
+            assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_NORMAL), (1, 2));
+            virTypedParamsFree(params, count);
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Live migration: libvirt's five phases with the engine between them.
+//!
+//! ```text
+//!            source                                        destination
+//!  Begin     real Begin; engine: Inspect ── Offer ─────▶
+//!  Prepare                                                 engine: Reserve; real Prepare (QEMU waits on a unix
+//!                                    ◀───────── Answer ──  socket); engine: Attach, listens
+//!  Perform   engine: Precopy ═══════ memory ═══════════▶
+//!            real Perform into the engine's socket
+//!            engine: last copy ═════ memory ═══════════▶   engine: applied, checked: commitment
+//!                    relay ═════════ device state ═════▶   relay
+//!  Finish                                                  engine: Finish; real Finish resumes the guest
+//!  Confirm   real Confirm ends the source; engine: Conclude
+//! ```
+//!
+//! A phase that finds no session, or a flag, parameter or guest that is not ours, is libvirt's own.
+
+pub mod destination;
+mod eligible;
+pub mod job;
+pub mod p2p;
+pub mod source;
+pub mod uri;
+
+use crate::libvirt::Error;
+use ferry_contract::control::{Failure, FailureKind, Reply};
+use std::time::Duration;
+
+/// For what an engine does without the network: looking at a QEMU, binding a socket.
+const LOCAL: Duration = Duration::from_secs(30);
+/// For the destination's QEMU to take in the last of its stream once libvirt is at Finish.
+const LOADED: Duration = Duration::from_secs(60);
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure.kind {
+            FailureKind::Cancelled => Self::cancelled(),
+            FailureKind::Failed | FailureKind::Libvirt => Self::failed(failure),
+        }
+    }
+}
+
+/// An engine that answers something else than what it was asked.
+fn unexpected(reply: &Reply) -> Error {
+    Error::failed(format!(
+        "the engine answered out of turn ({reply:?}): are plug-in and engine of one release?"
+    ))
+}

@@ -1,0 +1,191 @@
+//! Peer-to-peer: the source's daemon is called once and runs the phases itself, on a connection of its own.
+//!
+//! libvirt's own peer-to-peer code goes past the functions we stand in for, so a guest that the engine can move is
+//! moved by this room: the same phases, in the same order, with the same errors. Everything that could send the
+//! migration libvirt's own way is found out before libvirt is touched: is the guest eligible, does the
+//! destination have the plug-in (a Prepare with nothing in it but our question, which libvirt refuses without
+//! doing anything)?
+
+use super::source;
+use crate::libvirt::phase;
+use crate::libvirt::{Connection, Cookie, Domain, Error, OwnedConnection, OwnedDomain, Params, SavedError};
+use crate::sessions::{self, Session};
+use ferry_contract::cookie;
+use std::ffi::CStr;
+use std::sync::Arc;
+use virt_sys::*;
+
+/// What libvirt's own peer-to-peer code passes on to the destination (libvirt 11.3, qemuMigrationSrcPeer2Peer3);
+/// an older one refuses names it does not know.
+const DESTINATION: [&CStr; 5] = [
+    VIR_MIGRATE_PARAM_DEST_XML,
+    VIR_MIGRATE_PARAM_DEST_NAME,
+    VIR_MIGRATE_PARAM_URI,
+    VIR_MIGRATE_PARAM_GRAPHICS_URI,
+    VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
+];
+
+/// Perform with VIR_MIGRATE_PEER2PEER: through the engine, or libvirt's own.
+pub fn perform(
+    domain: Domain,
+    destination: Option<&CStr>,
+    params: &Params,
+    cookie: &[u8],
+    flags: u32,
+) -> Result<Cookie, Error> {
+    let own = || phase::perform(domain, destination, params, cookie, flags);
+    // A cookie, or no destination, is an error of libvirt's own to tell.
+    let Some(uri) = destination.filter(|_| cookie.is_empty()) else {
+        return own();
+    };
+    let managed = flags & !VIR_MIGRATE_PEER2PEER | VIR_MIGRATE_CHANGE_PROTECTION;
+    let session = match source::open(domain, params, managed) {
+        Ok(session) => session,
+        Err(reason) => {
+            source::native(domain, &reason);
+            return own();
+        }
+    };
+    let reason = match OwnedConnection::open(uri) {
+        Ok(peer) if answers(peer.get()) => {
+            let moved = Move {
+                domain,
+                peer: peer.get(),
+                params,
+                flags,
+                managed,
+            };
+            match moved.run(&session) {
+                Ok(Outcome::Moved) => return Ok(Cookie::none()),
+                Ok(Outcome::Declined) => "the destination declined (see its log)",
+                Err(error) => {
+                    sessions::remove(&session);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(_) => "the destination has no plug-in, or one of another version",
+        // libvirt's own code meets the same failure and words it.
+        Err(_) => "the destination cannot be reached",
+    };
+    sessions::remove(&session);
+    source::native(domain, reason);
+    own()
+}
+
+/// Whether the peer has the plug-in.
+fn answers(peer: Connection) -> bool {
+    let probe = cookie::probe();
+    let answered = phase::prepare(peer, &Params::none(), &probe, 0);
+    answered.is_ok_and(|answer| cookie::is_probe(answer.cookie.bytes()))
+}
+
+enum Outcome {
+    Moved,
+    Declined,
+}
+
+struct Move<'a> {
+    domain: Domain,
+    peer: Connection,
+    params: &'a Params<'a>,
+    flags: u32,
+    managed: u32,
+}
+
+impl Move<'_> {
+    /// The five phases. On an error the guest runs on here and the job is given back.
+    fn run(&self, session: &Arc<Session>) -> Result<Outcome, Error> {
+        let begun = source::offer(phase::begin(self.domain, self.params, self.managed)?, session);
+        let xml = begun.xml.text().to_string_lossy().into_owned();
+        let name = self
+            .params
+            .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
+            .unwrap_or(&session.guest.name)
+            .to_owned();
+        let paused = match self.domain.is_paused() {
+            Ok(true) => VIR_MIGRATE_PAUSED,
+            Ok(false) => 0,
+            Err(_) => return Err(self.stay(SavedError::save())),
+        };
+        // As libvirt's own: the destination sees PEER2PEER, but neither the source's own business.
+        let there = (self.flags | paused)
+            & !(VIR_MIGRATE_ABORT_ON_ERROR | VIR_MIGRATE_AUTO_CONVERGE | VIR_MIGRATE_CHANGE_PROTECTION);
+        let given = self
+            .params
+            .share()
+            .only(&DESTINATION)
+            .with(VIR_MIGRATE_PARAM_DEST_XML, &xml);
+        let given = given.with(VIR_MIGRATE_PARAM_DEST_NAME, &name);
+        let prepared = match phase::prepare(self.peer, &given, begun.cookie.bytes(), there) {
+            Ok(prepared) => prepared,
+            Err(_) => return Err(self.stay(SavedError::save())),
+        };
+        let answered = matches!(cookie::answer(prepared.cookie.bytes()), Ok(Some(_)));
+        if !answered {
+            // Declined after all: nothing of it may be left before libvirt begins anew.
+            let _ = self.finish(&name, &[], there, true);
+            self.stay(SavedError::save());
+            return Ok(Outcome::Declined);
+        }
+        let uri = prepared
+            .uri
+            .as_ref()
+            .map(|uri| uri.text().to_string_lossy().into_owned());
+        let here = match &uri {
+            Some(uri) => self.params.share().with(VIR_MIGRATE_PARAM_URI, uri),
+            None => self.params.share(),
+        };
+        let performed = source::perform(self.domain, &here, prepared.cookie.bytes(), self.managed | paused);
+        let failed = match performed {
+            Ok(cookie) => match self.finish(&name, cookie.bytes(), there, false) {
+                Ok((arrived, cookie)) => {
+                    self.confirmed(cookie.bytes());
+                    drop(arrived);
+                    return Ok(Outcome::Moved);
+                }
+                Err(_) => self.stay(SavedError::save()),
+            },
+            Err(error) => {
+                error.raise();
+                let error = SavedError::save();
+                // Perform has resumed the guest and ended the job; the destination still has to be ended.
+                let _ = self.finish(&name, &[], there, true);
+                Error::Saved(error)
+            }
+        };
+        Err(failed)
+    }
+
+    fn finish(
+        &self,
+        name: &str,
+        cookie: &[u8],
+        flags: u32,
+        cancelled: bool,
+    ) -> Result<(OwnedDomain, Cookie), Error> {
+        let given = self
+            .params
+            .share()
+            .only(&DESTINATION)
+            .with(VIR_MIGRATE_PARAM_DEST_NAME, name);
+        phase::finish(self.peer, &given, cookie, flags, cancelled)
+    }
+
+    /// The guest is the destination's: end it here. A failure is only logged, as libvirt does, since the
+    /// migration has succeeded.
+    fn confirmed(&self, cookie: &[u8]) {
+        if source::confirm(self.domain, &Params::none(), cookie, self.managed, false).is_err() {
+            tracing::warn!(
+                "libvirt could not end the guest on the source: {}",
+                SavedError::save().message()
+            );
+        }
+    }
+
+    /// The guest stays: resume it if it was stopped, give the job back, keep the first error.
+    fn stay(&self, error: SavedError) -> Error {
+        let _ = source::confirm(self.domain, &Params::none(), &[], self.managed, true);
+        Error::Saved(error)
+    }
+}

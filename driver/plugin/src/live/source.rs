@@ -1,0 +1,216 @@
+//! The host the guest leaves: Begin, Perform, Confirm.
+
+use super::{eligible, unexpected, LOADED, LOCAL};
+use crate::engine::Engine;
+use crate::host;
+use crate::libvirt::phase::{self, Begun};
+use crate::libvirt::{Cookie, Domain, Error, Params, SavedError};
+use crate::sessions::{self, Role, Session};
+use ferry_contract::control::{FailureKind, Reply, Request};
+use ferry_contract::cookie::{self, Answer};
+use std::path::Path;
+use std::sync::Arc;
+use virt_sys::{VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI};
+
+/// Begin: libvirt's own, and where the guest is eligible, our offer in its cookie.
+pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error> {
+    let begun = phase::begin(domain, params, flags)?;
+    match open(domain, params, flags) {
+        Ok(session) => Ok(offer(begun, &session)),
+        Err(reason) => {
+            native(domain, &reason);
+            Ok(begun)
+        }
+    }
+}
+
+/// Adds a session's offer to what the real Begin returned.
+pub fn offer(mut begun: Begun, session: &Arc<Session>) -> Begun {
+    match cookie::with_offer(begun.cookie.bytes(), &session.offer) {
+        Ok(bytes) => begun.cookie = Cookie::copy_of(&bytes),
+        Err(error) => {
+            tracing::warn!(guest = session.guest.name, "libvirt's own migration: {error}");
+            sessions::remove(session);
+        }
+    }
+    begun
+}
+
+/// Opens a session for an eligible guest; otherwise says why the migration is libvirt's own. Leaves the guest
+/// untouched.
+pub fn open(domain: Domain, params: &Params, flags: u32) -> Result<Arc<Session>, String> {
+    if !domain.connection().is_qemu() {
+        return Err("its driver is not QEMU".into());
+    }
+    let config = host::config()?;
+    if !config.enabled {
+        return Err("virt-ferry is disabled in its configuration".into());
+    }
+    if let Some(reason) = eligible::refusal(params, flags) {
+        return Err(reason);
+    }
+    if flags & VIR_MIGRATE_CHANGE_PROTECTION == 0 {
+        return Err("the client holds no job across the phases (no change protection)".into());
+    }
+    let guest = domain.guest().ok_or("libvirt does not say who it is")?;
+    let id = domain.id().ok_or("it is not running")?;
+    let monitor = host::monitor(id).ok_or(
+        "its QEMU was started without the plug-in's monitor; it is eligible after its next start or move",
+    )?;
+    let name = host::name();
+    let engine = Engine::start(&config, "source", &name).map_err(|error| error.to_string())?;
+    engine.guard(&monitor);
+    let inspect = Request::Inspect {
+        guest: guest.clone(),
+        host: name,
+        monitor,
+        settings: config.settings(),
+    };
+    match engine.ask(&inspect, Some(LOCAL)) {
+        Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::new(Role::Source, guest, offer, engine))),
+        Ok(Reply::NotEligible { reason }) => Err(reason),
+        Ok(_) => Err("the engine answered out of turn".into()),
+        Err(failure) => Err(failure.to_string()),
+    }
+}
+
+/// Perform, with all the client's flags but peer-to-peer: through the engine where the destination answered,
+/// libvirt's own where it did not.
+pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Result<Cookie, Error> {
+    let answer = match cookie::answer(cookie) {
+        Ok(answer) => answer,
+        Err(error) => return Err(give_up(domain, params, flags, Error::failed(error))),
+    };
+    let session = domain
+        .guest()
+        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
+    match (answer, session) {
+        (Some(answer), Some(session)) => {
+            let performed = through_engine(domain, params, cookie, flags, answer, &session);
+            if performed.is_err() {
+                sessions::remove(&session);
+            }
+            performed
+        }
+        (Some(_), None) => {
+            let cause = format!(
+                "host {} has no engine for this guest any more; try again",
+                host::name()
+            );
+            Err(give_up(domain, params, flags, Error::failed(cause)))
+        }
+        (None, session) => {
+            if let Some(session) = session {
+                native(domain, "the destination did not answer: it has no plug-in, another version, or declined (see its log)");
+                sessions::remove(&session);
+            }
+            phase::perform(domain, None, params, cookie, flags)
+        }
+    }
+}
+
+fn through_engine(
+    domain: Domain,
+    params: &Params,
+    cookie: &[u8],
+    flags: u32,
+    answer: Answer,
+    session: &Arc<Session>,
+) -> Result<Cookie, Error> {
+    if answer.session != session.offer.session {
+        let cause = "the destination answered for another migration; try again";
+        return Err(give_up(domain, params, flags, Error::failed(cause)));
+    }
+    let socket = match session.engine.ask(&Request::Precopy { answer }, None) {
+        Ok(Reply::Switchover { socket }) => socket,
+        Ok(reply) => return Err(give_up(domain, params, flags, unexpected(&reply))),
+        // libvirt knows of the abort: its own Perform ends the job with its own error, before QEMU does anything.
+        Err(failure) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
+            return phase::perform(
+                domain,
+                None,
+                &towards(params, Path::new("/nonexistent")),
+                cookie,
+                flags,
+            )
+        }
+        Err(failure) => return Err(give_up(domain, params, flags, failure.into())),
+    };
+    let performed = phase::perform(domain, None, &towards(params, &socket), cookie, flags);
+    let ours = performed.is_err().then(SavedError::save);
+    let engine = session.engine.ask(
+        &Request::Performed {
+            success: performed.is_ok(),
+        },
+        Some(LOADED),
+    );
+    match (performed, engine) {
+        (Ok(cookie), Ok(Reply::Committed)) => Ok(cookie),
+        // QEMU has handed everything over, which it could only after the commitment. The destination's engine
+        // is asked again before the guest is resumed there.
+        (Ok(cookie), _) => {
+            tracing::warn!(
+                guest = session.guest.name,
+                "the engine could not confirm the commitment"
+            );
+            Ok(cookie)
+        }
+        // The engine knows better than "migration failed" why the stream ended, unless libvirt ended it.
+        (Err(_), Err(failure)) if failure.kind == FailureKind::Failed => Err(failure.into()),
+        (Err(error), _) => Err(ours.map_or(error, Error::Saved)),
+    }
+}
+
+/// The parameters for a Perform into the engine's socket (libvirt 11.3 refuses a listen address with it).
+fn towards<'a>(params: &'a Params<'_>, socket: &Path) -> Params<'a> {
+    let uri = format!("unix://{}", socket.display());
+    params
+        .share()
+        .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
+        .with(VIR_MIGRATE_PARAM_URI, &uri)
+}
+
+/// Ends libvirt's job after a Perform that libvirt never saw: nobody else will (a failed Perform is not followed
+/// by a Confirm), and the guest would refuse every job from then on.
+fn give_up(domain: Domain, params: &Params, flags: u32, error: Error) -> Error {
+    let only_job = params.share().only(&[]);
+    if phase::confirm(domain, &only_job, &[], flags, true).is_err() {
+        tracing::error!(
+            "libvirt could not end its migration job: {}",
+            SavedError::save().message()
+        );
+    }
+    error
+}
+
+/// Confirm: libvirt's own, and the end of the session.
+pub fn confirm(
+    domain: Domain,
+    params: &Params,
+    cookie: &[u8],
+    flags: u32,
+    cancelled: bool,
+) -> Result<(), Error> {
+    let guest = domain.guest();
+    let confirmed = phase::confirm(domain, params, cookie, flags, cancelled);
+    let failed = confirmed.is_err().then(SavedError::save);
+    if let Some(session) = guest.and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid)) {
+        let conclude = Request::Conclude {
+            success: !cancelled && failed.is_none(),
+        };
+        if let Err(failure) = session.engine.ask(&conclude, Some(LOCAL)) {
+            tracing::warn!(
+                guest = session.guest.name,
+                "the engine did not conclude: {failure}"
+            );
+        }
+        sessions::remove(&session);
+    }
+    confirmed.map_err(|error| failed.map_or(error, Error::Saved))
+}
+
+/// Says why a migration is libvirt's own.
+pub fn native(domain: Domain, reason: &str) {
+    let guest = domain.guest().map_or_else(String::new, |guest| guest.name);
+    tracing::info!(guest, "libvirt's own migration: {reason}");
+}
