@@ -5,11 +5,13 @@
 //!       │
 //!   lab::Lab         several libvirt hosts (script tests/lab); gone when dropped, or when this process dies
 //!   host::Host       one of them: commands, virsh, guests, logs, processes
+//!   guest            guests that check their own memory
 //!   clean            that a migration left nothing of virt-ferry on a host
 //!   wait             waiting for a condition, never for a time
 //! ```
 
 pub mod clean;
+pub mod guest;
 pub mod host;
 pub mod lab;
 pub mod scene;
@@ -19,4 +21,3 @@ pub mod wait;
 pub fn skipped(reason: &str) {
     println!("\nSKIPPED: {reason}");
 }
-pub mod guest;
