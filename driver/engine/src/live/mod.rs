@@ -10,3 +10,8 @@
 
 pub mod rounds;
 pub mod working_set;
+
+#[cfg(test)]
+mod replay;
+#[cfg(test)]
+mod simulation;
