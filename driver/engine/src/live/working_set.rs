@@ -269,7 +269,7 @@ mod tests {
             const PAGES: usize = 150;
             let mut set = WorkingSet::new(PAGES);
             let mut streaks: BTreeMap<usize, u32> = BTreeMap::new();
-            let mut owed = vec![false; PAGES];
+            let mut owed = [false; PAGES];
             let mut send = Vec::new();
             for step in steps {
                 match step {
