@@ -83,7 +83,7 @@ pub fn draw(canvas: &mut Canvas, timeline: &Timeline, above: &Panel) -> f64 {
     };
     let parts = parts(downtime);
     let sum: f64 = parts.iter().map(|part| part.ms).sum();
-    let total = sane_ms(downtime.total_ms).max(sum);
+    let total = sane_ms(downtime.total_ms).max(sum).max(0.1);
     let top = y + 14.0;
     wedge(canvas, timeline, above, total, top);
     title(

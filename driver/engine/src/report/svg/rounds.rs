@@ -62,10 +62,11 @@ fn slot(rounds: &[Round]) -> Slot {
     let rate = mean(|round| round.dirty_rate);
     let number = rounds[0].number;
     let hint = format!(
-        "round {number}: {} pages, {} data, {} zeros, {} pages held back; scan {}, drain {}, send {}; {} pages/s written",
+        "round {number}: {} pages, {} data, {} zeros, {} holes, {} pages held back; scan {}, drain {}, send {}; {} pages/s written",
         text::count(mean(|round| round.pages as f64)),
         text::bytes(data),
         text::bytes(zeros),
+        text::bytes(mean(|round| round.hole_bytes as f64)),
         text::count(mean(|round| round.deferred_pages as f64)),
         text::time(mean(|round| round.scan_ms)),
         text::time(mean(|round| round.drain_ms)),
@@ -123,8 +124,6 @@ fn bytes(
     axis(canvas, &scale, &scale.byte_ticks(5), floor);
 
     let bar = (width * 0.72).min(WIDEST);
-    let every = (26.0 / width).ceil().max(1.0) as usize;
-    let mut last_label = 0;
     for (n, slot) in slots.iter().enumerate() {
         let x = centre(n) - bar / 2.0;
         for (value, colour) in [(slot.all, ZEROS), (slot.data, slot.colour)] {
@@ -134,28 +133,28 @@ fn bytes(
             }
         }
         if width >= FIGURES {
-            let figure = Font::new(11.0).fill(MUTED).middle();
-            canvas.text(
-                centre(n),
-                scale.at(slot.all) - 5.0,
-                &text::bytes(slot.data),
-                figure,
-            );
-        }
-        // The last slot always has its label, and pushes away its neighbour's if that stands too close.
-        let is_last = n + 1 == slots.len();
-        let crowded = (slots.len() - 1 - n) as f64 * width < 34.0;
-        if is_last || (n == 0 || n - last_label >= every) && !crowded {
-            canvas.text(
-                centre(n),
-                floor + 16.0,
-                &slot.label,
-                Font::new(11.0).fill(MUTED).middle(),
-            );
-            last_label = n;
+            let font = Font::new(11.0).fill(MUTED).middle();
+            canvas.text(centre(n), scale.at(slot.all) - 5.0, &text::bytes(slot.data), font);
         }
     }
+    numbers(canvas, slots, floor + 16.0, width, centre);
     floor + 16.0
+}
+
+/// The numbers of the rounds, as many as have room. The last slot always has its label.
+fn numbers(canvas: &mut Canvas, slots: &[Slot], y: f64, width: f64, centre: &dyn Fn(usize) -> f64) {
+    let font = Font::new(11.0).fill(MUTED).middle();
+    let widest = slots
+        .iter()
+        .map(|slot| font.width(&slot.label))
+        .fold(0.0, f64::max);
+    let every = ((widest + 12.0) / width).ceil().max(1.0) as usize;
+    let last = slots.len() - 1;
+    for (n, slot) in slots.iter().enumerate() {
+        if n == last || n % every == 0 && last - n >= every {
+            canvas.text(centre(n), y, &slot.label, font);
+        }
+    }
 }
 
 /// Draws the legend at the right; returns where it begins.

@@ -84,7 +84,7 @@ impl Scale {
         let (unit, name) = match step {
             s if s >= HOUR => (HOUR, "h"),
             s if s >= MINUTE => (MINUTE, "min"),
-            s if s >= 1000.0 || self.to > 10_000.0 => (1000.0, "s"),
+            s if s >= 1000.0 || self.to > 2000.0 => (1000.0, "s"),
             _ => (1.0, "ms"),
         };
         multiples(step, self.to)

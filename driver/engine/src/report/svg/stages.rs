@@ -43,7 +43,7 @@ pub fn draw(canvas: &mut Canvas, timeline: &Timeline, y: f64) -> Panel {
     title(canvas, y, "Stages", "", WIDTH - MARGIN);
     let ends = timeline.stages.iter().map(|span| sane_ms(span.end_ms));
     let time = Scale::linear(
-        ends.fold(sane_ms(timeline.total_ms), f64::max),
+        ends.fold(sane_ms(timeline.total_ms).max(1.0), f64::max),
         PLOT_LEFT,
         PLOT_RIGHT,
     );
