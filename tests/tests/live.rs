@@ -21,3 +21,17 @@ fn managed_there_and_back() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn peer_to_peer_there_and_back() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("p2p"), 1)?;
+        scene.move_to(one, two, &["--p2p"])?;
+        scene.move_to(two, one, &["--p2p"])?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)?;
+        ensure!(said(one, THROUGH_US) == 2, "the engine did not move the guest");
+        Ok(())
+    })
+}
