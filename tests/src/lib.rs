@@ -7,14 +7,18 @@
 //!   host::Host       one of them: commands, virsh, guests, logs, processes
 //!   guest            guests that check their own memory
 //!   clean            that a migration left nothing of virt-ferry on a host
+//!   timeline         what the engines recorded of a migration
+//!   fault            slow and cut links, killed processes, and how a guest must come out of it
 //!   wait             waiting for a condition, never for a time
 //! ```
 
 pub mod clean;
+pub mod fault;
 pub mod guest;
 pub mod host;
 pub mod lab;
 pub mod scene;
+pub mod timeline;
 pub mod wait;
 
 /// Says that this machine cannot run a test, and why; `tests/run` counts and shows it. Follow it by `return Ok(())`.
