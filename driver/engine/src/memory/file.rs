@@ -145,12 +145,7 @@ impl RamFile {
             HUGETLBFS_MAGIC => Backing::Hugetlbfs {
                 page: stat.optimal_transfer_size() as u64,
             },
-            other => {
-                return Err(FileError::NotMemory {
-                    path,
-                    magic: other.0,
-                })
-            }
+            other => return Err(FileError::NotMemory { path, magic: other.0 }),
         };
         Ok(RamFile {
             file,

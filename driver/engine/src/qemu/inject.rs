@@ -12,6 +12,8 @@
 //!   as `rax = -ERESTART*` with its number in `orig_rax`, and is restarted after that stop. So the registers are put
 //!   back in a stop of the same kind, never at a system call's exit, where nobody would restart anything and QEMU
 //!   would see an errno of 512.
+//!   The few calls that answer any stop with EINTR (epoll_wait; signal(7)) do so here as with SIGSTOP; QEMU's main loop
+//!   waits in ppoll.
 //! - All signals are blocked meanwhile, so none is delivered on borrowed registers, and none is lost: they stay queued.
 //! - Nothing is written to QEMU's memory; the `syscall` instruction is one of its vDSO's.
 //! - The tracer is a thread of its own. Whatever happens to it before the registers are touched, the kernel detaches
