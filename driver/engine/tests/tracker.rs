@@ -210,8 +210,10 @@ fn writes_to_huge_pages_are_seen_by_the_4_kib() {
 
 #[test]
 fn a_second_tracker_is_refused_and_the_end_of_the_first_frees_the_memory() {
-    let ram = Ram::new("/dev/shm", 64);
+    // Large enough to be registered and freed in several pieces.
+    let ram = Ram::new("/dev/shm", 20_000);
     let mut child = ram.serve();
+    let before = child.process.maps().expect("mappings");
     child.order(Order::store(1, 1));
     let mut first = track(&ram, &child);
     first.arm().expect("arming");
@@ -226,6 +228,11 @@ fn a_second_tracker_is_refused_and_the_end_of_the_first_frees_the_memory() {
     );
 
     drop(first);
+    assert_eq!(
+        child.process.maps().expect("mappings"),
+        before,
+        "the mappings are as they were"
+    );
     let mut third = track(&ram, &child);
     third.arm().expect("arming");
     child.order(Order::store(1, 1));

@@ -258,12 +258,13 @@ impl RamFile {
     fn store(&self, range: Range<u64>, page: u64, bytes: &[u8]) -> Result<(), FileError> {
         let pages = range.start / page * page..range.end.div_ceil(page) * page;
         sys::allocate(&self.file, pages).map_err(self.wrap("allocate pages of"))?;
-        // The mapping starts where the block's first huge page does.
+        // Huge pages are mapped whole.
         let base = self.window.start / page * page;
+        let end = self.window.end.div_ceil(page) * page;
         let mapping = match self.mapping.get() {
             Some(mapping) => mapping,
             None => {
-                let made = Mapping::new(&self.file, base..self.window.end).map_err(self.wrap("map"))?;
+                let made = Mapping::new(&self.file, base..end).map_err(self.wrap("map"))?;
                 self.mapping.get_or_init(|| made)
             }
         };
