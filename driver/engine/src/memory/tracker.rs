@@ -206,9 +206,11 @@ impl WriteTracker {
     /// Reports every page written since it was last reported (or armed), and protects it again: `sink` gets the
     /// number of the block and a range of bytes in it, in ascending order in each mapping.
     ///
-    /// A page given back to the host (punched) is not reported if it was protected at the time; it becomes a hole
-    /// of the file, which [`RamFile::extents`](super::RamFile::extents) tells. So, after the last scan, what was sent
-    /// and is no data any more must be punched at the destination too.
+    /// A page given back to the host (punched, by balloon or free page reporting) is not reported if it was protected
+    /// at the time: the kernel keeps the protection for whatever comes there next. It is a hole of the file then, which
+    /// [`RamFile::extents`](super::RamFile::extents) tells. So, after the last scan, what was sent and is no data any
+    /// more must be punched at the destination too. What neither tells is a page punched and then only *read* by the
+    /// guest: zeros here, its former contents there. The guest gave these contents up, and expects nothing in the page.
     ///
     /// # Errors
     /// As in [`TrackError`]. What `sink` got before is then lost to later scans.
