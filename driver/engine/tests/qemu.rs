@@ -7,159 +7,17 @@ mod common;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::qemu::{find_ram, holds_all_written, scan, track, Qemu, SHARED_FILE, SIZE};
 use common::{await_some, await_that, deadline, report, Child};
 use ferry_engine::memory::{PageSet, TrackError, WriteTracker, PAGE};
 use ferry_engine::qemu::{
     discover, inject, tracked_ranges, DiscoverError, Ineligible, MigrationStatus, Monitor, MonitorError,
-    Process, RamBlock, Version,
+    Process, Version,
 };
 use nix::sys::signal::Signal;
 use serde_json::json;
-
-/// ```text
-///        cli                     fa
-/// again: mov ax, 0x1000          b8 00 10
-/// page:  mov ds, ax              8e d8
-///        inc byte [0]            fe 06 00 00
-///        add ax, 0x100           05 00 01
-///        cmp ax, 0x9000          3d 00 90
-///        jne page                75 f2
-///        jmp again               eb ed
-/// ```
-const WRITER: &[u8] = &[
-    0xfa, 0xb8, 0x00, 0x10, 0x8e, 0xd8, 0xfe, 0x06, 0x00, 0x00, 0x05, 0x00, 0x01, 0x3d, 0x00, 0x90, 0x75,
-    0xf2, 0xeb, 0xed,
-];
-/// The pages it writes.
-const WRITTEN: std::ops::Range<u64> = 0x10..0x90;
-
-const SIZE: u64 = 64 << 20;
-
-struct Qemu {
-    child: std::process::Child,
-    directory: tempfile::TempDir,
-}
-
-impl Qemu {
-    /// Starts a stopped QEMU with the sandbox as libvirt sets it; `None`, and a line to say so, where it does not run.
-    fn start(accelerator: &str, arguments: &[&str]) -> Option<Qemu> {
-        let directory = tempfile::tempdir_in("/dev/shm").expect("a directory on tmpfs");
-        let path = |name: &str| {
-            directory
-                .path()
-                .join(name)
-                .to_str()
-                .expect("a UTF-8 path")
-                .to_owned()
-        };
-        let mut disk = vec![0; 512];
-        disk[..WRITER.len()].copy_from_slice(WRITER);
-        disk[510..].copy_from_slice(&[0x55, 0xaa]);
-        std::fs::write(path("disk"), disk).expect("a boot disk");
-        let substitute = |argument: &&str| argument.replace("DIR", directory.path().to_str().expect("UTF-8"));
-        let started = Command::new("qemu-system-x86_64")
-            .args([
-                "-S",
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-accel",
-                accelerator,
-            ])
-            .args([
-                "-sandbox",
-                "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-            ])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))])
-            .args(["-drive", &format!("file={},format=raw,if=ide", path("disk"))])
-            .args(arguments.iter().map(substitute))
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn();
-        let mut child = match started {
-            Ok(child) => child,
-            Err(error) => {
-                println!("SKIPPED: qemu-system-x86_64 cannot be started: {error}");
-                return None;
-            }
-        };
-        let socket = directory.path().join("qmp");
-        let listening = await_some("QEMU's monitor", || {
-            match child.try_wait().expect("QEMU's status") {
-                Some(_) => Some(false),
-                None => std::os::unix::net::UnixStream::connect(&socket)
-                    .is_ok()
-                    .then_some(true),
-            }
-        });
-        if !listening {
-            let mut message = String::new();
-            child
-                .stderr
-                .take()
-                .expect("piped")
-                .read_to_string(&mut message)
-                .expect("QEMU's message");
-            assert_eq!(accelerator, "kvm", "QEMU did not start: {message}");
-            println!("SKIPPED: no KVM here: {message}");
-            return None;
-        }
-        Some(Qemu { child, directory })
-    }
-
-    /// A guest whose RAM is a shared file on tmpfs.
-    fn with_shared_file(accelerator: &str) -> Option<Qemu> {
-        Qemu::start(accelerator, &SHARED_FILE)
-    }
-
-    fn monitor(&self) -> Monitor {
-        Monitor::connect(&self.directory.path().join("qmp"), deadline()).expect("QEMU's monitor")
-    }
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-const SHARED_FILE: [&str; 6] = [
-    "-object",
-    "memory-backend-file,id=pc.ram,size=64M,mem-path=DIR/ram,share=on",
-    "-machine",
-    "pc,memory-backend=pc.ram",
-    "-m",
-    "64M",
-];
-
-fn find_ram(monitor: &mut Monitor) -> (Process, Vec<RamBlock>) {
-    let process = Process::open(monitor.peer_pid().expect("the peer")).expect("QEMU");
-    let blocks = discover(monitor, &process, deadline()).expect("an eligible guest");
-    (process, blocks)
-}
-
-fn track(process: &Process, blocks: &[RamBlock]) -> WriteTracker {
-    let uffd = inject::userfaultfd(process, deadline()).expect("injection");
-    let mut tracker = WriteTracker::new(uffd, process, tracked_ranges(blocks)).expect("registration");
-    tracker.arm().expect("arming");
-    tracker
-}
-
-fn scan(tracker: &mut WriteTracker) -> PageSet {
-    let mut sets = [PageSet::new(SIZE)];
-    tracker.scan_into(&mut sets).expect("a scan");
-    let [set] = sets;
-    set
-}
-
-fn holds_all_written(set: &PageSet) -> bool {
-    WRITTEN.into_iter().all(|page| set.contains(page * PAGE))
-}
 
 /// The whole way: find, inject, arm, drain, rounds of scan and copy, stop, last scan; the copy equals the RAM.
 fn tracks_a_guest(accelerator: &str) {
