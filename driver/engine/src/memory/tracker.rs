@@ -312,3 +312,58 @@ impl Drop for WriteTracker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! The rest is tested on other processes (tests/tracker.rs); here, what needs a look inside.
+
+    use nix::sys::memfd::{memfd_create, MFdFlags};
+
+    use super::*;
+
+    #[test]
+    fn a_scan_goes_on_where_the_vector_was_full() {
+        const PAGES: u64 = 1000;
+        let file = File::from(memfd_create(c"ferry-test", MFdFlags::MFD_CLOEXEC).expect("a file"));
+        file.set_len(PAGES * PAGE).expect("room");
+        let mapping = sys::Mapping::new(&file, 0..PAGES * PAGE).expect("a mapping");
+        let process = Process::open(std::process::id() as i32).expect("this process");
+        let address = mapping.addresses().start;
+        let maps = process.maps().expect("own mappings");
+        let vma = maps
+            .iter()
+            .find(|vma| vma.addresses.contains(&address))
+            .expect("the mapping");
+        // The block's part that is tracked starts at its page 5, which is the file's page 0.
+        let range = TrackedRange {
+            block: 3,
+            address,
+            len: PAGES * PAGE,
+            offset: 5 * PAGE,
+            file_offset: 0,
+            page: PAGE,
+            file: vma.file,
+        };
+        let uffd = sys::userfaultfd().expect("a userfaultfd");
+        let mut tracker = WriteTracker::new(uffd, &process, vec![range]).expect("registration");
+        tracker.arm().expect("arming");
+        tracker.found.truncate(3);
+        let written: Vec<u64> = (0..PAGES).step_by(2).collect();
+        written
+            .iter()
+            .for_each(|page| mapping.write((page * PAGE) as usize, b"x"));
+        let mut seen = Vec::new();
+        let report = tracker.scan(&mut |block, range| {
+            assert_eq!((block, range.end - range.start), (3, PAGE));
+            seen.push(range.start / PAGE - 5);
+        });
+        assert_eq!(
+            report.expect("a scan"),
+            ScanReport {
+                pages: PAGES / 2,
+                runs: PAGES / 2
+            }
+        );
+        assert_eq!(seen, written);
+    }
+}
