@@ -10,7 +10,7 @@
 //!
 //! Everything is measured in bytes, relative to the start of one RAM block, and travels as ranges; the grain
 //! is [`PAGE`]. Guest memory is never borrowed: it changes while it is read, so it is copied out by `pread`
-//! and no Rust reference to it exists. All `mmap` and `ioctl` calls are in [`sys`].
+//! and no Rust reference to it exists. All `mmap` and `ioctl` calls are in `sys`.
 
 pub mod file;
 pub mod pages;
