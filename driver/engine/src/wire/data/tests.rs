@@ -121,7 +121,7 @@ fn scattered_pages_and_many_zero_frames_arrive() {
             for number in 0..pages {
                 let page = number * 5003 % pages; // 5003 is prime to 12288: each page once
                 let at = page * 4096;
-                if page % 2 == 0 {
+                if page.is_multiple_of(2) {
                     sender.data(0, at as u64, &guest[at..at + 4096])?;
                 } else {
                     sender.zero(0, at as u64, 4096)?;
@@ -136,7 +136,7 @@ fn scattered_pages_and_many_zero_frames_arrive() {
         });
         assert_eq!(sent.unwrap(), received.unwrap());
         for (page, bytes) in memory.blocks[0].chunks(4096).enumerate() {
-            let expected = if page % 2 == 0 {
+            let expected = if page.is_multiple_of(2) {
                 &guest[page * 4096..][..4096]
             } else {
                 &[0; 4096][..]
@@ -261,7 +261,7 @@ fn the_sender_hears_why_memory_could_not_be_written() {
                 let mut sender = DataSender::new(source, WINDOW);
                 let block = vec![1; 1 << 20];
                 // Goes on until it is stopped: it must not need the barrier to hear of it.
-                for offset in (0u64..).map(|block| block % 40 << 20) {
+                for offset in (0u64..).map(|number| (number % 40) << 20) {
                     if let Err(error) = sender.data(0, offset, &block) {
                         return error;
                     }
