@@ -381,7 +381,11 @@ mod tests {
             let suite = session.tls.negotiated_cipher_suite().unwrap();
             assert_eq!(suite, provider().cipher_suites[0]);
             // A ticket would come right behind the server's Finished, and unread it would reset the connection.
-            assert!(!socket.wait_readable(Some(Duration::from_millis(100))).unwrap());
+            socket
+                .set_deadline(Some(Instant::now() + Duration::from_millis(100)))
+                .unwrap();
+            let silence = socket.read(&mut [0; 1]).unwrap_err();
+            assert_eq!(silence.kind(), io::ErrorKind::TimedOut);
             drop(session);
             drop(socket); // never greeted: the listener waits on, for this one
             connect(&[address], &source, Purpose::Control, soon()).unwrap();
