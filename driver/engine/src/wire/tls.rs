@@ -291,3 +291,105 @@ impl Session {
         self.flush(socket)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use rustls::client::ResolvesClientCert;
+    use rustls::sign::CertifiedKey;
+
+    use super::*;
+    use crate::wire::testing::{listener, securities, soon};
+    use crate::wire::{connect, Protection, Purpose};
+
+    /// Shows a certificate without having its key.
+    #[derive(Debug)]
+    struct Thief(Arc<CertifiedKey>);
+
+    impl ResolvesClientCert for Thief {
+        fn resolve(&self, _hints: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+            Some(self.0.clone())
+        }
+
+        fn has_certs(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn the_right_certificate_without_its_key_is_refused() {
+        // Whoever has seen the cookie has both certificates: they alone must admit nobody.
+        let (source, destination) = securities(true);
+        let Protection::Encrypted { identity, peer } = &source.protection else {
+            unreachable!()
+        };
+        let other = Identity::generate(source.session).unwrap();
+        let provider = provider();
+        let key = provider.key_provider.load_private_key(other.key()).unwrap();
+        let config = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Pin::new(peer, &provider))
+            .with_client_cert_resolver(Arc::new(Thief(Arc::new(CertifiedKey::new(
+                identity.chain(),
+                key,
+            )))));
+        let listener = listener();
+        let address = listener.address();
+        let name = ServerName::IpAddress(address.ip().into());
+        let mut session = Session::new(ClientConnection::new(Arc::new(config), name).unwrap().into());
+        thread::scope(|scope| {
+            let stealing = scope.spawn(move || {
+                let mut socket = Socket::new(TcpStream::connect(address).unwrap()).unwrap();
+                session.handshake(&mut socket)?;
+                session.read(&mut socket, &mut [0; 1])
+            });
+            let refusal = loop {
+                match listener.accept(&destination, Instant::now() + Duration::from_millis(50)) {
+                    Err(Error::NobodyCame { last: Some(last), .. }) => break *last,
+                    Err(Error::NobodyCame { .. }) => {}
+                    other => panic!("{other:?}"),
+                }
+            };
+            assert!(matches!(refusal, Error::Tls { .. }), "{refusal:?}");
+            assert!(refusal.to_string().contains("BadSignature"), "{refusal}");
+            stealing.join().unwrap().unwrap_err();
+        });
+    }
+
+    #[test]
+    fn sessions_are_tls_1_3_without_tickets() {
+        let (source, destination) = securities(true);
+        let listener = listener();
+        let address = listener.address();
+        thread::scope(|scope| {
+            let accepting = scope.spawn(|| listener.accept(&destination, soon()).unwrap());
+            let Protection::Encrypted { identity, peer } = &source.protection else {
+                unreachable!()
+            };
+            let mut session = client(identity, peer, address.ip()).unwrap();
+            let mut socket = Socket::new(TcpStream::connect(address).unwrap()).unwrap();
+            session.handshake(&mut socket).unwrap();
+            assert_eq!(
+                session.tls.protocol_version(),
+                Some(rustls::ProtocolVersion::TLSv1_3)
+            );
+            let suite = session.tls.negotiated_cipher_suite().unwrap();
+            assert_eq!(suite, provider().cipher_suites[0]);
+            // A ticket would come right behind the server's Finished, and unread it would reset the connection.
+            socket
+                .set_deadline(Some(Instant::now() + Duration::from_millis(100)))
+                .unwrap();
+            let silence = socket.read(&mut [0; 1]).unwrap_err();
+            assert_eq!(silence.kind(), io::ErrorKind::TimedOut);
+            drop(session);
+            drop(socket); // never greeted: the listener waits on, for this one
+            connect(&[address], &source, Purpose::Control, soon()).unwrap();
+            accepting.join().unwrap();
+        });
+    }
+}
