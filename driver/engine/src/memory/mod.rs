@@ -15,6 +15,7 @@
 pub mod file;
 pub mod pages;
 pub mod probe;
+pub mod punches;
 pub(crate) mod sys;
 pub mod tracker;
 pub mod zero;
@@ -22,6 +23,7 @@ pub mod zero;
 pub use file::{Backing, Extents, FileError, RamFile};
 pub use pages::PageSet;
 pub use probe::{probe, Unsupported};
+pub use punches::PunchWatch;
 pub use tracker::{ScanReport, TrackError, TrackedRange, WriteTracker};
 pub use zero::{is_zero, split_zero, Run};
 
