@@ -12,7 +12,7 @@ pub(super) const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A bound for waits that end much earlier unless something is wrong.
 pub(super) fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
+    Instant::now() + Duration::from_secs(60)
 }
 
 /// The two sides' view of one session.
@@ -51,8 +51,14 @@ pub(super) fn pair(encrypted: bool, purpose: Purpose) -> (Connection, Connection
         let connecting = scope.spawn(move || connect(&[address], &source, purpose, soon()).unwrap());
         let (got, accepted) = listener.accept(&destination, soon()).unwrap();
         assert_eq!(got, purpose);
-        (connecting.join().unwrap(), accepted)
+        (bounded(connecting.join().unwrap()), bounded(accepted))
     })
+}
+
+/// Makes a wait that should not be one fail instead of hang.
+fn bounded(mut connection: Connection) -> Connection {
+    connection.set_deadline(Some(soon())).unwrap();
+    connection
 }
 
 /// A greeted plain connection whose accepting end is in the test's own hands, as a bare socket.
@@ -66,7 +72,7 @@ pub(super) fn raw_receiver(purpose: Purpose) -> (Connection, TcpStream) {
         let (mut raw, _) = listener.accept().unwrap();
         raw.read_exact(&mut [0; super::hello::HELLO_LENGTH]).unwrap();
         raw.write_all(&super::hello::answer(Ok(()))).unwrap();
-        (connecting.join().unwrap(), raw)
+        (bounded(connecting.join().unwrap()), raw)
     })
 }
 
@@ -79,7 +85,7 @@ pub(super) fn raw_sender(purpose: Purpose) -> (TcpStream, Connection) {
     raw.write_all(&super::hello::hello(&security, purpose)).unwrap();
     let (_, connection) = listener.accept(&security, soon()).unwrap();
     raw.read_exact(&mut [0; super::hello::ANSWER_LENGTH]).unwrap();
-    (raw, connection)
+    (raw, bounded(connection))
 }
 
 /// A local address where nobody listens.

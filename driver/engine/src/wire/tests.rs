@@ -343,6 +343,38 @@ fn strangers_keep_nobody_out() {
 }
 
 #[test]
+fn a_greeting_is_bounded_as_a_whole() {
+    for encrypted in [false, true] {
+        let (_, destination) = securities(encrypted);
+        let door = std::net::TcpListener::bind((LOOPBACK, 0)).unwrap();
+        let mut stranger = TcpStream::connect(door.local_addr().unwrap()).unwrap();
+        let (stream, peer) = door.accept().unwrap();
+        thread::scope(|scope| {
+            // A byte now and then: each read succeeds, the whole never ends.
+            scope.spawn(move || {
+                let greeting = [&[0x16, 0x03, 0x01, 0x3f, 0xff][..], &[1; 10_000]].concat();
+                for byte in greeting.chunks(1) {
+                    if stranger.write_all(byte).is_err() {
+                        return;
+                    }
+                    thread::sleep(Duration::from_millis(20));
+                }
+                panic!("the stranger was never shut out");
+            });
+            let deadline = Instant::now() + Duration::from_millis(300);
+            let error = connection::admit(stream, peer, &destination, deadline).unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    Error::Timeout { .. } | Error::Turned { .. } | Error::Protection { .. }
+                ),
+                "{error:?}"
+            );
+        });
+    }
+}
+
+#[test]
 fn many_connections_arrive_whatever_their_order() {
     let (source, destination) = securities(true);
     let listener = listener();
@@ -628,7 +660,6 @@ fn a_receiver_that_does_not_read_is_given_up_after_the_patience() {
     // The fact that set_patience documents: a zero window counts as silence, although the peer's kernel answers.
     let (mut source, _destination) = pair(false, Purpose::Data(0));
     source.set_patience(Duration::from_secs(1)).unwrap();
-    source.set_deadline(Some(soon())).unwrap();
     let block = vec![7; 1 << 20];
     let began = Instant::now();
     let error = loop {
