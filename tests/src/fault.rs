@@ -140,7 +140,14 @@ impl<'a> Attempt<'a> {
         let virsh = from
             .command("timeout")
             .args(["--kill-after=5", &ATTEMPT_LIMIT.as_secs().to_string()])
-            .args(["virsh", "--connect", "qemu:///system", "migrate", "--live", domain])
+            .args([
+                "virsh",
+                "--connect",
+                "qemu:///system",
+                "migrate",
+                "--live",
+                domain,
+            ])
             .arg(to.uri())
             .args(options)
             .stdout(Stdio::null())
@@ -184,7 +191,9 @@ impl<'a> Attempt<'a> {
     /// # Errors
     /// If the guest has moved, or virsh hangs.
     pub fn fails(mut self) -> Result<String> {
-        let status = wait_for("virsh migrate to end", ATTEMPT_LIMIT, || Ok(self.virsh.try_wait()?))?;
+        let status = wait_for("virsh migrate to end", ATTEMPT_LIMIT, || {
+            Ok(self.virsh.try_wait()?)
+        })?;
         ensure!(status.code() != Some(124), "virsh migrate hangs");
         ensure!(!status.success(), "the guest moved, though it should not");
         self.said()
@@ -245,7 +254,10 @@ impl Scene<'_> {
 /// If it does not.
 pub fn names(error: &str, words: &[&str]) -> Result<()> {
     for word in words {
-        ensure!(error.contains(word), "'{word}' is not in what virsh said: {error}");
+        ensure!(
+            error.contains(word),
+            "'{word}' is not in what virsh said: {error}"
+        );
     }
     ensure!(
         error.lines().filter(|line| line.starts_with("error:")).count() == 1,

@@ -7,6 +7,7 @@
 //!   host::Host       one of them: commands, virsh, guests, logs, processes
 //!   guest            guests that check their own memory
 //!   clean            that a migration left nothing of virt-ferry on a host
+//!   phases           a client that runs the phases of a migration one by one
 //!   timeline         what the engines recorded of a migration
 //!   fault            slow and cut links, killed processes, and how a guest must come out of it
 //!   wait             waiting for a condition, never for a time
@@ -17,6 +18,7 @@ pub mod fault;
 pub mod guest;
 pub mod host;
 pub mod lab;
+pub mod phases;
 pub mod scene;
 pub mod timeline;
 pub mod wait;

@@ -25,7 +25,12 @@ fn ram(host: &Host, domain: &str) -> Result<RamFile> {
     let directory = host.path("/var/lib/libvirt/qemu/ram");
     let mut guests = std::fs::read_dir(&directory)?.flatten();
     let guest = guests
-        .find(|entry| entry.file_name().to_string_lossy().ends_with(&format!("-{domain}")))
+        .find(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .ends_with(&format!("-{domain}"))
+        })
         .with_context(|| format!("{domain} has no RAM on {}", host.name()))?;
     RamFile::open(guest.path().join("pc.ram"))
 }
@@ -73,7 +78,10 @@ fn every_write_of_a_kvm_guest_arrives() -> Result<()> {
                 "{ours:?}"
             );
             let written: u64 = ours.rounds.iter().skip(1).map(|round| round.pages).sum();
-            ensure!(written > 0, "the tracker saw no write of a guest that only writes: {ours:?}");
+            ensure!(
+                written > 0,
+                "the tracker saw no write of a guest that only writes: {ours:?}"
+            );
         }
         let moves = timelines(lab.host(1))?.len() + timelines(lab.host(2))?.len();
         ensure!(moves == 2 * HOPS, "{moves} timelines of {HOPS} hops");

@@ -70,7 +70,10 @@ fn no_write_of_a_slow_disk_is_lost() -> Result<()> {
         fs::set_permissions(&image, Permissions::from_mode(0o666))?;
         fs::create_dir(lab.share().join("slow"))?;
         fs::copy(env!("CARGO_BIN_EXE_slow_disk"), lab.share().join("slow_disk"))?;
-        let _servers = [SlowDisk::serve(one, "slow.img")?, SlowDisk::serve(two, "slow.img")?];
+        let _servers = [
+            SlowDisk::serve(one, "slow.img")?,
+            SlowDisk::serve(two, "slow.img")?,
+        ];
 
         // As fast as four readers go: there is always a read in flight.
         let guest = usual("slow-disk")
@@ -88,7 +91,10 @@ fn no_write_of_a_slow_disk_is_lost() -> Result<()> {
             scene.move_to(from, to, options)?;
         }
         let kept = timelines(one)?.len() + timelines(two)?.len();
-        ensure!(kept == 2 * MOVES, "{kept} timelines of {MOVES} moves through the engine");
+        ensure!(
+            kept == 2 * MOVES,
+            "{kept} timelines of {MOVES} moves through the engine"
+        );
         let drain = longest_drain(one)?.max(longest_drain(two)?);
         ensure!(
             drain > SLOW.0 as f64,

@@ -189,7 +189,9 @@ fn the_guest_itself_dies() -> Result<()> {
             let said = disturbed(&scene, stage, &[], |lab| kill(lab.host(1).qemu("mortal")))?;
             names(&said, &["QEMU", "host1"])?;
             for host in [one, two] {
-                wait_until("the guest to be gone", PATIENCE, || Ok(host.state("mortal")?.is_none()))?;
+                wait_until("the guest to be gone", PATIENCE, || {
+                    Ok(host.state("mortal")?.is_none())
+                })?;
             }
             lab.assert_clean(1)?;
             lab.assert_clean(2)?;
