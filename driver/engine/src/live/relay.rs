@@ -35,7 +35,13 @@ pub struct Door {
 impl Door {
     /// Makes the socket, for root only.
     pub fn open(directory: &Path, session: uuid::Uuid) -> Result<Self, Error> {
-        let failed = Error::system("make the socket for libvirt in the runtime directory");
+        let failed = |error: std::io::Error| {
+            Error::Elsewhere(format!(
+                "cannot make the socket for libvirt in {}: {error}; set another runtime_directory in {}",
+                directory.display(),
+                ferry_contract::config::PATH
+            ))
+        };
         std::fs::create_dir_all(directory).map_err(failed)?;
         let path = directory.join(format!("{}.out", &session.simple().to_string()[..8]));
         let listener = UnixListener::bind(&path).map_err(failed)?;
@@ -109,14 +115,30 @@ pub fn from_source(
             .map_err(Error::system("share QEMU's stream"))?;
         let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
         run("return-path", &inner, move || to_qemu(back, &other))?;
-        from_qemu(qemu, out, |switched| match switched {
-            true => Ok(Kind::Held),
-            // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
-            false => watch
-                .before_switchover()
-                .map(|before| if before { Kind::Early } else { Kind::Held }),
-        })
+        // Read on while QEMU is asked: from its switch-over on it writes with its main loop locked out, and one that
+        // waits for us to read could not answer us.
+        let (queue, chunks) = sync_channel(WITHHELD);
+        run("read", &inner, move || {
+            each_chunk(qemu, |chunk| Ok(queue.send(chunk.to_vec()).is_ok()))
+        })?;
+        classify(&chunks, &watch, out)
     })
+}
+
+/// Sends on what has been read. Read first, asked then: while QEMU says setup or active, all that has been read
+/// predates the switch-over.
+fn classify(chunks: &Receiver<Vec<u8>>, watch: &Watch, mut to: Connection) -> Result<(), Error> {
+    let mut switched = false;
+    while let Ok(first) = chunks.recv() {
+        let read: Vec<_> = std::iter::once(first).chain(chunks.try_iter()).collect();
+        switched = switched || !watch.before_switchover()?;
+        let kind = if switched { Kind::Held } else { Kind::Early };
+        for bytes in read {
+            chunk::send(&mut to, kind, &bytes)?;
+        }
+    }
+    chunk::send(&mut to, Kind::Eof, &[])?;
+    Ok(to.end_sending()?)
 }
 
 /// The destination's relay: from the source's engine to the QEMU that waits at `incoming`, and back.
@@ -161,9 +183,7 @@ fn deliver(
         .watch_socket(&qemu)
         .map_err(Error::system("share QEMU's stream"))?;
     let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
-    run("return-path", signals, move || {
-        from_qemu(other, back, |_| Ok(Kind::Early))
-    })?;
+    run("return-path", signals, move || return_path(other, back))?;
     loop {
         let (kind, bytes) = next;
         match kind {
@@ -184,14 +204,19 @@ fn deliver(
     }
 }
 
-/// From a QEMU to the other engine, until QEMU closes. `kind` is told whether held chunks have begun.
-fn from_qemu(
-    mut qemu: UnixStream,
-    mut to: Connection,
-    mut kind: impl FnMut(bool) -> Result<Kind, Error>,
-) -> Result<(), Error> {
+/// From the destination's QEMU to the source's engine, until QEMU closes.
+fn return_path(qemu: UnixStream, mut to: Connection) -> Result<(), Error> {
+    each_chunk(qemu, |bytes| {
+        chunk::send(&mut to, Kind::Early, bytes)?;
+        Ok(true)
+    })?;
+    chunk::send(&mut to, Kind::Eof, &[])?;
+    Ok(to.end_sending()?)
+}
+
+/// Reads from a QEMU until it closes, or until `take` wants no more.
+fn each_chunk(mut qemu: UnixStream, mut take: impl FnMut(&[u8]) -> Result<bool, Error>) -> Result<(), Error> {
     let mut buffer = vec![0; CHUNK];
-    let mut held = false;
     loop {
         let count = match qemu.read(&mut buffer) {
             Ok(count) => count,
@@ -199,13 +224,9 @@ fn from_qemu(
             // QEMU closed with something unread: its end all the same; its monitor says whether it is well.
             Err(_) => 0,
         };
-        if count == 0 {
-            chunk::send(&mut to, Kind::Eof, &[])?;
-            return Ok(to.end_sending()?);
+        if count == 0 || !take(&buffer[..count])? {
+            return Ok(());
         }
-        let kind = kind(held)?;
-        held |= kind == Kind::Held;
-        chunk::send(&mut to, kind, &buffer[..count])?;
     }
 }
 
