@@ -144,7 +144,11 @@ impl Inspected {
             .and_then(|moved| moved.performed(place));
         match moved {
             Ok(moved) => moved.conclude(place, recorder),
-            Err(error) => undo(place, &watch, recorder, &error),
+            // What another thread ended the migration with came first, and this error most likely of it.
+            Err(error) => {
+                let cause = place.signals.check().err().unwrap_or(error);
+                undo(place, &watch, recorder, &cause);
+            }
         }
     }
 
