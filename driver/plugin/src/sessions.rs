@@ -3,6 +3,7 @@
 use crate::engine::Engine;
 use ferry_contract::cookie::Offer;
 use ferry_contract::session::Guest;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use uuid::Uuid;
@@ -27,17 +28,44 @@ pub struct Session {
     /// Its engine.
     pub engine: Engine,
     cancelled: AtomicBool,
+    _incoming: Option<SocketFile>,
+}
+
+/// The socket of an incoming QEMU. Ended before anybody has connected, QEMU leaves it behind.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Absent where QEMU was connected to, or the engine has been here before.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 impl Session {
-    /// A session with its engine.
-    pub fn new(role: Role, guest: Guest, offer: Offer, engine: Engine) -> Self {
+    /// The session of a guest that leaves.
+    pub fn leaving(guest: Guest, offer: Offer, engine: Engine) -> Self {
+        Self::new(Role::Source, guest, offer, engine, None)
+    }
+
+    /// The session of a guest that arrives; its QEMU's socket goes with it.
+    pub fn arriving(guest: Guest, offer: Offer, engine: Engine, incoming: PathBuf) -> Self {
+        Self::new(
+            Role::Destination,
+            guest,
+            offer,
+            engine,
+            Some(SocketFile(incoming)),
+        )
+    }
+
+    fn new(role: Role, guest: Guest, offer: Offer, engine: Engine, incoming: Option<SocketFile>) -> Self {
         Self {
             role,
             guest,
             offer,
             engine,
             cancelled: AtomicBool::new(false),
+            _incoming: incoming,
         }
     }
 
@@ -117,7 +145,7 @@ pub fn remove(session: &Arc<Session>) {
 pub fn promised() -> u64 {
     let arriving: Vec<_> = sessions()
         .iter()
-        .filter(|session| session.role == Role::Destination)
+        .filter(|session| session.role == Role::Destination && !session.engine.is_gone())
         .cloned()
         .collect();
     arriving

@@ -67,7 +67,7 @@ pub fn open(domain: Domain, params: &Params, flags: u32) -> Result<Arc<Session>,
         settings: config.settings(),
     };
     match engine.ask(&inspect, Some(LOCAL)) {
-        Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::new(Role::Source, guest, offer, engine))),
+        Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::leaving(guest, offer, engine))),
         Ok(Reply::NotEligible { reason }) => Err(reason),
         Ok(_) => Err("the engine answered out of turn".into()),
         Err(failure) => Err(failure.to_string()),
@@ -77,13 +77,17 @@ pub fn open(domain: Domain, params: &Params, flags: u32) -> Result<Arc<Session>,
 /// Perform, with all the client's flags but peer-to-peer: through the engine where the destination answered,
 /// libvirt's own where it did not.
 pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Result<Cookie, Error> {
-    let answer = match cookie::answer(cookie) {
-        Ok(answer) => answer,
-        Err(error) => return Err(give_up(domain, params, flags, Error::failed(error))),
-    };
     let session = domain
         .guest()
         .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
+    let answer = match cookie::answer(cookie) {
+        Ok(answer) => answer,
+        Err(error) => {
+            session.as_ref().inspect(|session| sessions::remove(session));
+            let cause = format!("host {}: {error}", host::name());
+            return Err(give_up(domain, params, flags, Error::failed(cause)));
+        }
+    };
     match (answer, session) {
         (Some(answer), Some(session)) => {
             let performed = through_engine(domain, params, cookie, flags, answer, &session);
@@ -118,7 +122,10 @@ fn through_engine(
     session: &Arc<Session>,
 ) -> Result<Cookie, Error> {
     if answer.session != session.offer.session {
-        let cause = "the destination answered for another migration; try again";
+        let cause = format!(
+            "host {} was answered for another migration than this one; try again",
+            host::name()
+        );
         return Err(give_up(domain, params, flags, Error::failed(cause)));
     }
     let socket = match session.engine.ask(&Request::Precopy { answer }, None) {
