@@ -43,8 +43,13 @@ fn leftovers(host: &Host) -> Result<Vec<String>> {
             engine.arguments.join(" ")
         ));
     }
-    for file in names_in(&host.path("/run/virt-ferry")) {
-        found.push(format!("/run/virt-ferry/{file}"));
+    for directory in ["/run/libvirt/virt-ferry", "/run/libvirt/virt-ferry/incoming"] {
+        let left = names_in(&host.path(directory));
+        found.extend(
+            left.iter()
+                .filter(|name| *name != "incoming")
+                .map(|name| format!("{directory}/{name}")),
+        );
     }
     for process in host.processes()? {
         if process

@@ -14,6 +14,7 @@ pub mod clean;
 pub mod guest;
 pub mod host;
 pub mod lab;
+pub mod scene;
 pub mod wait;
 
 /// Says that this machine cannot run a test, and why; `tests/run` counts and shows it. Follow it by `return Ok(())`.

@@ -21,7 +21,7 @@ pub enum Ask {
         /// Digests of all memory, where the configuration asks for the comparison.
         memory: Option<super::verify::Digests>,
     },
-    /// When does the guest run again? Answered once libvirt has concluded.
+    /// Does the guest run there? Answered once libvirt has concluded.
     Resumed {
         /// The source's part of the pause.
         pause: SourcePause,
@@ -49,6 +49,8 @@ pub enum Answer {
         /// The destination's part of the pause.
         pause: DestinationPause,
     },
+    /// The guest does not run here and never will.
+    NotResumed,
 }
 
 /// The pause as the source knows it, milliseconds.
@@ -84,5 +86,34 @@ pub fn downtime(source: SourcePause, destination: DestinationPause) -> crate::re
         resume_ms: destination.resume_ms,
         last_copy_pages: source.pages,
         last_copy_bytes: source.bytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commitment_survives_its_text() {
+        let totals = Totals {
+            frames: 3,
+            data_bytes: 8192,
+            zero_bytes: 4096,
+            wire_bytes: 9000,
+            digest: u128::MAX - 5,
+        };
+        let ask = Ask::Commit {
+            totals: vec![totals],
+            memory: None,
+        };
+        let text = serde_json::to_string(&ask).unwrap();
+        let Ok(Ask::Commit {
+            totals: back,
+            memory: None,
+        }) = serde_json::from_str(&text)
+        else {
+            panic!("{text}")
+        };
+        assert_eq!(back, [totals]);
     }
 }

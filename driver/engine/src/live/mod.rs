@@ -39,3 +39,7 @@ pub mod watch;
 pub mod working_set;
 
 pub use error::Error;
+#[cfg(test)]
+mod replay;
+#[cfg(test)]
+mod simulation;

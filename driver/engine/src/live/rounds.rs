@@ -11,7 +11,7 @@
 //!   ├─ downtime target (libvirt's max downtime, 300 ms)
 //!   │  local minimum            ───────────────────  stops once `patience` rounds brought no improvement
 //!   ├─ aim (a tenth of it)
-//!   │  fits the aim             ───────────────────  stops when a round brought no improvement
+//!   │  fits the aim             ───────────────────  stops when two rounds brought no improvement
 //!   ├─ negligible (a tenth of the aim)
 //!   │  nothing worth a round    ───────────────────  stops at once
 //! ```
@@ -41,6 +41,10 @@ const IMPROVED: f64 = 0.75;
 
 /// How far above the shortest pause of the latest rounds a moment may lie and still be taken for the local minimum.
 const NEAR_BEST: f64 = 1.25;
+
+/// Rounds without improvement that end the search for a shorter pause within the aim: one may be bad luck, and a round
+/// this short costs little.
+const CONFIRMED: u32 = 2;
 
 /// The aim is this fraction of the downtime target, and a pause of the same fraction of the aim is negligible.
 const AIM_FRACTION: f64 = 0.1;
@@ -102,7 +106,7 @@ pub struct Observation {
 pub enum Why {
     /// Nothing, or nothing worth another round, is left.
     NothingLeft,
-    /// The rest fits the internal aim, and the last round did not make it noticeably smaller.
+    /// The rest fits the internal aim, and the latest rounds did not make it noticeably smaller.
     FitsAim,
     /// The rest no longer shrinks, this is about as small as it gets, and it meets the downtime target.
     LocalMinimum,
@@ -157,6 +161,8 @@ pub struct Policy {
     measured: Option<f64>,
     /// The pauses (seconds) of the last `patience` rounds.
     recent: VecDeque<f64>,
+    /// The pause (seconds) of the round before.
+    previous: f64,
     /// The pause to beat (seconds): that of the last noticeable improvement; once patience has run out, the shortest
     /// of `recent`, so that a guest that changes its ways is judged by what it does now.
     milestone: f64,
@@ -178,6 +184,7 @@ impl Policy {
             rounds: 0,
             measured: None,
             recent: VecDeque::new(),
+            previous: f64::INFINITY,
             milestone: f64::INFINITY,
             stalled: 0,
             bandwidth: None,
@@ -224,6 +231,7 @@ impl Policy {
     /// Is this better than what was there?
     fn compare(&mut self, pause: f64) {
         let patience = self.limits.patience.max(1);
+        self.previous = self.recent.back().copied().unwrap_or(f64::INFINITY);
         self.recent.push_back(pause);
         if self.recent.len() > patience as usize {
             self.recent.pop_front();
@@ -248,15 +256,25 @@ impl Policy {
             None
         } else if pause <= aim * AIM_FRACTION {
             Some(Why::NothingLeft)
-        } else if pause <= aim && self.stalled > 0 {
+        } else if pause <= aim && self.stalled >= CONFIRMED {
             Some(Why::FitsAim)
         } else if self.rounds >= self.limits.max_rounds {
             Some(Why::RoundsUsedUp)
-        } else if self.stalled >= self.limits.patience && pause <= self.milestone * NEAR_BEST {
+        } else if self.at_local_minimum(pause) {
             Some(Why::LocalMinimum)
         } else {
             None
         }
+    }
+
+    /// Patience has run out, and it has been about as good as this for a while. While a burst is ebbing away the next
+    /// round is likely to be better still; but a guest that goes up and down all the time is not waited for for ever.
+    fn at_local_minimum(&self, pause: f64) -> bool {
+        let ebbing = pause <= self.previous * IMPROVED;
+        let patience = self.limits.patience;
+        self.stalled >= patience
+            && pause <= self.milestone * NEAR_BEST
+            && (!ebbing || self.stalled >= patience.saturating_mul(2))
     }
 
     /// As long a rest as the round was work, once the rounds are used up and nothing improves.
@@ -300,4 +318,227 @@ impl Policy {
 
 fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GBIT: u64 = 125_000_000;
+
+    /// A round of a migration over 1 Gbit/s that takes as long as sending takes.
+    fn round(dirty_pages: u64, sent_pages: u64) -> Observation {
+        let sent_bytes = sent_pages * 4096;
+        Observation {
+            dirty_pages,
+            pending_pages: dirty_pages,
+            sent_bytes,
+            elapsed: Duration::from_micros(1000 + sent_bytes / (GBIT / 1_000_000)),
+            bandwidth: Some(GBIT),
+        }
+    }
+
+    fn continues(decision: Decision) -> bool {
+        matches!(decision, Decision::Continue { .. })
+    }
+
+    #[test]
+    fn shrinking_rounds_go_on_below_the_aim() {
+        let mut policy = Policy::new(Limits::default());
+        // 33 ms, 16 ms, 6.6 ms: all but the first within the aim of 30 ms, but each half the one before.
+        for (dirty, sent) in [(1000, 100_000), (500, 1000), (200, 500)] {
+            assert!(continues(policy.decide(&round(dirty, sent))), "{dirty}");
+        }
+        assert!(continues(policy.decide(&round(190, 200))));
+        let decision = policy.decide(&round(185, 190));
+        assert!(matches!(
+            decision,
+            Decision::StopAndCopy {
+                why: Why::FitsAim,
+                exceeds_target: false,
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn the_target_can_be_raised_under_way_and_force_overrides_it() {
+        let mut policy = Policy::new(Limits::default());
+        for _ in 0..200 {
+            assert!(continues(policy.decide(&round(100_000, 100_000))));
+        }
+        let mut raised = policy.clone();
+        raised.set_downtime_target(Duration::from_secs(5));
+        assert!(matches!(
+            raised.decide(&round(100_000, 100_000)),
+            Decision::StopAndCopy {
+                why: Why::RoundsUsedUp,
+                exceeds_target: false,
+                ..
+            }
+        ));
+        policy.force();
+        let Decision::StopAndCopy {
+            why,
+            expected_pause,
+            exceeds_target,
+        } = policy.decide(&round(100_000, 100_000))
+        else {
+            panic!("not forced")
+        };
+        assert_eq!((why, exceeds_target), (Why::Forced, true));
+        assert_eq!(expected_pause.as_millis(), 3276);
+    }
+
+    #[test]
+    fn one_that_does_not_converge_is_reported_and_left_idle_time() {
+        let mut policy = Policy::new(Limits::default());
+        let mut waits = Vec::new();
+        let mut reports = Vec::new();
+        for _ in 0..40 {
+            let Decision::Continue { converging, wait, .. } = policy.decide(&round(100_000, 100_000)) else {
+                panic!("stopped beyond the target")
+            };
+            waits.push(wait);
+            reports.push(converging);
+        }
+        assert_eq!(reports.iter().take_while(|&&converging| converging).count(), 4);
+        assert!(reports[4..].iter().all(|converging| !converging));
+        assert!(waits[..29].iter().all(Duration::is_zero));
+        assert!(waits[29..].iter().all(|&wait| wait == LONGEST_WAIT));
+        // It calms down: hope, and no more waiting.
+        let Decision::Continue {
+            converging: true,
+            wait,
+            ..
+        } = policy.decide(&round(20_000, 100_000))
+        else {
+            panic!("no hope")
+        };
+        assert!(wait.is_zero());
+    }
+
+    #[test]
+    fn a_guest_that_changes_its_ways_is_judged_by_what_it_does_now() {
+        let mut policy = Policy::new(Limits::default());
+        policy.decide(&round(20_000, 200_000));
+        for _ in 0..20 {
+            policy.decide(&round(300_000, 300_000));
+        }
+        // Still worse than the 20 000 pages of old, but much better than of late.
+        assert!(matches!(
+            policy.decide(&round(150_000, 300_000)),
+            Decision::Continue { converging: true, .. }
+        ));
+    }
+
+    #[test]
+    fn bandwidth_is_measured_where_nobody_knows_it() {
+        let mut policy = Policy::new(Limits::default());
+        assert_eq!(policy.deferral_budget(), 0);
+        let unknown = Observation {
+            dirty_pages: 1,
+            ..Observation::default()
+        };
+        assert!(matches!(
+            policy.decide(&unknown),
+            Decision::Continue {
+                expected_pause: Duration::MAX,
+                ..
+            }
+        ));
+        policy.decide(&Observation {
+            bandwidth: None,
+            ..round(10_000, 100_000)
+        });
+        let measured = policy.deferral_budget();
+        assert!(
+            (900..=916).contains(&measured),
+            "30 ms at 1 Gbit/s are 915 pages, not {measured}"
+        );
+        // A tiny round full of latency does not count.
+        policy.decide(&Observation {
+            sent_bytes: 4096,
+            elapsed: Duration::from_secs(1),
+            bandwidth: None,
+            ..round(10_000, 1)
+        });
+        assert_eq!(policy.deferral_budget(), measured);
+    }
+
+    prop_compose! {
+        fn any_observation()(
+            dirty_pages in prop_oneof![0..10u64, 0..1_000_000u64, any::<u64>()],
+            pending_pages in prop_oneof![0..10u64, 0..1_000_000u64, any::<u64>()],
+            sent_bytes in any::<u64>(),
+            micros in prop_oneof![Just(0), 0..10_000_000u64, any::<u64>()],
+            bandwidth in proptest::option::of(prop_oneof![Just(0), 1..10_000_000_000u64, any::<u64>()]),
+        ) -> Observation {
+            Observation {
+                dirty_pages,
+                pending_pages,
+                sent_bytes,
+                elapsed: Duration::from_micros(micros),
+                bandwidth,
+            }
+        }
+    }
+
+    prop_compose! {
+        fn any_limits()(
+            target in prop_oneof![0..1_000u64, any::<u64>()],
+            patience in 0..10u32,
+            max_rounds in 0..50u32,
+            page_size in prop_oneof![Just(4096), Just(2 << 20), any::<u64>()],
+        ) -> Limits {
+            Limits { downtime_target: Duration::from_millis(target), patience, max_rounds, page_size }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn never_stops_beyond_the_target_unforced(
+            limits in any_limits(),
+            seen in proptest::collection::vec(any_observation(), 1..100),
+        ) {
+            let mut policy = Policy::new(limits);
+            for observation in &seen {
+                if let Decision::StopAndCopy { expected_pause, exceeds_target, why } = policy.decide(observation) {
+                    prop_assert!(!exceeds_target && why != Why::Forced);
+                    prop_assert!(expected_pause <= limits.downtime_target);
+                }
+            }
+        }
+
+        #[test]
+        fn stops_when_nothing_is_written_any_more(
+            limits in any_limits(),
+            seen in proptest::collection::vec(any_observation(), 0..50),
+            last in any_observation(),
+        ) {
+            let mut policy = Policy::new(limits);
+            for observation in &seen {
+                policy.decide(observation);
+            }
+            let idle = Observation { dirty_pages: 0, pending_pages: 0, ..last };
+            let stopped = matches!(policy.decide(&idle), Decision::StopAndCopy { exceeds_target: false, .. });
+            prop_assert!(stopped);
+        }
+
+        #[test]
+        fn stops_soon_at_any_steady_rest_within_the_target(
+            rest in 0..9_000u64, // 295 ms at 1 Gbit/s
+            seen in proptest::collection::vec(any_observation(), 0..50),
+        ) {
+            let limits = Limits::default();
+            let mut policy = Policy::new(limits);
+            for observation in &seen {
+                policy.decide(observation);
+            }
+            let rounds = (0..).find(|_| !continues(policy.decide(&round(rest, rest))));
+            prop_assert!(rounds.is_some_and(|rounds| rounds <= 2 * limits.patience));
+        }
+    }
 }

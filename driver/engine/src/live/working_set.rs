@@ -171,3 +171,137 @@ impl WorkingSet {
             }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pages(words: &[u64]) -> Vec<usize> {
+        (0..words.len() * 64)
+            .filter(|page| words[page / 64] >> (page % 64) & 1 == 1)
+            .collect()
+    }
+
+    fn bitmap(pages: &[usize], words: usize) -> Vec<u64> {
+        let mut bitmap = vec![0; words];
+        for page in pages {
+            bitmap[page / 64] |= 1 << (page % 64);
+        }
+        bitmap
+    }
+
+    #[test]
+    fn a_hot_page_waits_and_goes_once_it_cools_down() {
+        let mut set = WorkingSet::new(100);
+        let mut send = Vec::new();
+        let hot = Deferral::Hot(Streak::Two);
+        set.absorb(&bitmap(&[3, 70], 2)).unwrap();
+        assert_eq!(set.take(hot, &mut send), Split { sent: 2, deferred: 0 });
+        set.absorb(&bitmap(&[3, 99], 2)).unwrap();
+        assert_eq!(set.take(hot, &mut send), Split { sent: 1, deferred: 1 });
+        assert_eq!(pages(&send), [99]);
+        set.absorb(&bitmap(&[3], 2)).unwrap();
+        assert_eq!(set.take(hot, &mut send), Split { sent: 0, deferred: 1 });
+        set.absorb(&bitmap(&[], 2)).unwrap();
+        assert_eq!(set.take(hot, &mut send), Split { sent: 1, deferred: 0 });
+        assert_eq!(pages(&send), [3]);
+        assert!(set.into_last().iter().all(|&word| word == 0));
+    }
+
+    #[test]
+    fn more_hot_pages_than_the_budget_are_narrowed_or_not_deferred_at_all() {
+        let mut set = WorkingSet::new(64);
+        for dirty in [0b0011, 0b0111, 0b1111] {
+            set.absorb(&[dirty]).unwrap();
+        }
+        assert_eq!((set.hot_pages(Streak::Two), set.hot_pages(Streak::Three)), (3, 2));
+        let sets = [set];
+        assert_eq!(Deferral::choose(&sets, 3), Deferral::Hot(Streak::Two));
+        assert_eq!(Deferral::choose(&sets, 2), Deferral::Hot(Streak::Three));
+        assert_eq!(Deferral::choose(&sets, 1), Deferral::Nothing);
+        assert_eq!(Deferral::choose(&sets, 0), Deferral::Nothing);
+        assert_eq!(Deferral::choose(&[WorkingSet::new(64)], 100), Deferral::Nothing);
+    }
+
+    #[test]
+    fn a_bitmap_of_another_size_is_refused_whole() {
+        let mut set = WorkingSet::new(65);
+        assert_eq!(set.absorb(&[1]), Err(LengthMismatch { expected: 2, got: 1 }));
+        assert_eq!(
+            set.absorb(&[1, 1, 1]),
+            Err(LengthMismatch { expected: 2, got: 3 })
+        );
+        assert_eq!(set.pending_pages(), 0);
+        set.absorb(&[0, u64::MAX]).unwrap();
+        assert_eq!(set.pending_pages(), 1, "bits beyond the block's last page");
+        assert_eq!(WorkingSet::new(0).absorb(&[]), Ok(()));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Absorb(Vec<u64>),
+        Take(Deferral),
+    }
+
+    fn any_step() -> impl Strategy<Value = Step> {
+        // Bits biased to be set, so that streaks happen.
+        let word = prop_oneof![any::<u64>(), any::<(u64, u64)>().prop_map(|(a, b)| a | b)];
+        let deferral = prop_oneof![
+            Just(Deferral::Nothing),
+            Just(Deferral::Hot(Streak::Two)),
+            Just(Deferral::Hot(Streak::Three))
+        ];
+        prop_oneof![
+            proptest::collection::vec(word, 3).prop_map(Step::Absorb),
+            deferral.prop_map(Step::Take)
+        ]
+    }
+
+    proptest! {
+        /// Against a model that counts page by page: whatever is written is handed out afterwards, never before,
+        /// and a page is only held back after a streak.
+        #[test]
+        fn no_page_is_ever_lost(steps in proptest::collection::vec(any_step(), 0..60)) {
+            const PAGES: usize = 150;
+            let mut set = WorkingSet::new(PAGES);
+            let mut streaks: BTreeMap<usize, u32> = BTreeMap::new();
+            let mut owed = [false; PAGES];
+            let mut send = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Absorb(dirty) => {
+                        set.absorb(&dirty).unwrap();
+                        let dirty: Vec<_> = pages(&dirty).into_iter().filter(|&page| page < PAGES).collect();
+                        streaks = dirty.iter().map(|page| (*page, streaks.get(page).unwrap_or(&0) + 1)).collect();
+                        for page in dirty {
+                            owed[page] = true;
+                        }
+                    }
+                    Step::Take(deferral) => {
+                        let split = set.take(deferral, &mut send);
+                        let long = match deferral {
+                            Deferral::Nothing => u32::MAX,
+                            Deferral::Hot(Streak::Two) => 2,
+                            Deferral::Hot(Streak::Three) => 3,
+                        };
+                        let held = |page: &usize| streaks.get(page).is_some_and(|&streak| streak >= long);
+                        let expected: Vec<_> = (0..PAGES).filter(|page| owed[*page] && !held(page)).collect();
+                        prop_assert_eq!(pages(&send), expected.clone());
+                        for page in expected {
+                            owed[page] = false;
+                        }
+                        prop_assert_eq!(split.sent, pages(&send).len() as u64);
+                        prop_assert_eq!(split.deferred, set.pending_pages());
+                    }
+                }
+                prop_assert_eq!(set.pending_pages(), owed.iter().filter(|owed| **owed).count() as u64);
+            }
+            let last = set.into_last();
+            prop_assert_eq!(pages(&last), (0..PAGES).filter(|page| owed[*page]).collect::<Vec<_>>());
+        }
+    }
+}

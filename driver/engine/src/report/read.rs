@@ -86,3 +86,87 @@ pub fn command(file: &Path, picture: Option<&Path>, out: &mut impl Write) -> Res
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use ferry_contract::stage::Stage;
+
+    use super::*;
+    use crate::report::Outcome;
+
+    /// A file of version 1 with nothing in it that may be missing. What is written today must be read for ever.
+    const OLDEST: &str = r#"{
+        "version": 1,
+        "session": "01234567-89ab-cdef-0123-456789abcdef",
+        "role": "destination",
+        "guest": {"name": "web", "uuid": "00000000-0000-0000-0000-00000000feed"},
+        "local_host": "kvm-b", "peer_host": "kvm-a", "streams": 2,
+        "started": "2026-11-22T21:17:03.512Z", "monotonic_base_us": 1000000,
+        "total_ms": 12.345,
+        "outcome": {"result": "failed", "stage": "reservation", "error": "no room on tmpfs"},
+        "ram": {"blocks": 1, "bytes": 536870912, "resident": 0},
+        "stages": [{"stage": "reservation", "begin_ms": 0.5, "end_ms": 12.345}],
+        "rounds": [{"number": 0, "begin_ms": 1, "scan_ms": 1, "drain_ms": 0, "send_ms": 2.5,
+                    "pages": 10, "data_bytes": 40960, "zero_bytes": 0, "dirty_rate": 0}],
+        "totals": {"frames": 1, "data_bytes": 40960, "zero_bytes": 0, "wire_bytes": 41000},
+        "added_later": {"is": "ignored"}
+    }"#;
+
+    #[test]
+    fn reads_the_oldest_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("timeline.json");
+        fs::write(&file, OLDEST).unwrap();
+        let timeline = load(&file).unwrap();
+        let failed = Outcome::Failed {
+            stage: Some(Stage::Reservation),
+            error: "no room on tmpfs".into(),
+        };
+        assert_eq!(timeline.outcome, failed);
+        assert_eq!(
+            (timeline.rounds.len(), timeline.downtime, timeline.omitted),
+            (1, None, 0)
+        );
+
+        let picture = dir.path().join("picture.svg");
+        let mut out = Vec::new();
+        command(&file, Some(&picture), &mut out).unwrap();
+        assert!(String::from_utf8(out)
+            .unwrap()
+            .starts_with("web did not move from kvm-a to kvm-b"));
+        assert!(fs::read_to_string(&picture).unwrap().starts_with("<svg "));
+    }
+
+    #[test]
+    fn refuses_what_is_not_a_timeline_and_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("timeline.json");
+        let later = OLDEST.replace("\"version\": 1", "\"version\": 2");
+        let infinite = OLDEST.replace("12.345", "1e999");
+        let deep = format!("{{\"deep\": {}", "[".repeat(1_000_000));
+        for (content, reason) in [
+            ("", "EOF"),
+            ("{}", "missing field"),
+            (&later, "version is 2"),
+            (&infinite, "number"),
+            (&deep, "recursion"),
+        ] {
+            fs::write(&file, content).unwrap();
+            let error = load(&file).unwrap_err().to_string();
+            assert!(
+                error.contains("timeline.json is not a timeline") && error.contains(reason),
+                "{error}"
+            );
+        }
+        File::create(&file).unwrap().set_len(LARGEST_FILE + 1).unwrap();
+        assert!(load(&file)
+            .unwrap_err()
+            .to_string()
+            .contains("larger than 32 MiB"));
+        assert!(matches!(load(dir.path()), Err(ReportError::Io { .. })));
+        assert!(matches!(
+            load(&dir.path().join("none")),
+            Err(ReportError::Io { .. })
+        ));
+    }
+}

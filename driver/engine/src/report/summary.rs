@@ -138,3 +138,81 @@ fn events(timeline: &Timeline) -> Option<String> {
         text::printable(&last.text, 200)
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use ferry_contract::stage::Stage;
+
+    use super::*;
+    use crate::report::timeline::{tests::migration, Downtime, Recorder, Round};
+
+    fn check(timeline: &Timeline) -> Vec<String> {
+        let lines = lines(timeline);
+        assert!((3..=8).contains(&lines.len()), "{lines:#?}");
+        for line in &lines {
+            assert!(
+                !line.contains(char::is_control) && line.chars().count() < 800,
+                "{line:?}"
+            );
+        }
+        lines
+    }
+
+    #[test]
+    fn a_completed_migration() {
+        let mut recorder = Recorder::new(migration("web-01"));
+        for stage in Stage::ALL {
+            recorder.enter(stage);
+        }
+        recorder.round(Round {
+            pages: 59_221,
+            ..Round::default()
+        });
+        recorder.round(Round {
+            number: 1,
+            pages: 12,
+            dirty_rate: 1000.0,
+            ..Round::default()
+        });
+        recorder.note("stream 2 was cut off, connecting again");
+        recorder.downtime(Downtime {
+            total_ms: 9.124,
+            last_copy_pages: 92,
+            ..Downtime::default()
+        });
+        let mut timeline = recorder.finish(Outcome::Completed);
+        timeline.total_ms = 399.412;
+        let lines = check(&timeline);
+        assert_eq!(
+            lines[0],
+            "web-01 moved from kvm-a to kvm-b in 399 ms, standing still for 9.1 ms"
+        );
+        assert!(
+            lines
+                .iter()
+                .any(|line| line.starts_with("rounds: 2, from 59.2 k to 12 pages")),
+            "{lines:#?}"
+        );
+        assert!(lines.last().unwrap().contains("stream 2"));
+    }
+
+    #[test]
+    fn the_destination_names_the_hosts_in_the_order_of_the_journey() {
+        let m = crate::report::Migration {
+            role: Role::Destination,
+            ..migration("web-01")
+        };
+        let lines = check(&Recorder::new(m).finish(Outcome::Cancelled));
+        assert!(
+            lines[0].starts_with("web-01 did not move from kvm-b to kvm-a: cancelled after"),
+            "{lines:#?}"
+        );
+    }
+
+    #[test]
+    fn failure_before_any_stage_with_hostile_text() {
+        let name = "a\nFeb 30 libvirtd: all is well\u{1b}[2J".repeat(100);
+        let lines = check(&Recorder::new(migration(&name)).fail("x\r\ny\u{202e}".repeat(1000)));
+        assert!(lines[0].contains("failed before its first stage"), "{lines:#?}");
+    }
+}

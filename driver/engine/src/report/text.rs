@@ -53,7 +53,7 @@ pub fn bytes(bytes: f64) -> String {
 
 /// A count with a decimal unit and about three digits: `17`, `57.2 k`, `1.20 M`.
 pub fn count(count: f64) -> String {
-    const UNITS: [&str; 5] = ["", " k", " M", " G", " T"];
+    const UNITS: [&str; 7] = ["", " k", " M", " G", " T", " P", " E"];
     let mut value = count.max(0.0);
     let mut unit = 0;
     while value >= 999.5 && unit + 1 < UNITS.len() {

@@ -17,6 +17,9 @@
 //! Data, Zero, Barrier and End go from sender to receiver; Ack and Reject come back. Offsets and spans are multiples
 //! of 4096. Every valid header has one encoding only. Parsing is total: any bytes give a frame or an [`Invalid`].
 
+#[cfg(test)]
+mod tests;
+
 use super::data::Totals;
 
 /// Bytes of a header.

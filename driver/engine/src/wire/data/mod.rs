@@ -64,7 +64,22 @@ pub struct Totals {
     /// Bytes of these frames, headers included; what TLS adds not.
     pub wire_bytes: u64,
     /// xxh3-128 of these bytes. It finds mistakes of ours and of the hardware, not an attacker's changes.
+    #[serde(with = "hexadecimal")]
     pub digest: u128,
+}
+
+/// A digest as text: not every form of serde carries 128 bits.
+mod hexadecimal {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(digest: &u128, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{digest:032x}"))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u128, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        u128::from_str_radix(&text, 16).map_err(serde::de::Error::custom)
+    }
 }
 
 impl Totals {
