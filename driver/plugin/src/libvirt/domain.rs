@@ -183,12 +183,17 @@ impl Drop for OwnedDomain {
 pub struct OwnedConnection(virConnectPtr);
 
 impl OwnedConnection {
-    /// Opens a URI as libvirt's own peer-to-peer code does: credentials a daemon cannot ask for are not given,
+    /// Opens a URI as libvirt's own peer-to-peer code does: credentials come from auth.conf, nobody is asked,
     /// and a keepalive notices a dead peer (5 s, 5 times: libvirt's defaults in qemu.conf).
     pub fn open(uri: &CStr) -> Result<Self, Error> {
+        // What a daemon can be given by auth.conf (libvirt 11.3, qemuMigrationSrcPeer2Peer).
+        let mut kinds = [
+            virt_sys::VIR_CRED_AUTHNAME as c_int,
+            virt_sys::VIR_CRED_PASSPHRASE as c_int,
+        ];
         let mut auth = virt_sys::virConnectAuth {
-            credtype: std::ptr::null_mut(),
-            ncredtype: 0,
+            credtype: kinds.as_mut_ptr(),
+            ncredtype: kinds.len() as u32,
             cb: None,
             cbdata: std::ptr::null_mut(),
         };
