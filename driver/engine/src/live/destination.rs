@@ -317,7 +317,7 @@ fn bind(listen: Option<&str>, ports: std::ops::RangeInclusive<u16>) -> Result<Li
 
 /// What the source's thread has to tell.
 enum Note {
-    Connected { host: String },
+    Connected { host: String, streams: u16 },
     Committed { totals: Vec<Totals> },
     Paused(SourcePause),
 }
@@ -389,7 +389,7 @@ impl Arrival {
                 host,
             } => {
                 // Nobody listens any more where libvirt has concluded already.
-                let _ = self.noted.send(Note::Connected { host });
+                let _ = self.noted.send(Note::Connected { host, streams });
                 Ok((control, streams))
             }
             other => Err(Error::Elsewhere(format!("the source began with {other:?}"))),
@@ -535,12 +535,13 @@ fn finish(
         Some(_) => return Err(Error::Elsewhere("the plug-in asked out of turn".into())),
         None => return Err(Error::Abandoned),
     }
-    if place.signals.committed().is_none() {
+    let Some(committed) = place.signals.committed() else {
         place.signals.check()?;
         return Err(Error::Elsewhere(
             "the guest's memory had not arrived when libvirt wanted to resume it".into(),
         ));
-    }
+    };
+    recorder.enter_at(Stage::Commitment, committed);
     note(recorder, notes.try_iter());
     let loaded = place
         .signals
@@ -560,7 +561,10 @@ fn note(recorder: &mut Recorder, notes: impl Iterator<Item = Note>) -> Option<So
     let mut pause = None;
     for note in notes {
         match note {
-            Note::Connected { host } => recorder.peer(host),
+            Note::Connected { host, streams } => {
+                recorder.peer(host);
+                recorder.streams(u32::from(streams));
+            }
             Note::Committed { totals } => recorder.totals(report::Totals::from_streams(&totals)),
             Note::Paused(source) => pause = Some(source),
         }

@@ -104,7 +104,9 @@ impl Signals {
     pub fn end(&self, end: End) {
         let mut state = self.lock();
         state.abandoned |= end == End::Abandoned;
-        if state.end.is_none() {
+        // After the commitment only QEMU can still cancel, which libvirt has told it: its stream must not be torn.
+        let too_late = end == End::Cancelled && state.committed.is_some();
+        if state.end.is_none() && !too_late {
             tracing::debug!(?end, "the session ends");
             state.end = Some(end);
             state.ended = Some(Instant::now());
@@ -256,6 +258,16 @@ mod tests {
         signals.end(End::Cancelled);
         signals.end(End::Failed("later".into()));
         assert!(matches!(waiter.join().unwrap(), Err(Error::Cancelled)));
+    }
+
+    #[test]
+    fn a_cancellation_after_the_commitment_is_qemus_affair() {
+        let signals = Signals::default();
+        signals.commit();
+        signals.end(End::Cancelled);
+        assert!(signals.check().is_ok());
+        signals.end(End::Failed("why".into()));
+        assert!(signals.check().is_err());
     }
 
     #[test]

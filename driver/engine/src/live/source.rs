@@ -68,7 +68,10 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
     };
     let span = tracing::info_span!("migration", guest = place.guest.name, role = "source");
     let _entered = span.enter();
-    let inspected = match Inspected::look(&place, monitor) {
+    let session = Uuid::new_v4();
+    let mut recorder = place.recorder(session);
+    recorder.enter(Stage::PreMigration);
+    let inspected = match Inspected::look(&place, monitor, session) {
         Ok(inspected) => inspected,
         Err(error) => {
             control.reply(Reply::NotEligible {
@@ -77,9 +80,11 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
             return Ok(());
         }
     };
+    recorder.ram(inspected.ram());
+    recorder.enter(Stage::Reservation);
     control.reply(Reply::Offer(inspected.offer.clone()));
     match signals.next_request(Some(deadline(UNTIL_PERFORM))) {
-        Some(Request::Precopy { answer }) => return inspected.migrate(&place, &answer),
+        Some(Request::Precopy { answer }) => return inspected.migrate(&place, &answer, recorder),
         Some(Request::Conclude { .. }) => control.reply(Reply::Concluded),
         _ => tracing::info!("libvirt did not come to its Perform; the engine ends"),
     }
@@ -96,6 +101,24 @@ struct Place<'a> {
     settings: Settings,
 }
 
+impl Place<'_> {
+    /// The timeline begins before there is an answer: peer, encryption and memory follow.
+    fn recorder(&self, session: Uuid) -> Recorder {
+        Recorder::new(Migration {
+            session,
+            role: Role::Source,
+            guest: report::Guest {
+                name: self.guest.name.clone(),
+                uuid: self.guest.uuid,
+            },
+            local_host: self.host.clone(),
+            peer_host: String::new(),
+            encryption: None,
+            streams: u32::from(self.settings.streams),
+        })
+    }
+}
+
 /// Pre-migration: the guest is eligible and known; nothing about it has changed.
 struct Inspected {
     offer: Offer,
@@ -106,7 +129,7 @@ struct Inspected {
 }
 
 impl Inspected {
-    fn look(place: &Place<'_>, monitor: PathBuf) -> Result<Self, Error> {
+    fn look(place: &Place<'_>, monitor: PathBuf, session: Uuid) -> Result<Self, Error> {
         probe().map_err(|unsupported| Error::Elsewhere(unsupported.to_string()))?;
         let watch = Watch::open(&monitor, Arc::clone(place.signals))?;
         let pid = watch.command(|monitor| monitor.peer_pid())?;
@@ -118,7 +141,6 @@ impl Inspected {
                 huge.name
             )));
         }
-        let session = Uuid::new_v4();
         let identity = Identity::generate(session)?;
         let token = ferry_contract::session::Token::new(*crate::wire::Token::generate()?.expose());
         let offered = |block: &RamBlock| {
@@ -146,8 +168,14 @@ impl Inspected {
     }
 
     /// All that follows, and the undoing of it where it fails.
-    fn migrate(self, place: &Place<'_>, answer: &cookie::Answer) -> Result<(), Error> {
-        let mut recorder = self.recorder(place, answer);
+    fn migrate(
+        self,
+        place: &Place<'_>,
+        answer: &cookie::Answer,
+        mut recorder: Recorder,
+    ) -> Result<(), Error> {
+        recorder.peer(&answer.host);
+        recorder.encryption((answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()));
         let watch = Arc::clone(&self.watch);
         let moved = self
             .precopy(place, answer, &mut recorder)
@@ -160,25 +188,12 @@ impl Inspected {
         Ok(())
     }
 
-    fn recorder(&self, place: &Place<'_>, answer: &cookie::Answer) -> Recorder {
-        let mut recorder = Recorder::new(Migration {
-            session: self.offer.session,
-            role: Role::Source,
-            guest: report::Guest {
-                name: place.guest.name.clone(),
-                uuid: place.guest.uuid,
-            },
-            local_host: place.host.clone(),
-            peer_host: answer.host.clone(),
-            encryption: (answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()),
-            streams: u32::from(place.settings.streams),
-        });
-        recorder.ram(Ram {
+    fn ram(&self) -> Ram {
+        Ram {
             blocks: self.blocks.len() as u32,
             bytes: self.blocks.iter().map(|block| block.size).sum(),
             resident: self.offer.blocks.iter().map(|block| block.resident).sum(),
-        });
-        recorder
+        }
     }
 
     fn precopy(
@@ -187,7 +202,6 @@ impl Inspected {
         answer: &cookie::Answer,
         recorder: &mut Recorder,
     ) -> Result<Converged, Error> {
-        recorder.enter(Stage::Reservation);
         place
             .meter
             .total
@@ -197,6 +211,7 @@ impl Inspected {
             Relaxed,
         );
         let links = Links::connect(place, &self.offer, self.identity, answer)?;
+        recorder.peer(links.peer);
         recorder.enter(Stage::PreCopy);
         let mut precopy = Precopy::begin(
             &self.process,
@@ -240,6 +255,8 @@ impl Inspected {
 
 /// The connections of a session.
 struct Links {
+    /// The destination host's name.
+    peer: String,
     control: Connection,
     data: Vec<DataSender>,
     device_state: Connection,
@@ -298,12 +315,13 @@ impl Links {
         let data = data.collect::<Result<_, Error>>()?;
         let device_state = watched(Purpose::DeviceState)?;
         let return_path = watched(Purpose::ReturnPath)?;
-        match message::receive(&mut control)? {
-            Answer::Ready { .. } => {}
+        let peer = match message::receive(&mut control)? {
+            Answer::Ready { host } => host,
             Answer::Refused { cause } => return Err(Error::Refused(cause)),
             other => return Err(out_of_turn(&other)),
-        }
+        };
         Ok(Self {
+            peer,
             control,
             data,
             device_state,
@@ -369,7 +387,7 @@ impl Converged {
         recorder.enter(Stage::StopAndCopy);
         let seen = place.signals.seen();
         let drained = seen.drained.unwrap_or_else(Instant::now);
-        let last = precopy.last(recorder)?;
+        let last = precopy.last()?;
         recorder.enter(Stage::Commitment);
         let files = last.blocks.iter().map(|block| &block.file);
         let memory = place
