@@ -156,6 +156,36 @@ fn linux_notices_a_page_of_two_versions() -> Result<()> {
     })
 }
 
+/// Zeroes a page of the working set under a running load that has only one way of finding out.
+fn noticed_unasked(guest: Guest) -> Result<()> {
+    let dir = work_dir()?;
+    let (mut qemu, _) = booted(&guest.working_set(4), dir.path())?;
+    qemu.stop()?;
+    let ram = qemu.ram()?;
+    let page = ram
+        .stamped()?
+        .into_iter()
+        .find(|page| page.place == 500)
+        .context("page 500 is not in the file")?;
+    ram.overwrite(page.offset, &Page::ZEROED)?;
+    qemu.resume()?;
+    let told = |line: &String| line.contains("error area=memory page=500 ") && line.contains("kind=zeroed");
+    qemu.console()
+        .wait("error", PATIENCE, |lines| lines.iter().any(told).then_some(()))?;
+    qemu.console().next_status(PATIENCE, |status| status.errors > 0)?;
+    Ok(())
+}
+
+#[test]
+fn the_writer_notices_before_it_writes() -> Result<()> {
+    noticed_unasked(Guest::linux("writer").check(Rate(0)).rate(Rate::mib(2)))
+}
+
+#[test]
+fn the_background_check_notices() -> Result<()> {
+    noticed_unasked(Guest::linux("checker").check(Rate::mib(2)).rate(Rate(0)))
+}
+
 /// A raw disk on a file system that does O_DIRECT.
 fn disk(mib: u64) -> Result<tempfile::NamedTempFile> {
     let file = tempfile::NamedTempFile::new()?;

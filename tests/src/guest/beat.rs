@@ -33,6 +33,9 @@ const NOTED_AT_MOST: usize = 10_000;
 pub struct Silence {
     /// How long.
     pub length: Duration,
+    /// How far the guest's own clock went on between sending the two. About as long, if the guest ran and did not send; next to
+    /// nothing, if it was stopped or what it sent was held up.
+    pub guest: Duration,
     /// When it ended, by the realtime clock, since the epoch.
     pub end: Duration,
     /// Number of the heartbeat that ended it.
@@ -55,7 +58,8 @@ pub struct Heard {
     pub longest: Silence,
     /// Every silence of more than 5 ms, in order of time; the first 10 000.
     pub silences: Vec<Silence>,
-    last: Option<Duration>,
+    /// When the last one was received, and when it was sent by the guest's clock.
+    last: Option<(Duration, Duration)>,
 }
 
 impl Heard {
@@ -69,9 +73,11 @@ impl Heard {
             }
             self.newest = beat.number;
         }
-        if let Some(last) = self.last.replace(now) {
+        let sent = Duration::from_nanos(beat.sent_ns);
+        if let Some((last, last_sent)) = self.last.replace((now, sent)) {
             let silence = Silence {
                 length: now.saturating_sub(last),
+                guest: sent.saturating_sub(last_sent),
                 end: now,
                 number: beat.number,
             };

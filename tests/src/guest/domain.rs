@@ -119,8 +119,10 @@ impl Guest {
             ));
         }
         let log = escaped(&self.log_in(&self.dir).to_string_lossy());
+        // Labelled by two hosts at once it would be refused at the destination: "which is already in use" (libvirt 11.3).
         add(format_args!(
-            "<serial type='file'><source path='{log}' append='on'/><target port='0'/></serial>"
+            "<serial type='file'><source path='{log}' append='on'><seclabel model='dac' relabel='no'/></source>\
+             <target port='0'/></serial>"
         ));
         let reporting = if self.free_page_reporting {
             " freePageReporting='on'"

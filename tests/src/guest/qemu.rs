@@ -6,10 +6,11 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use serde_json::{json, Value};
 
 use super::console::Console;
@@ -358,17 +359,24 @@ fn arguments(guest: &Guest, place: &Place, qmp: &Path, serial: &Path, ram: &Path
     arguments
 }
 
-/// Whether KVM runs a guest here, tried with a real one: /dev/kvm that opens is not enough. On a no, why.
+/// Whether KVM runs a guest here, tried once with a real one: /dev/kvm that opens is not enough.
 ///
 /// # Errors
 /// What went wrong; a test that needs KVM prints it and is skipped.
 pub fn kvm_works() -> Result<()> {
-    let dir = std::env::temp_dir().join(format!("ferry-kvm-{}", std::process::id()));
-    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let tried = try_kvm(&dir);
-    // Left behind it would only take room.
-    let _ = fs::remove_dir_all(&dir);
-    tried.context("KVM does not run guests here")
+    static TRIED: OnceLock<Result<(), String>> = OnceLock::new();
+    let tried = TRIED.get_or_init(|| {
+        let dir = std::env::temp_dir().join(format!("ferry-kvm-{}", std::process::id()));
+        let tried = fs::create_dir_all(&dir)
+            .map_err(anyhow::Error::from)
+            .and_then(|()| try_kvm(&dir));
+        // Left behind it would only take room.
+        let _ = fs::remove_dir_all(&dir);
+        tried.map_err(|error| format!("{error:#}"))
+    });
+    tried
+        .clone()
+        .map_err(|reason| anyhow!("KVM does not run guests here: {reason}"))
 }
 
 fn try_kvm(dir: &Path) -> Result<()> {

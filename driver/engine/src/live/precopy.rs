@@ -7,7 +7,7 @@ use super::watch::{deadline, Watch, COMMAND};
 use super::working_set::{Deferral, WorkingSet};
 use super::Error;
 use crate::control::Meter;
-use crate::memory::{PageSet, RamFile, WriteTracker, PAGE};
+use crate::memory::{PageSet, PunchWatch, RamFile, WriteTracker, PAGE};
 use crate::qemu::{inject, tracked_ranges, Process, RamBlock};
 use crate::report::{millis, Recorder, Round};
 use crate::wire::{DataSender, Totals};
@@ -28,6 +28,8 @@ pub struct Precopy {
     round: u32,
     scanned_at: Instant,
     sent: Sent,
+    /// Watches for memory given back since the last [`sweep`](Precopy::sweep).
+    swept: Option<PunchWatch>,
 }
 
 /// What a scan found.
@@ -84,6 +86,7 @@ impl Precopy {
             round: 0,
             scanned_at: Instant::now(),
             sent: Sent::default(),
+            swept: None,
         })
     }
 
@@ -153,15 +156,32 @@ impl Precopy {
         self.copy(recorder, scan, drained, &pages)
     }
 
+    /// Tells what the guest has given back since it was sent, so that the last copy need not look for it: walking a
+    /// big guest's files takes milliseconds. A page written again meanwhile is in a later scan, and is sent again.
+    pub fn sweep(&mut self) -> Result<(), Error> {
+        let watch = PunchWatch::new(files(&self.blocks));
+        let gone = self.outgoing.given_back(&self.present()?);
+        // Without a watch the last copy looks for itself.
+        self.swept = watch.ok();
+        if copy::bytes(&gone) > 0 {
+            self.meter.remaining.fetch_add(copy::bytes(&gone), Relaxed);
+            self.outgoing
+                .send(&files(&self.blocks), &gone, &self.meter, &self.signals)?;
+        }
+        Ok(())
+    }
+
     /// The last copy, of a guest that stands still and whose block I/O has drained: what is pending, and what has
-    /// been given back since it was sent. Then the streams end.
+    /// been given back since the sweep. Then the streams end.
     pub fn last(mut self, recorder: &mut Recorder) -> Result<Last, Error> {
         let scan = self.scan()?;
         let mut pages = self.take(Deferral::Nothing);
         let dirty = copy::bytes(&pages) / PAGE;
-        let present = self.present()?;
-        for (pages, gone) in pages.iter_mut().zip(self.outgoing.given_back(&present)) {
-            pages.union_with(&gone);
+        if self.swept.as_ref().is_none_or(PunchWatch::punched) {
+            let present = self.present()?;
+            for (pages, gone) in pages.iter_mut().zip(self.outgoing.given_back(&present)) {
+                pages.union_with(&gone);
+            }
         }
         self.copy(recorder, scan, Duration::ZERO, &pages)?;
         let totals = self.outgoing.finish()?;
@@ -204,8 +224,9 @@ impl Precopy {
         let deferred = self.pending();
         self.meter.iteration.store(u64::from(self.round) + 1, Relaxed);
         self.meter.remaining.store(copy::bytes(pages), Relaxed);
-        let files: Vec<&RamFile> = self.blocks.iter().map(|block| &block.file).collect();
-        self.sent = self.outgoing.send(&files, pages, &self.meter, &self.signals)?;
+        self.sent = self
+            .outgoing
+            .send(&files(&self.blocks), pages, &self.meter, &self.signals)?;
         self.meter.remaining.store(deferred * PAGE, Relaxed);
         let bandwidth = self.sent.data as f64 / self.sent.elapsed.as_secs_f64().max(1e-6);
         self.meter.bandwidth.store(bandwidth as u64, Relaxed);
@@ -225,6 +246,10 @@ impl Precopy {
         self.round += 1;
         Ok(())
     }
+}
+
+fn files(blocks: &[RamBlock]) -> Vec<&RamFile> {
+    blocks.iter().map(|block| &block.file).collect()
 }
 
 impl Scan {

@@ -326,6 +326,7 @@ impl Converged {
             watch,
             ..
         } = self;
+        precopy.sweep()?;
         let door = Door::open(&place.settings.runtime_directory, self.session)?;
         let socket = door.path().to_owned();
         relay::from_source(

@@ -1,8 +1,14 @@
 //! A guest's RAM as an open file.
 //!
-//! The file is shared with a running QEMU, so its bytes change under us. They are copied by `pread` and
-//! `pwrite`, and no mapping of it is ever read. Measured here against copying from a mapping
-//! (`cargo test --release -p ferry-engine -- --ignored --nocapture copy_speed`; FIGURES).
+//! The file is shared with a running QEMU, so its bytes change under us. They are copied by `pread` and `pwrite`, and
+//! no mapping of it is ever read: `pread` leaves holes alone even if the guest makes them while we read, fails where a
+//! mapping would raise SIGBUS, and is no slower than a mapping whose pages are touched for the first time, as most are
+//! only once. GB/s on one core, 512 MiB of tmpfs in 4 KiB pages (tests/speed.rs):
+//!
+//! | | pread | mapping, cold | mapping, warm |
+//! |---|---|---|---|
+//! | chunks of 256 KiB | 5.4 | 4.3 | 10 |
+//! | scattered 4 KiB pages | 2.3 | 0.7 | 3.9 |
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -258,12 +264,13 @@ impl RamFile {
     fn store(&self, range: Range<u64>, page: u64, bytes: &[u8]) -> Result<(), FileError> {
         let pages = range.start / page * page..range.end.div_ceil(page) * page;
         sys::allocate(&self.file, pages).map_err(self.wrap("allocate pages of"))?;
-        // The mapping starts where the block's first huge page does.
+        // Huge pages are mapped whole.
         let base = self.window.start / page * page;
+        let end = self.window.end.div_ceil(page) * page;
         let mapping = match self.mapping.get() {
             Some(mapping) => mapping,
             None => {
-                let made = Mapping::new(&self.file, base..self.window.end).map_err(self.wrap("map"))?;
+                let made = Mapping::new(&self.file, base..end).map_err(self.wrap("map"))?;
                 self.mapping.get_or_init(|| made)
             }
         };

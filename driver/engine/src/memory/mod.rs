@@ -10,11 +10,12 @@
 //!
 //! Everything is measured in bytes, relative to the start of one RAM block, and travels as ranges; the grain
 //! is [`PAGE`]. Guest memory is never borrowed: it changes while it is read, so it is copied out by `pread`
-//! and no Rust reference to it exists. All `mmap` and `ioctl` calls are in [`sys`].
+//! and no Rust reference to it exists. All `mmap` and `ioctl` calls are in `sys`.
 
 pub mod file;
 pub mod pages;
 pub mod probe;
+pub mod punches;
 pub(crate) mod sys;
 pub mod tracker;
 pub mod zero;
@@ -22,6 +23,7 @@ pub mod zero;
 pub use file::{Backing, Extents, FileError, RamFile};
 pub use pages::PageSet;
 pub use probe::{probe, Unsupported};
+pub use punches::PunchWatch;
 pub use tracker::{ScanReport, TrackError, TrackedRange, WriteTracker};
 pub use zero::{is_zero, split_zero, Run};
 

@@ -10,8 +10,10 @@
 //!
 //! - The stop of PTRACE_INTERRUPT is inside of the kernel's signal delivery. An interrupted system call shows there
 //!   as `rax = -ERESTART*` with its number in `orig_rax`, and is restarted after that stop. So the registers are put
-//!   back in a stop of the same kind, never at a system call's exit, where nobody would restart anything and QEMU
-//!   would see an errno of 512.
+//!   back in a stop of the same kind. At a system call's exit nobody need restart anything, and QEMU could see an errno
+//!   of 512 (that PTRACE_DETACH wakes the thread as if for a signal is nothing to rely on).
+//!   The few calls that answer any stop with EINTR (epoll_wait; signal(7)) do so here as with SIGSTOP; QEMU's main loop
+//!   waits in ppoll.
 //! - All signals are blocked meanwhile, so none is delivered on borrowed registers, and none is lost: they stay queued.
 //! - Nothing is written to QEMU's memory; the `syscall` instruction is one of its vDSO's.
 //! - The tracer is a thread of its own. Whatever happens to it before the registers are touched, the kernel detaches

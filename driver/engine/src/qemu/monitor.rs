@@ -370,3 +370,84 @@ impl AsFd for Monitor {
         self.stream.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! What no QEMU does on demand: floods and nonsense. The rest is tested on a real one (tests/qemu.rs).
+
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    /// Connects to a peer that greets, accepts the negotiation, then sends `answer` to the next command and hangs up.
+    fn ask(answer: Vec<u8>) -> (Monitor, Result<Value, MonitorError>) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("qmp");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let mut lines = BufReader::new(stream.try_clone().expect("a copy")).lines();
+            stream.write_all(b"{\"QMP\": {}}\n").expect("greeting");
+            lines.next();
+            stream
+                .write_all(b"{\"return\": {}, \"id\": 1}\n")
+                .expect("accepting");
+            lines.next();
+            let _ = stream.write_all(&answer);
+        });
+        let mut monitor = Monitor::connect(&path, soon()).expect("a connection");
+        let answer = monitor.execute("query-status", json!({}), soon());
+        (monitor, answer)
+    }
+
+    #[test]
+    fn a_flood_of_one_event_does_not_wash_out_another() {
+        let mut answer = b"{\"event\": \"STOP\"}\n".to_vec();
+        let flood = b"{\"event\": \"MIGRATION\", \"data\": {\"n\": 1}, \"timestamp\": {\"seconds\": 7}}\n";
+        (0..5 * MAX_EVENTS).for_each(|_| answer.extend_from_slice(flood));
+        answer.extend_from_slice(b"{\"return\": 99, \"id\": 77}\n{\"return\": 5, \"id\": 2}\n");
+        let (mut monitor, answer) = ask(answer);
+        assert_eq!(answer.expect("the answer with our id"), 5);
+        let first = monitor.next_event(soon()).expect("an event").expect("in time");
+        assert_eq!((first.name.as_str(), first.at), ("STOP", Duration::ZERO));
+        let second = monitor.next_event(soon()).expect("an event").expect("in time");
+        assert_eq!(
+            (second.name.as_str(), second.at),
+            ("MIGRATION", Duration::from_secs(7))
+        );
+        assert_eq!(second.data, json!({ "n": 1 }));
+        assert_eq!(monitor.lost_events(), 4 * MAX_EVENTS as u64 + 1);
+    }
+
+    #[test]
+    fn nonsense_is_an_error() {
+        let endless = vec![b'x'; MAX_LINE + 100_000];
+        for nonsense in [
+            &b"nonsense\n"[..],
+            b"[]\n",
+            b"{}\n",
+            b"\xff\xfe\n",
+            b"{\"return\": \n",
+            &endless,
+        ] {
+            let (_, answer) = ask(nonsense.to_vec());
+            assert!(matches!(answer, Err(MonitorError::Protocol { .. })), "{answer:?}");
+        }
+        let (_, cut) = ask(b"{\"return\": {}, \"id\"".to_vec());
+        assert!(matches!(cut, Err(MonitorError::Closed { .. })), "{cut:?}");
+        let (_, error) = ask(b"{\"error\": {\"class\": \"X\", \"desc\": \"why\"}, \"id\": 2}\n".to_vec());
+        let Err(MonitorError::Refused {
+            class, description, ..
+        }) = error
+        else {
+            panic!("{error:?}")
+        };
+        assert_eq!((class.as_str(), description.as_str()), ("X", "why"));
+    }
+}

@@ -293,8 +293,9 @@ impl Backend {
             ));
         };
         let window = file_offset..file_offset.saturating_add(block.size);
-        let file = open_mapped(first, process, &self.path)
-            .and_then(|file| RamFile::from_file(file, self.path.clone(), window).map_err(|e| e.to_string()))
+        let path = PathBuf::from(first.name.trim_end_matches(" (deleted)"));
+        let file = open_mapped(first, process, &path)
+            .and_then(|file| RamFile::from_file(file, path, window).map_err(|e| e.to_string()))
             .map_err(unusable)?;
         let ram = RamBlock {
             name: block.name.clone(),

@@ -70,8 +70,10 @@ fn connect_one(
     if left.is_zero() {
         return Err(Error::Timeout { peer, doing });
     }
+    let began = Instant::now();
     let stream =
         TcpStream::connect_timeout(&peer, left).map_err(|error| Error::from_io(peer, doing, false, error))?;
+    let round_trip = began.elapsed();
     let session = match &security.protection {
         Protection::Encrypted {
             identity,
@@ -81,6 +83,7 @@ fn connect_one(
     };
     let mut connection = Connection::open(stream, peer, session, deadline)?;
     connection.greet(security, purpose)?;
+    connection.socket.fit_to(round_trip);
     connection.set_deadline(None)?;
     Ok(connection)
 }
@@ -312,9 +315,9 @@ impl Connection {
         if let Some(count) = self.receive_ready(buffer, doing)? {
             return Ok(count);
         }
-        let own = Instant::now() + self.patience;
         let deadline = self.socket.deadline();
-        self.set_deadline(Some(deadline.map_or(own, |deadline| deadline.min(own))))?;
+        let own = Instant::now().checked_add(self.patience);
+        self.set_deadline([deadline, own].into_iter().flatten().min())?;
         let answer = self.receive_some(buffer, doing);
         self.set_deadline(deadline)?;
         answer

@@ -38,6 +38,10 @@ pub mod identity;
 pub mod listener;
 pub mod message;
 mod socket;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod tls;
 
 pub use connection::{connect, Connection};

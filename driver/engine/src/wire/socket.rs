@@ -8,7 +8,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::socket::sockopt::SndBufForce;
+use nix::sys::socket::SetSockOpt;
 use socket2::{SockRef, TcpKeepalive};
+use tracing::debug;
 
 /// A silent connection is probed after this long ...
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
@@ -19,6 +22,15 @@ const KEEPALIVE_PROBES: u32 = 3;
 
 /// How long data that was sent may stay without the peer's kernel taking it, before the connection is given up.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// From this round trip on a path is long: one stream then needs more in flight than the kernel's own send buffer holds
+/// (tcp_wmem, 4 MiB by default: about 2.7 MB, so 2.7 GB/s at 1 ms).
+const LONG_PATH: Duration = Duration::from_millis(1);
+
+/// Send buffer for a long path, bytes. At 40 ms one stream went from 69 to 390 MB/s with it (Linux 6.18, a delay line
+/// of two TUN devices). On a short path it only costs: about a tenth more processor time, its pages being cold. The
+/// receive buffer is left alone: setting it would end the kernel's own tuning, which goes further.
+const LONG_PATH_SEND_BUFFER: usize = 32 << 20;
 
 /// The socket of one connection.
 pub(super) struct Socket {
@@ -44,6 +56,17 @@ impl Socket {
             broken: Arc::default(),
             deadline: None,
         })
+    }
+
+    /// Makes room for what a path with this round-trip time holds.
+    pub(super) fn fit_to(&self, round_trip: Duration) {
+        if round_trip < LONG_PATH {
+            return;
+        }
+        // SO_SNDBUF instead would be capped at wmem_max, often below what the kernel's tuning reaches.
+        if let Err(error) = SndBufForce.set(&*self.stream, &LONG_PATH_SEND_BUFFER) {
+            debug!(%error, ?round_trip, "send buffer left to the kernel (CAP_NET_ADMIN is needed)");
+        }
     }
 
     /// Sets TCP_USER_TIMEOUT (tcp(7)).
@@ -78,23 +101,11 @@ impl Socket {
 
     /// Whether a read would return at once: data, end or error.
     pub(super) fn readable_now(&self) -> io::Result<bool> {
-        self.wait_readable(Some(Duration::ZERO))
-    }
-
-    /// Waits until a read would return at once; `false` when `limit` has passed first.
-    pub(super) fn wait_readable(&self, limit: Option<Duration>) -> io::Result<bool> {
-        let limit = limit.map(|limit| Instant::now() + limit);
         loop {
-            let timeout = match limit {
-                None => PollTimeout::NONE,
-                Some(limit) => poll_timeout(limit.saturating_duration_since(Instant::now())),
-            };
             let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, timeout) {
-                Ok(0) if limit.is_some_and(|limit| Instant::now() >= limit) => return Ok(false),
-                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
-                Ok(_) => return Ok(true),
-                Err(error) => return Err(error.into()),
+            match poll(&mut fds, PollTimeout::ZERO) {
+                Err(nix::errno::Errno::EINTR) => {}
+                answer => return Ok(answer? > 0),
             }
         }
     }
@@ -186,5 +197,42 @@ impl Breaker {
             // ENOTCONN: the peer was faster.
             let _ = stream.shutdown(Shutdown::Both);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn only_a_long_path_gets_a_large_send_buffer() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = Socket::new(TcpStream::connect(listener.local_addr().unwrap()).unwrap()).unwrap();
+        let size = || SockRef::from(&*socket.stream).send_buffer_size().unwrap();
+        let own = size();
+        socket.fit_to(Duration::from_micros(200));
+        assert_eq!(size(), own);
+        socket.fit_to(Duration::from_millis(40));
+        // The kernel counts its overhead in: twice what was asked for. Without the privilege nothing changes.
+        let privileged = SndBufForce.set(&*socket.stream, &LONG_PATH_SEND_BUFFER).is_ok();
+        assert_eq!(
+            size(),
+            if privileged {
+                2 * LONG_PATH_SEND_BUFFER
+            } else {
+                own
+            }
+        );
+    }
+
+    #[test]
+    fn a_poll_never_ends_early() {
+        let milliseconds = |left| poll_timeout(left).as_millis().map_or(-1, |ms| ms as i32);
+        assert_eq!(milliseconds(Duration::ZERO), 0);
+        assert_eq!(milliseconds(Duration::from_micros(1)), 1);
+        assert_eq!(milliseconds(Duration::from_micros(1001)), 2);
+        assert!(milliseconds(Duration::MAX) > 1_000_000_000);
     }
 }

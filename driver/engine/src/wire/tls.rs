@@ -179,19 +179,22 @@ fn unusable(error: rustls::Error) -> Error {
 
 /// Starts TLS as the connecting side.
 pub(super) fn client(identity: &Identity, peer: &[u8], ip: IpAddr) -> Result<Session> {
-    let provider = provider();
-    let mut config = ClientConfig::builder_with_provider(provider.clone())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(unusable)?
-        .dangerous()
-        .with_custom_certificate_verifier(Pin::new(peer, &provider))
-        .with_client_auth_cert(identity.chain(), identity.key())
-        .map_err(unusable)?;
-    config.resumption = Resumption::disabled();
-    config.enable_sni = false;
+    let config = client_config(identity, peer).map_err(unusable)?;
     let name = ServerName::IpAddress(ip.into());
     let connection = ClientConnection::new(Arc::new(config), name).map_err(unusable)?;
     Ok(Session::new(connection.into()))
+}
+
+fn client_config(identity: &Identity, peer: &[u8]) -> Result<ClientConfig, rustls::Error> {
+    let provider = provider();
+    let mut config = ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Pin::new(peer, &provider))
+        .with_client_auth_cert(identity.chain(), identity.key())?;
+    config.resumption = Resumption::disabled();
+    config.enable_sni = false;
+    Ok(config)
 }
 
 /// Starts TLS as the accepting side.
@@ -289,5 +292,106 @@ impl Session {
     pub(super) fn end_writing(&mut self, socket: &mut Socket) -> io::Result<()> {
         self.tls.send_close_notify();
         self.flush(socket)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use rustls::client::ResolvesClientCert;
+    use rustls::sign::CertifiedKey;
+
+    use super::*;
+    use crate::wire::testing::{listener, securities, soon};
+    use crate::wire::{connect, Protection, Purpose, Security};
+
+    /// Shows a certificate without having its key.
+    #[derive(Debug)]
+    struct Thief(Arc<CertifiedKey>);
+
+    impl ResolvesClientCert for Thief {
+        fn resolve(&self, _hints: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+            Some(self.0.clone())
+        }
+
+        fn has_certs(&self) -> bool {
+            true
+        }
+    }
+
+    /// A client's session that is like ours but for what `change` does.
+    fn changed(source: &Security, ip: IpAddr, change: impl FnOnce(&Identity, &mut ClientConfig)) -> Session {
+        let Protection::Encrypted { identity, peer } = &source.protection else {
+            unreachable!()
+        };
+        let mut config = client_config(identity, peer).unwrap();
+        change(identity, &mut config);
+        let name = ServerName::IpAddress(ip.into());
+        Session::new(ClientConnection::new(Arc::new(config), name).unwrap().into())
+    }
+
+    #[test]
+    fn the_right_certificate_without_its_key_is_refused() {
+        // Whoever has seen the cookie has both certificates: they alone must admit nobody.
+        let (source, destination) = securities(true);
+        let other = Identity::generate(source.session).unwrap();
+        let key = provider().key_provider.load_private_key(other.key()).unwrap();
+        let listener = listener();
+        let address = listener.address();
+        let mut session = changed(&source, address.ip(), |identity, config| {
+            let stolen = CertifiedKey::new(identity.chain(), key);
+            config.client_auth_cert_resolver = Arc::new(Thief(Arc::new(stolen)));
+        });
+        thread::scope(|scope| {
+            let stealing = scope.spawn(move || {
+                let mut socket = Socket::new(TcpStream::connect(address).unwrap()).unwrap();
+                session.handshake(&mut socket)?;
+                session.read(&mut socket, &mut [0; 1])
+            });
+            let refusal = loop {
+                match listener.accept(&destination, Instant::now() + Duration::from_millis(50)) {
+                    Err(Error::NobodyCame { last: Some(last), .. }) => break *last,
+                    Err(Error::NobodyCame { .. }) => {}
+                    other => panic!("{other:?}"),
+                }
+            };
+            assert!(matches!(refusal, Error::Tls { .. }), "{refusal:?}");
+            assert!(refusal.to_string().contains("BadSignature"), "{refusal}");
+            stealing.join().unwrap().unwrap_err();
+        });
+    }
+
+    #[test]
+    fn sessions_are_tls_1_3_without_tickets() {
+        let (source, destination) = securities(true);
+        let listener = listener();
+        let address = listener.address();
+        thread::scope(|scope| {
+            let accepting = scope.spawn(|| listener.accept(&destination, soon()).unwrap());
+            // Ours asks for no tickets; this one does.
+            let mut session = changed(&source, address.ip(), |_, config| {
+                config.resumption = Resumption::default()
+            });
+            let mut socket = Socket::new(TcpStream::connect(address).unwrap()).unwrap();
+            session.handshake(&mut socket).unwrap();
+            assert_eq!(
+                session.tls.protocol_version(),
+                Some(rustls::ProtocolVersion::TLSv1_3)
+            );
+            let suite = session.tls.negotiated_cipher_suite().unwrap();
+            assert_eq!(suite, provider().cipher_suites[0]);
+            // A ticket would come right behind the server's Finished, and unread it would reset the connection.
+            socket
+                .set_deadline(Some(Instant::now() + Duration::from_millis(100)))
+                .unwrap();
+            let silence = socket.read(&mut [0; 1]).unwrap_err();
+            assert_eq!(silence.kind(), io::ErrorKind::TimedOut);
+            drop(socket); // never greeted: the listener waits on, for this one
+            connect(&[address], &source, Purpose::Control, soon()).unwrap();
+            accepting.join().unwrap();
+        });
     }
 }

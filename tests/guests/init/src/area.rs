@@ -138,3 +138,52 @@ impl Area {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 130 pages: two whole stripes and one of two pages.
+    fn area() -> (Area, Arc<Report>) {
+        let report = Arc::new(Report::default());
+        (Area::fill("test", 2 * STRIPE + 2, Arc::clone(&report)), report)
+    }
+
+    fn errors(report: &Report) -> u64 {
+        report.errors.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn what_is_written_is_right() {
+        let (area, report) = area();
+        (0..area.pages())
+            .chain([0, 5, 129])
+            .for_each(|place| area.write(place));
+        area.check_all();
+        assert_eq!((errors(&report), area.sequence()), (0, 2 * 130 + 3));
+    }
+
+    #[test]
+    fn a_write_does_not_cover_up_a_lost_one() {
+        let (area, report) = area();
+        let old = area.stripe(129).pages[1].clone();
+        area.write(129);
+        area.stripe(129).pages[1] = old;
+        area.write(129);
+        assert_eq!(errors(&report), 1);
+        area.check_all();
+        assert_eq!(errors(&report), 1, "the page itself is right again");
+    }
+
+    #[test]
+    fn a_page_that_went_back_together_with_its_expectation_is_seen() {
+        let (area, report) = area();
+        let old = area.stripe(70).pages[6].clone();
+        let expected = area.stripe(70).expected[6];
+        area.write(70);
+        area.stripe(70).pages[6] = old;
+        area.stripe(70).expected[6] = expected;
+        area.check_all();
+        assert_eq!(errors(&report), 1);
+    }
+}

@@ -1,6 +1,7 @@
 //! The lines a guest says, on its serial console and in answer to commands.
 //!
 //! ```text
+//!   ferry: filling pages=16384                                once, as soon as there are devices
 //!   ferry: up pages=16384 set=4096 …                          once, when the load begins
 //!   ferry: t=12.003 seq=123456 pages=65536 … errors=0 …       every second: Status
 //!   ferry: error area=memory page=17 expected=90 kind=stale seen=89      at once, the first few

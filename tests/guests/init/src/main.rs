@@ -52,6 +52,7 @@ fn start(report: &Arc<Report>) -> Result<Guest, String> {
     let set = config.set.saturating_mul(PAGES_PER_MIB);
     let pages = config.ram.saturating_mul(PAGES_PER_MIB).saturating_add(set);
     boot::require_memory(pages)?;
+    report::say(format_args!("filling pages={pages}"));
     let area = Arc::new(Area::fill("memory", pages, Arc::clone(report)));
     let load = Arc::new(load::Load::new(set, config.rate, config.order));
     let landing = match &config.disk {
