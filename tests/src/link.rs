@@ -22,8 +22,8 @@ impl<'a> Slow<'a> {
         let rate = format!("{mbit}mbit");
         // The burst takes the largest segment a veth passes on in one piece, 64 KiB.
         lab.switch().run(&[
-            "tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", &rate, "burst", "256kb", "latency",
-            "50ms",
+            "tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", &rate, "burst", "256kb",
+            "latency", "50ms",
         ])?;
         Ok(Slow { lab, device })
     }

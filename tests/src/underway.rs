@@ -75,7 +75,10 @@ impl Underway<'_> {
             if let Some(child) = &mut self.child {
                 if child.try_wait().context("virsh migrate")?.is_some() {
                     let output = self.take()?;
-                    bail!("the migration was over: {}", String::from_utf8_lossy(&output.stderr));
+                    bail!(
+                        "the migration was over: {}",
+                        String::from_utf8_lossy(&output.stderr)
+                    );
                 }
             }
             let job = self.from.job(&self.domain)?;
@@ -84,7 +87,10 @@ impl Underway<'_> {
     }
 
     fn take(&mut self) -> Result<Output> {
-        let child = self.child.take().context("virsh migrate was waited for already")?;
+        let child = self
+            .child
+            .take()
+            .context("virsh migrate was waited for already")?;
         child.wait_with_output().context("virsh migrate")
     }
 
@@ -94,7 +100,10 @@ impl Underway<'_> {
     /// If virsh had to be ended.
     pub fn end(mut self) -> Result<Output> {
         let output = self.take()?;
-        ensure!(output.status.code() != Some(124), "virsh migrate hung for {LIMIT} s");
+        ensure!(
+            output.status.code() != Some(124),
+            "virsh migrate hung for {LIMIT} s"
+        );
         Ok(output)
     }
 

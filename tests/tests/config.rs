@@ -12,7 +12,10 @@ const TLS: Option<&str> = Some("TLS 1.3");
 fn both_ends(lab: &Lab, from: &Host, to: &Host) -> Result<[Timeline; 2]> {
     lab.assert_clean(1)?;
     lab.assert_clean(2)?;
-    let ends = [from.last_timeline(Role::Source)?, to.last_timeline(Role::Destination)?];
+    let ends = [
+        from.last_timeline(Role::Source)?,
+        to.last_timeline(Role::Destination)?,
+    ];
     ensure!(
         ends[0].session == ends[1].session,
         "{} and {} kept timelines of different migrations",

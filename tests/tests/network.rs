@@ -148,7 +148,11 @@ fn the_heartbeat_goes_on() -> Result<()> {
                 heard.received + heard.missing
             );
             // A guest that ran in two places, or went on from an earlier state, would say numbers again.
-            ensure!(heard.repeated == 0, "{} heartbeats were said again", heard.repeated);
+            ensure!(
+                heard.repeated == 0,
+                "{} heartbeats were said again",
+                heard.repeated
+            );
             scene.lives_on(to)?;
         }
         Ok(())

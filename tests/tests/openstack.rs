@@ -56,13 +56,7 @@ impl Poll {
 fn nova(lab: &Lab, from: &Host, guest: &str, to: &Host) -> Result<Vec<Poll>> {
     std::fs::write(lab.share().join("nova.py"), include_str!("openstack/nova.py"))?;
     let migrate_uri = format!("tcp://{}", to.name());
-    let said = from.run(&[
-        "/usr/bin/python3",
-        "/lab/nova.py",
-        guest,
-        &to.uri(),
-        &migrate_uri,
-    ])?;
+    let said = from.run(&["/usr/bin/python3", "/lab/nova.py", guest, &to.uri(), &migrate_uri])?;
     let mut said: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
     ensure!(said["error"].is_null(), "migrateToURI3: {}", said["error"]);
     ensure!(
@@ -116,7 +110,9 @@ fn judge(polls: &[Poll]) -> Result<()> {
         first > (FILLED_MIB << 20) / 2 && last < first / 4,
         "what remains does not shrink to little: {remaining:?}"
     );
-    let first_pass = copying.windows(2).filter(|pair| pair[1].figure("memory_iteration") <= 1);
+    let first_pass = copying
+        .windows(2)
+        .filter(|pair| pair[1].figure("memory_iteration") <= 1);
     for pair in first_pass {
         ensure!(
             pair[1].figure("memory_remaining") <= pair[0].figure("memory_remaining")
@@ -152,7 +148,10 @@ fn nova_moves_a_guest_and_sees_it_move() -> Result<()> {
             one.state(scene.name())?.is_none(),
             "the guest is still defined on host1"
         );
-        ensure!(two.is_persistent(scene.name())?, "the guest is not defined on host2");
+        ensure!(
+            two.is_persistent(scene.name())?,
+            "the guest is not defined on host2"
+        );
         lab.assert_clean(1)?;
         lab.assert_clean(2)
     })
