@@ -64,7 +64,7 @@ pub fn perform(
                 }
             }
         }
-        Ok(_) => "the destination has no plug-in, or one of another version",
+        Ok(_) => "the destination has no plug-in, one of another version, or is not to use it (see its log)",
         // libvirt's own code meets the same failure and words it.
         Err(_) => "the destination cannot be reached",
     };
