@@ -86,8 +86,8 @@ fn options_that_are_not_taken() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
         let scene = Scene::start(lab, one, usual("options"), 1)?;
-        let cases: [(&[&str], &str); 6] = [
-            (&["--postcopy"], "postcopy"),
+        // Not --postcopy: QEMU's own needs vm.unprivileged_userfaultfd, which is off where it runs as libvirt's user.
+        let cases: [(&[&str], &str); 5] = [
             (&["--p2p", "--tunnelled"], "tunnelled"),
             (&["--parallel"], "parallel"),
             (&["--p2p", "--bandwidth", "500"], "bandwidth"),
@@ -102,7 +102,7 @@ fn options_that_are_not_taken() -> Result<()> {
         nothing_of_ours(lab)?;
 
         // None of it has left anything that keeps virt-ferry from the next move.
-        scene.move_to(one, two, &[])?;
-        one.assert_moved_away(1)
+        scene.move_to(two, one, &[])?;
+        two.assert_moved_away(1)
     })
 }
