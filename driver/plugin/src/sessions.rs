@@ -27,6 +27,7 @@ pub struct Session {
     /// Its engine.
     pub engine: Engine,
     cancelled: AtomicBool,
+    handed_over: AtomicBool,
 }
 
 impl Session {
@@ -38,6 +39,7 @@ impl Session {
             offer,
             engine,
             cancelled: AtomicBool::new(false),
+            handed_over: AtomicBool::new(false),
         }
     }
 
@@ -47,6 +49,16 @@ impl Session {
         if let Err(failure) = self.engine.tell(&ferry_contract::control::Request::Cancel) {
             tracing::warn!(%failure, guest = self.guest.name, "the engine was not told to cancel");
         }
+    }
+
+    /// Notes that the guest has been handed over: it is the destination's.
+    pub fn hand_over(&self) {
+        self.handed_over.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it has.
+    pub fn is_handed_over(&self) -> bool {
+        self.handed_over.load(Ordering::Relaxed)
     }
 
     /// Whether the operator gave it up.

@@ -254,8 +254,15 @@ impl Attached {
         place.control.reply(Reply::Listening(answer));
         match finish(place, &self.watch, &notes, &mut recorder) {
             Ok(()) => conclude(place, recorder, &notes, &tell),
-            Err(error) => place.fail(recorder, &error),
+            Err(error) => {
+                // libvirt will not resume it here: the source may hear so, at whatever time it asks.
+                let _ = tell.send(None);
+                place.fail(recorder, &error);
+            }
         }
+        drop(tell);
+        // The source's thread ends once it has told, or the source is gone.
+        while notes.recv_timeout(LINGER).is_ok() {}
     }
 }
 
@@ -308,7 +315,7 @@ enum Note {
     Paused(SourcePause),
 }
 
-/// What the source's thread waits for: the destination's part of the pause.
+/// What the source's thread waits for: the destination's part of the pause, or that the guest will not run here.
 type Told = Option<DestinationPause>;
 
 /// The source's engine, served.
@@ -485,14 +492,21 @@ impl Arrival {
         Ok(())
     }
 
-    /// The source wants to know how long the guest stood still. Nothing depends on it.
+    /// The source wants to know whether the guest runs here: only then may it end its own, only if it does not may
+    /// it resume it.
     fn tell_when_resumed(&self, control: &mut Connection) -> Result<(), Error> {
-        if let Ok(Ask::Resumed { pause }) = message::receive(control) {
-            let _ = self.noted.send(Note::Paused(pause));
-            if let Ok(Some(pause)) = self.concluded.recv_timeout(UNTIL_CONCLUDED) {
-                let _ = message::send(control, &Answer::Resumed { pause });
-            }
-        }
+        // The source's end is its own affair from here on.
+        let Ok(Ask::Resumed { pause }) = message::receive(control) else {
+            return Ok(());
+        };
+        let _ = self.noted.send(Note::Paused(pause));
+        let answer = match self.concluded.recv_timeout(UNTIL_CONCLUDED) {
+            Ok(Some(pause)) => Answer::Resumed { pause },
+            Ok(None) => Answer::NotResumed,
+            // Nothing is known, and nothing is said.
+            Err(_) => return Ok(()),
+        };
+        let _ = message::send(control, &answer);
         Ok(())
     }
 }
@@ -555,8 +569,9 @@ fn conclude(place: &Place<'_>, mut recorder: Recorder, notes: &Receiver<Note>, t
         Some(Request::Conclude { success: true })
     );
     if !success {
+        let _ = tell.send(None);
         report::publish(
-            &recorder.fail("libvirt could not resume the guest here; it runs on at the source"),
+            &recorder.fail("libvirt could not resume the guest here; it goes on at the source"),
             &place.settings.log_directory,
         );
         return place.control.reply(Reply::Concluded);
@@ -585,5 +600,7 @@ fn conclude(place: &Place<'_>, mut recorder: Recorder, notes: &Receiver<Note>, t
     );
 }
 
+/// For the source to ask whether the guest runs here, once that is decided; its end of the connection ends the wait.
+const LINGER: Duration = Duration::from_secs(60);
 /// For the source to ask for the pause after libvirt's Finish; only the timeline waits for it.
 const SOURCE_CONCLUDES: Duration = Duration::from_secs(10);

@@ -37,8 +37,8 @@ const UNTIL_PERFORM: Duration = Duration::from_secs(15 * 60);
 const CONNECT: Duration = Duration::from_secs(20);
 /// For the destination to compare and commit.
 const COMMIT: Duration = Duration::from_secs(60);
-/// For the destination to say that the guest runs; the source's guest is ended meanwhile.
-const RESUMED: Duration = Duration::from_secs(10);
+/// For the destination to say whether the guest runs; by then libvirt has been told by its own means.
+const RESUMED: Duration = Duration::from_secs(20);
 /// For QEMU to leave its own migration after a failure, so that the capability can be cleared.
 const CLEAR: Duration = Duration::from_secs(20);
 /// Between rounds while libvirt prepares the switch-over.
@@ -418,30 +418,51 @@ impl Moved {
         }
     }
 
-    /// libvirt has ended the guest here, or resumed it because the destination could not.
+    /// libvirt is about to end the guest here, or to resume it because its client heard nothing good of the
+    /// destination. The guest is the destination's now, so only the destination can give it back.
     fn conclude(mut self, place: &Place<'_>, mut recorder: Recorder) {
         recorder.enter(Stage::Activation);
-        let timeline = match place.signals.next_request(Some(deadline(UNTIL_PERFORM))) {
-            Some(Request::Conclude { success: true }) => {
-                match self.resumed() {
-                    Ok(pause) => recorder.downtime(downtime(self.pause, pause)),
-                    Err(error) => {
-                        recorder.note(format!("the destination did not say when the guest ran: {error}"))
-                    }
-                }
-                recorder.finish(Outcome::Completed)
+        let Some(Request::Conclude { success }) = place.signals.next_request(Some(deadline(UNTIL_PERFORM)))
+        else {
+            return save(
+                place,
+                &recorder.fail("libvirt's daemon ended before it confirmed the migration"),
+            );
+        };
+        let (timeline, reply) = match (self.resumed(), success) {
+            (Ok(Answer::Resumed { pause }), success) => {
+                recorder.downtime(downtime(self.pause, pause));
+                let reply = if success {
+                    Reply::Concluded
+                } else {
+                    Reply::RunsThere
+                };
+                (recorder.finish(Outcome::Completed), reply)
             }
-            Some(_) => recorder.fail("the destination could not resume the guest; it runs on here"),
-            None => recorder.fail("libvirt's daemon ended before it confirmed the migration"),
+            (Err(error), true) => {
+                recorder.note(format!("the destination did not say when the guest ran: {error}"));
+                (recorder.finish(Outcome::Completed), Reply::Concluded)
+            }
+            (Ok(_), true) => (recorder.finish(Outcome::Completed), Reply::Concluded),
+            (Ok(_), false) => {
+                let timeline = recorder.fail("the destination could not resume the guest; it goes on here");
+                (timeline, Reply::Concluded)
+            }
+            (Err(error), false) => {
+                let cause = format!(
+                    "whether the guest runs at the destination is not known ({error}); it stays paused here"
+                );
+                (recorder.fail(cause), Reply::Unknown)
+            }
         };
         save(place, &timeline);
-        place.control.reply(Reply::Concluded);
+        place.control.reply(reply);
     }
 
-    fn resumed(&mut self) -> Result<super::messages::DestinationPause, Error> {
+    fn resumed(&mut self) -> Result<Answer, Error> {
         self.control.set_deadline(Some(deadline(RESUMED)))?;
         match message::ask(&mut self.control, &Ask::Resumed { pause: self.pause })? {
-            Answer::Resumed { pause } => Ok(pause),
+            answer @ (Answer::Resumed { .. } | Answer::NotResumed) => Ok(answer),
             other => Err(out_of_turn(&other)),
         }
     }

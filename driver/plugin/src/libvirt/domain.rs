@@ -104,7 +104,7 @@ impl Domain {
         // SAFETY: a valid domain and two integers to write.
         match unsafe { virt_sys::virDomainGetState(self.0, &mut state, &mut reason, 0) } {
             0 => Ok(state == virt_sys::VIR_DOMAIN_PAUSED as c_int),
-            _ => Err(Error::Libvirt),
+            _ => Err(Error::libvirt()),
         }
     }
 }
@@ -117,7 +117,7 @@ impl OwnedDomain {
     /// Takes over a reference; NULL is libvirt's failure.
     pub fn from(pointer: virDomainPtr) -> Result<Self, Error> {
         if pointer.is_null() {
-            return Err(Error::Libvirt);
+            return Err(Error::libvirt());
         }
         Ok(Self(pointer))
     }
@@ -157,7 +157,7 @@ impl OwnedConnection {
         // SAFETY: a string and an auth structure that outlive the call.
         let connection = unsafe { virt_sys::virConnectOpenAuth(uri.as_ptr(), &mut auth, 0) };
         if connection.is_null() {
-            return Err(Error::Libvirt);
+            return Err(Error::libvirt());
         }
         let connection = Self(connection);
         // SAFETY: an open connection. A peer that has no keepalive is no failure.

@@ -5,7 +5,7 @@ use super::{eligible, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, MallocString, Prepared};
-use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params, SavedError};
+use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
 use crate::sessions::{self, Role, Session};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
@@ -247,9 +247,8 @@ pub fn finish(
         },
     };
     let finished = phase::finish(connection, params, cookie, flags, committed.is_err());
-    let failed = finished.is_err().then(SavedError::save);
     let conclude = Request::Conclude {
-        success: committed.is_ok() && failed.is_none(),
+        success: committed.is_ok() && finished.is_ok(),
     };
     if let Err(failure) = session.engine.ask(&conclude, Some(LOCAL)) {
         tracing::warn!(
@@ -260,7 +259,7 @@ pub fn finish(
     match (finished, committed) {
         (Ok(finished), _) => Ok(finished),
         (Err(_), Err(Some(ours))) => Err(ours),
-        (Err(error), _) => Err(failed.map_or(error, Error::Saved)),
+        (Err(error), _) => Err(error),
     }
 }
 

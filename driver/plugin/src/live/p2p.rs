@@ -8,7 +8,7 @@
 
 use super::source;
 use crate::libvirt::phase;
-use crate::libvirt::{Connection, Cookie, Domain, Error, OwnedConnection, OwnedDomain, Params, SavedError};
+use crate::libvirt::{Connection, Cookie, Domain, Error, OwnedConnection, OwnedDomain, Params};
 use crate::sessions::{self, Session};
 use ferry_contract::cookie;
 use std::ffi::CStr;
@@ -106,7 +106,7 @@ impl Move<'_> {
         let paused = match self.domain.is_paused() {
             Ok(true) => VIR_MIGRATE_PAUSED,
             Ok(false) => 0,
-            Err(_) => return Err(self.stay(SavedError::save())),
+            Err(error) => return Err(self.stay(error)),
         };
         // As libvirt's own: the destination sees PEER2PEER, but neither the source's own business.
         let there = (self.flags | paused)
@@ -119,13 +119,13 @@ impl Move<'_> {
         let given = given.with(VIR_MIGRATE_PARAM_DEST_NAME, &name);
         let prepared = match phase::prepare(self.peer, &given, begun.cookie.bytes(), there) {
             Ok(prepared) => prepared,
-            Err(_) => return Err(self.stay(SavedError::save())),
+            Err(error) => return Err(self.stay(error)),
         };
         let answered = matches!(cookie::answer(prepared.cookie.bytes()), Ok(Some(_)));
         if !answered {
             // Declined after all: nothing of it may be left before libvirt begins anew.
             let _ = self.finish(&name, &[], there, true);
-            self.stay(SavedError::save());
+            self.resume();
             return Ok(Outcome::Declined);
         }
         let uri = prepared
@@ -144,14 +144,12 @@ impl Move<'_> {
                     drop(arrived);
                     return Ok(Outcome::Moved);
                 }
-                Err(_) => self.stay(SavedError::save()),
+                Err(error) => self.stay(error),
             },
             Err(error) => {
-                error.raise();
-                let error = SavedError::save();
                 // Perform has resumed the guest and ended the job; the destination still has to be ended.
                 let _ = self.finish(&name, &[], there, true);
-                Error::Saved(error)
+                error
             }
         };
         Err(failed)
@@ -175,17 +173,21 @@ impl Move<'_> {
     /// The guest is the destination's: end it here. A failure is only logged, as libvirt does, since the
     /// migration has succeeded.
     fn confirmed(&self, cookie: &[u8]) {
-        if source::confirm(self.domain, &Params::none(), cookie, self.managed, false).is_err() {
-            tracing::warn!(
-                "libvirt could not end the guest on the source: {}",
-                SavedError::save().message()
-            );
+        if let Err(left) = source::confirm(self.domain, &Params::none(), cookie, self.managed, false) {
+            tracing::warn!("libvirt could not end the guest on the source: {left}");
         }
     }
 
-    /// The guest stays: resume it if it was stopped, give the job back, keep the first error.
-    fn stay(&self, error: SavedError) -> Error {
-        let _ = source::confirm(self.domain, &Params::none(), &[], self.managed, true);
-        Error::Saved(error)
+    /// The guest stays: resume it if it was stopped, give the job back.
+    fn resume(&self) {
+        if let Err(left) = source::confirm(self.domain, &Params::none(), &[], self.managed, true) {
+            tracing::warn!("libvirt could not end its migration job: {left}");
+        }
+    }
+
+    /// [`Self::resume`], on the way out with the first error.
+    fn stay(&self, error: Error) -> Error {
+        self.resume();
+        error
     }
 }

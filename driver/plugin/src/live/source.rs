@@ -4,7 +4,7 @@ use super::{eligible, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, Begun};
-use crate::libvirt::{Cookie, Domain, Error, Params, SavedError};
+use crate::libvirt::{Cookie, Domain, Error, Params};
 use crate::sessions::{self, Role, Session};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::cookie::{self, Answer};
@@ -137,7 +137,6 @@ fn through_engine(
         Err(failure) => return Err(give_up(domain, params, flags, failure.into())),
     };
     let performed = phase::perform(domain, None, &towards(params, &socket), cookie, flags);
-    let ours = performed.is_err().then(SavedError::save);
     let engine = session.engine.ask(
         &Request::Performed {
             success: performed.is_ok(),
@@ -145,10 +144,14 @@ fn through_engine(
         Some(LOADED),
     );
     match (performed, engine) {
-        (Ok(cookie), Ok(Reply::Committed)) => Ok(cookie),
+        (Ok(cookie), Ok(Reply::Committed)) => {
+            session.hand_over();
+            Ok(cookie)
+        }
         // QEMU has handed everything over, which it could only after the commitment. The destination's engine
         // is asked again before the guest is resumed there.
         (Ok(cookie), _) => {
+            session.hand_over();
             tracing::warn!(
                 guest = session.guest.name,
                 "the engine could not confirm the commitment"
@@ -157,7 +160,7 @@ fn through_engine(
         }
         // The engine knows better than "migration failed" why the stream ended, unless libvirt ended it.
         (Err(_), Err(failure)) if failure.kind == FailureKind::Failed => Err(failure.into()),
-        (Err(error), _) => Err(ours.map_or(error, Error::Saved)),
+        (Err(error), _) => Err(error),
     }
 }
 
@@ -174,16 +177,16 @@ fn towards<'a>(params: &'a Params<'_>, socket: &Path) -> Params<'a> {
 /// by a Confirm), and the guest would refuse every job from then on.
 fn give_up(domain: Domain, params: &Params, flags: u32, error: Error) -> Error {
     let only_job = params.share().only(&[]);
-    if phase::confirm(domain, &only_job, &[], flags, true).is_err() {
-        tracing::error!(
-            "libvirt could not end its migration job: {}",
-            SavedError::save().message()
-        );
+    if let Err(left) = phase::confirm(domain, &only_job, &[], flags, true) {
+        tracing::error!("libvirt could not end its migration job: {left}");
     }
     error
 }
 
 /// Confirm: libvirt's own, and the end of the session.
+///
+/// A guest that has been handed over is the destination's, and a client that lost its connection to the destination
+/// knows no better: before such a guest is resumed here, the destination's engine is asked whether it runs there.
 pub fn confirm(
     domain: Domain,
     params: &Params,
@@ -191,22 +194,45 @@ pub fn confirm(
     flags: u32,
     cancelled: bool,
 ) -> Result<(), Error> {
-    let guest = domain.guest();
-    let confirmed = phase::confirm(domain, params, cookie, flags, cancelled);
-    let failed = confirmed.is_err().then(SavedError::save);
-    if let Some(session) = guest.and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid)) {
-        let conclude = Request::Conclude {
-            success: !cancelled && failed.is_none(),
-        };
-        if let Err(failure) = session.engine.ask(&conclude, Some(LOCAL)) {
+    let session = domain
+        .guest()
+        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
+    let Some(session) = session else {
+        return phase::confirm(domain, params, cookie, flags, cancelled);
+    };
+    sessions::remove(&session);
+    if !(cancelled && session.is_handed_over()) {
+        let confirmed = phase::confirm(domain, params, cookie, flags, cancelled);
+        conclude(&session, !cancelled && confirmed.is_ok());
+        return confirmed;
+    }
+    match conclude(&session, false) {
+        Some(Reply::Concluded) => phase::confirm(domain, params, cookie, flags, true),
+        Some(Reply::RunsThere) => {
+            tracing::warn!(guest = session.guest.name, "the guest runs at the destination: it is ended here");
+            phase::confirm(domain, params, cookie, flags, false)
+        }
+        // libvirt ends the job when its client goes, and leaves the guest as it is.
+        _ => Err(Error::failed(format!(
+            "guest {} was handed over, but the destination does not say whether it runs there; it stays paused on \
+             host {}. Look at the destination: if the guest does not run there, virsh resume it here; if it does, \
+             virsh destroy it here",
+            session.guest.name,
+            host::name()
+        ))),
+    }
+}
+
+fn conclude(session: &Session, success: bool) -> Option<Reply> {
+    let concluded = session.engine.ask(&Request::Conclude { success }, Some(LOADED));
+    concluded
+        .inspect_err(|failure| {
             tracing::warn!(
                 guest = session.guest.name,
                 "the engine did not conclude: {failure}"
-            );
-        }
-        sessions::remove(&session);
-    }
-    confirmed.map_err(|error| failed.map_or(error, Error::Saved))
+            )
+        })
+        .ok()
 }
 
 /// Says why a migration is libvirt's own.
