@@ -113,6 +113,14 @@ impl Signals {
         self.lock().check()
     }
 
+    /// The cause behind an error: that this side broke a connection off tells nothing, what ended the migration does.
+    pub fn cause(&self, error: Error) -> Error {
+        match error {
+            Error::Wire(crate::wire::Error::BrokenOff { .. }) => self.check().err().unwrap_or(error),
+            error => error,
+        }
+    }
+
     /// A connection to be broken at the end.
     pub fn watch(&self, breaker: Breaker) {
         let mut state = self.lock();
@@ -254,6 +262,21 @@ mod tests {
         signals.end(End::Cancelled);
         signals.end(End::Failed("later".into()));
         assert!(matches!(waiter.join().unwrap(), Err(Error::Cancelled)));
+    }
+
+    #[test]
+    fn a_connection_broken_off_is_no_cause() {
+        let broken = || {
+            Error::Wire(crate::wire::Error::BrokenOff {
+                peer: "192.0.2.1:49152".parse().unwrap(),
+                doing: "sending",
+            })
+        };
+        let signals = Signals::default();
+        assert!(matches!(signals.cause(broken()), Error::Wire(_)));
+        signals.end(End::Cancelled);
+        assert!(matches!(signals.cause(broken()), Error::Cancelled));
+        assert!(matches!(signals.cause(Error::Libvirt), Error::Libvirt));
     }
 
     #[test]

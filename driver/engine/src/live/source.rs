@@ -144,7 +144,7 @@ impl Inspected {
             .and_then(|moved| moved.performed(place));
         match moved {
             Ok(moved) => moved.conclude(place, recorder),
-            Err(error) => undo(place, &watch, recorder, &error),
+            Err(error) => undo(place, &watch, recorder, &place.signals.cause(error)),
         }
     }
 
