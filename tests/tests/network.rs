@@ -1,7 +1,7 @@
 //! What the guest's peers on the network see of its move.
 
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -36,7 +36,11 @@ impl Ping {
     /// Stops it and returns what it printed.
     fn stop(mut self, switch: &Host) -> Result<String> {
         let child = self.0.take().context("ping was stopped already")?;
-        switch.run(&["pkill", "-INT", "-x", "ping", "--ns", "1", "--nslist", "pid"])?;
+        for ping in switch.processes_named("ping")? {
+            Command::new("kill")
+                .args(["-INT", &ping.pid.to_string()])
+                .status()?;
+        }
         let output = child.wait_with_output()?;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
