@@ -7,6 +7,10 @@
 //!   host::Host       one of them: commands, virsh, guests, logs, processes
 //!   guest            guests that check their own memory
 //!   clean            that a migration left nothing of virt-ferry on a host
+//!   scene            a lab with a guest in it, moved and judged
+//!   underway         a migration while it runs
+//!   link             a link made slow
+//!   timeline         what virt-ferry is told and tells on a host
 //!   wait             waiting for a condition, never for a time
 //! ```
 
@@ -14,7 +18,10 @@ pub mod clean;
 pub mod guest;
 pub mod host;
 pub mod lab;
+pub mod link;
 pub mod scene;
+pub mod timeline;
+pub mod underway;
 pub mod wait;
 
 /// Says that this machine cannot run a test, and why; `tests/run` counts and shows it. Follow it by `return Ok(())`.

@@ -120,6 +120,14 @@ impl Signals {
         self.lock().check()
     }
 
+    /// The cause behind an error: that this side broke a connection off tells nothing, what ended the migration does.
+    pub fn cause(&self, error: Error) -> Error {
+        match error {
+            Error::Wire(crate::wire::Error::BrokenOff { .. }) => self.check().err().unwrap_or(error),
+            error => error,
+        }
+    }
+
     /// A connection to be broken at the end.
     pub fn watch(&self, breaker: Breaker) {
         let mut state = self.lock();
@@ -268,6 +276,21 @@ mod tests {
         assert!(signals.check().is_ok());
         signals.end(End::Failed("why".into()));
         assert!(signals.check().is_err());
+    }
+
+    #[test]
+    fn a_connection_broken_off_is_no_cause() {
+        let broken = || {
+            Error::Wire(crate::wire::Error::BrokenOff {
+                peer: "192.0.2.1:49152".parse().unwrap(),
+                doing: "sending",
+            })
+        };
+        let signals = Signals::default();
+        assert!(matches!(signals.cause(broken()), Error::Wire(_)));
+        signals.end(End::Cancelled);
+        assert!(matches!(signals.cause(broken()), Error::Cancelled));
+        assert!(matches!(signals.cause(Error::Libvirt), Error::Libvirt));
     }
 
     #[test]

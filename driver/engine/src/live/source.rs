@@ -183,7 +183,7 @@ impl Inspected {
             .and_then(|moved| moved.performed(place));
         match moved {
             Ok(handed_over) => handed_over.conclude(place, recorder),
-            Err(error) => return undo(place, &watch, recorder, &error),
+            Err(error) => return undo(place, &watch, recorder, &place.signals.cause(error)),
         }
         Ok(())
     }

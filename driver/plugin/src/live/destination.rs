@@ -1,7 +1,7 @@
 //! The host the guest comes to: Prepare, Finish.
 
 use super::uri::{self, DataAddress};
-use super::{eligible, unexpected, LOADED, LOCAL};
+use super::{eligible, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, MallocString, Prepared};
@@ -85,7 +85,7 @@ impl Arrival {
     ) -> Result<Self, String> {
         let config = host::config()?;
         if !config.enabled {
-            return Err("virt-ferry is disabled in its configuration".into());
+            return Err(DISABLED.into());
         }
         if let Some(reason) = eligible::refusal(params, flags) {
             return Err(reason);

@@ -90,7 +90,9 @@ impl Move<'_> {
         };
         let outcome = match OwnedConnection::open(self.uri) {
             Ok(peer) if answers(peer.get()) => self.phases(peer.get(), begun, &session),
-            Ok(_) => Ok(self.own("the destination has no plug-in, or one of another version")),
+            Ok(_) => Ok(self.own(
+                "the destination has no plug-in, one of another version, or is not to use it (see its log)",
+            )),
             // libvirt's own code meets the same failure and words it.
             Err(_) => Ok(self.own("the destination cannot be reached")),
         };

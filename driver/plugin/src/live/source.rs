@@ -1,6 +1,6 @@
 //! The host the guest leaves: Begin, Perform, Confirm.
 
-use super::{eligible, unexpected, LOADED, LOCAL};
+use super::{eligible, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, Begun};
@@ -53,7 +53,7 @@ impl Candidate {
         }
         let config = host::config()?;
         if !config.enabled {
-            return Err("virt-ferry is disabled in its configuration".into());
+            return Err(DISABLED.into());
         }
         if let Some(reason) = eligible::refusal(params, flags) {
             return Err(reason);
