@@ -166,25 +166,17 @@ impl<'a> Attempt<'a> {
     /// # Errors
     /// If it ends before.
     pub fn reaches(&mut self, stage: Disturbed) -> Result<()> {
-        self.waits_for("memory to be on its way", Self::has_sent_something)?;
-        if stage == Disturbed::StopAndCopy {
-            // The longest pause that libvirt allows: now the engine stops the guest.
-            self.from
-                .virsh(&["migrate-setmaxdowntime", &self.domain, "2000000"])?;
-            self.waits_for("the guest to stand still", |attempt| {
-                let state = attempt.from.state(&attempt.domain)?;
-                Ok(state.is_some_and(|state| state.starts_with("paused")))
-            })?;
-        }
-        Ok(())
-    }
-
-    fn waits_for(&mut self, what: &str, condition: impl Fn(&Self) -> Result<bool>) -> Result<()> {
-        wait_until(what, PATIENCE, || {
+        wait_until(&format!("{stage:?} of {}", self.domain), PATIENCE, || {
             if self.virsh.try_wait()?.is_some() {
                 bail!("virsh migrate ended first: {}", self.said()?);
             }
-            condition(self)
+            match stage {
+                Disturbed::PreCopy => self.has_sent_something(),
+                Disturbed::StopAndCopy => {
+                    let state = self.from.state(&self.domain)?;
+                    Ok(state.is_some_and(|state| state.starts_with("paused")))
+                }
+            }
         })
     }
 

@@ -11,9 +11,9 @@ use ferry_tests::guest::ram::RamFile;
 use ferry_tests::guest::Guest;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
+use ferry_tests::recorded::timelines;
 use ferry_tests::scene::PATIENCE;
 use ferry_tests::skipped;
-use ferry_tests::timeline::timelines;
 
 /// End of what the guest writes, MiB.
 const END: u32 = 100;

@@ -15,8 +15,8 @@ use anyhow::{ensure, Context, Result};
 use ferry_tests::guest::Rate;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
+use ferry_tests::recorded::timelines;
 use ferry_tests::scene::{usual, Scene, PATIENCE};
-use ferry_tests::timeline::timelines;
 use ferry_tests::wait::wait_until;
 
 /// The disk and the part of it that the guest reads and writes.

@@ -5,7 +5,7 @@
 //! gone undoes what it did and exits; a plug-in whose engine has gone fails the migration.
 //!
 //! ```text
-//!  source:       Inspect → Offer │ NotEligible    Precopy → Switchover    Performed → Committed    Conclude → Concluded
+//!  source:       Inspect → Offer │ NotEligible    Precopy → Switchover    Performed → Committed    Conclude → Concluded │ RunsThere │ Unknown
 //!  destination:  Reserve → Reserved               Attach  → Listening     Finish    → Committed    Conclude → Concluded
 //!  anywhere:     Failed instead of the reply; Cancel ends what is under way with Failed(Cancelled)
 //! ```
@@ -119,8 +119,14 @@ pub enum Reply {
     Listening(Answer),
     /// The destination holds all of the guest and its QEMU no longer ignores shared memory.
     Committed,
-    /// All is put away; the engine exits.
+    /// All is put away; the engine exits. Where the source asked with `success` false, the guest does not run at the
+    /// destination and never will: it may go on at the source.
     Concluded,
+    /// Source: the guest runs at the destination, whatever libvirt's client heard of it. It must not run here.
+    RunsThere,
+    /// Source: after the commitment, the destination does not say whether the guest runs there. It must not run here
+    /// before somebody has looked.
+    Unknown,
     /// It failed; everything done so far on this host is undone.
     Failed(Failure),
 }

@@ -4,7 +4,7 @@ use crate::engine::Engine;
 use ferry_contract::cookie::Offer;
 use ferry_contract::session::Guest;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use uuid::Uuid;
 
@@ -17,6 +17,46 @@ pub enum Role {
     Destination,
 }
 
+/// Bytes of memory promised to arriving guests, whether or not they have arrived yet.
+static PROMISED: AtomicU64 = AtomicU64::new(0);
+
+/// Memory promised to one arriving guest, for as long as this lives.
+pub struct Promise(u64);
+
+impl Promise {
+    /// Promises memory for these blocks; also returns what others have been promised and do not hold yet.
+    pub fn make(offer: &Offer) -> (Self, u64) {
+        let bytes = offer
+            .blocks
+            .iter()
+            .map(|block| block.resident)
+            .fold(0, u64::saturating_add);
+        // Sums of what hosts offer stay far below 2^64: each block is bounded by the cookie's parser.
+        let others = PROMISED.fetch_add(bytes, Ordering::Relaxed);
+        (Self(bytes), others.saturating_sub(landed()))
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        PROMISED.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
+/// Bytes of promised memory that arriving guests hold already.
+fn landed() -> u64 {
+    let arriving: Vec<_> = sessions()
+        .iter()
+        .filter(|session| session.role == Role::Destination)
+        .cloned()
+        .collect();
+    let held = |session: &Arc<Session>| match &session.promise {
+        Some(Promise(bytes)) => session.engine.statistics().data.min(*bytes),
+        None => 0,
+    };
+    arriving.iter().map(held).fold(0, u64::saturating_add)
+}
+
 /// One migration on this host.
 pub struct Session {
     /// Which end.
@@ -27,8 +67,10 @@ pub struct Session {
     pub offer: Offer,
     /// Its engine.
     pub engine: Engine,
-    cancelled: AtomicBool,
+    promise: Option<Promise>,
     _incoming: Option<SocketFile>,
+    cancelled: AtomicBool,
+    handed_over: AtomicBool,
 }
 
 /// The socket of an incoming QEMU. Ended before anybody has connected, QEMU leaves it behind.
@@ -36,37 +78,31 @@ struct SocketFile(PathBuf);
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Absent where QEMU was connected to, or the engine has been here before.
+        // Absent where QEMU was connected to: it removes the socket itself then.
         let _ = std::fs::remove_file(&self.0);
     }
 }
 
 impl Session {
-    /// The session of a guest that leaves.
-    pub fn leaving(guest: Guest, offer: Offer, engine: Engine) -> Self {
-        Self::new(Role::Source, guest, offer, engine, None)
-    }
-
-    /// The session of a guest that arrives; its QEMU's socket goes with it.
-    pub fn arriving(guest: Guest, offer: Offer, engine: Engine, incoming: PathBuf) -> Self {
-        Self::new(
-            Role::Destination,
-            guest,
-            offer,
-            engine,
-            Some(SocketFile(incoming)),
-        )
-    }
-
-    fn new(role: Role, guest: Guest, offer: Offer, engine: Engine, incoming: Option<SocketFile>) -> Self {
+    /// A session with its engine.
+    pub fn new(role: Role, guest: Guest, offer: Offer, engine: Engine) -> Self {
         Self {
             role,
             guest,
             offer,
             engine,
+            promise: None,
+            _incoming: None,
             cancelled: AtomicBool::new(false),
-            _incoming: incoming,
+            handed_over: AtomicBool::new(false),
         }
+    }
+
+    /// Keeps what this host promised to an arriving guest, and the socket its QEMU has bound.
+    pub fn arriving(mut self, promise: Promise, incoming: PathBuf) -> Self {
+        self.promise = Some(promise);
+        self._incoming = Some(SocketFile(incoming));
+        self
     }
 
     /// Notes that the operator gave it up, and tells the engine.
@@ -77,20 +113,19 @@ impl Session {
         }
     }
 
+    /// Notes that the guest has been handed over: it is the destination's.
+    pub fn hand_over(&self) {
+        self.handed_over.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it has.
+    pub fn is_handed_over(&self) -> bool {
+        self.handed_over.load(Ordering::Relaxed)
+    }
+
     /// Whether the operator gave it up.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
-    }
-
-    /// Bytes promised to this guest on this host that may not be resident yet.
-    fn promised(&self) -> u64 {
-        let all: u64 = self
-            .offer
-            .blocks
-            .iter()
-            .map(|block| block.resident)
-            .fold(0, u64::saturating_add);
-        all.saturating_sub(self.engine.statistics().data)
     }
 }
 
@@ -127,29 +162,24 @@ pub fn by_uuid(role: Role, uuid: Uuid) -> Option<Arc<Session>> {
         .cloned()
 }
 
-/// The session of the guest of this name on this host.
+/// The newest session of the guest of this name on this host.
 pub fn by_name(role: Role, name: &str) -> Option<Arc<Session>> {
     sessions()
         .iter()
+        .rev()
         .find(|session| session.role == role && session.guest.name == name)
         .cloned()
+}
+
+/// Forgets sessions of this guest that an earlier attempt left behind.
+pub fn forget(role: Role, uuid: Uuid) {
+    while let Some(session) = by_uuid(role, uuid) {
+        remove(&session);
+    }
 }
 
 /// Forgets a session; its engine is let go with the last reference.
 pub fn remove(session: &Arc<Session>) {
     let mut list = sessions();
     list.retain(|other| !Arc::ptr_eq(other, session));
-}
-
-/// Bytes of memory promised to guests on their way to this host.
-pub fn promised() -> u64 {
-    let arriving: Vec<_> = sessions()
-        .iter()
-        .filter(|session| session.role == Role::Destination && !session.engine.is_gone())
-        .cloned()
-        .collect();
-    arriving
-        .iter()
-        .map(|session| session.promised())
-        .fold(0, u64::saturating_add)
 }

@@ -43,7 +43,12 @@ const LOAD: Duration = Duration::from_secs(50);
 const UNTIL_CONCLUDED: Duration = Duration::from_secs(15 * 60);
 
 /// Serves one plug-in, from its first request to its end.
-pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
+pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), Error> {
+    serve(control, meter, signals);
+    Ok(())
+}
+
+fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     let Some(Request::Reserve {
         guest,
         host,
@@ -89,11 +94,9 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     let mut recorder = place.recorder();
     recorder.enter(Stage::Reservation);
     match Attached::take_hold(&place, &monitor, listen.as_deref()) {
-        Ok(attached) => attached.serve(&place, incoming.clone(), address, recorder),
+        Ok(attached) => attached.serve(&place, incoming, address, recorder),
         Err(error) => place.fail(recorder, &error),
     }
-    // Ended before anybody has connected, QEMU leaves its socket behind.
-    let _ = std::fs::remove_file(&incoming);
 }
 
 fn reserve(offer: &Offer, directory: &Path, promised: u64) -> Result<Backing, Error> {
@@ -186,7 +189,7 @@ impl Attached {
         for group in join_cgroups_of(&process) {
             tracing::debug!(group = %group.display(), "joined the guest's control group");
         }
-        let landing = Landing::new(files)?;
+        let landing = Landing::new(files, Arc::clone(place.meter))?;
         watch.ignore_shared()?;
         let identity = Identity::generate(place.offer.session)?;
         let (first, last) = place.settings.ports;
@@ -256,8 +259,17 @@ impl Attached {
         place.control.reply(Reply::Listening(answer));
         match finish(place, &self.watch, &notes, &mut recorder) {
             Ok(()) => conclude(place, recorder, &notes, &tell),
-            Err(error) => place.fail(recorder, &error),
+            Err(error) => {
+                // Our refusal makes libvirt end the guest here. Without a plug-in to hear it nothing is known.
+                if !matches!(error, Error::Abandoned) {
+                    let _ = tell.send(None);
+                }
+                place.fail(recorder, &error);
+            }
         }
+        drop(tell);
+        // The source's thread ends once it has told, or the source is gone.
+        while notes.recv_timeout(LINGER).is_ok() {}
     }
 }
 
@@ -305,12 +317,12 @@ fn bind(listen: Option<&str>, ports: std::ops::RangeInclusive<u16>) -> Result<Li
 
 /// What the source's thread has to tell.
 enum Note {
-    Connected { host: String },
+    Connected { host: String, streams: u16 },
     Committed { totals: Vec<Totals> },
     Paused(SourcePause),
 }
 
-/// What the source's thread waits for: the destination's part of the pause.
+/// What the source's thread waits for: the destination's part of the pause, or that the guest will not run here.
 type Told = Option<DestinationPause>;
 
 /// The source's engine, served.
@@ -377,7 +389,7 @@ impl Arrival {
                 host,
             } => {
                 // Nobody listens any more where libvirt has concluded already.
-                let _ = self.noted.send(Note::Connected { host });
+                let _ = self.noted.send(Note::Connected { host, streams });
                 Ok((control, streams))
             }
             other => Err(Error::Elsewhere(format!("the source began with {other:?}"))),
@@ -431,7 +443,6 @@ impl Arrival {
             let landed = receiver.run(&mut landing).map_err(Error::from);
             match &landed {
                 Ok(totals) => {
-                    meter.data.fetch_add(totals.data_bytes, Relaxed);
                     meter.wire.fetch_add(totals.wire_bytes, Relaxed);
                 }
                 Err(error) => signals.end(End::Failed(error.to_string())),
@@ -487,14 +498,21 @@ impl Arrival {
         Ok(())
     }
 
-    /// The source wants to know how long the guest stood still. Nothing depends on it.
+    /// The source wants to know whether the guest runs here: only then may it end its own, only if it does not may
+    /// it resume it.
     fn tell_when_resumed(&self, control: &mut Connection) -> Result<(), Error> {
-        if let Ok(Ask::Resumed { pause }) = message::receive(control) {
-            let _ = self.noted.send(Note::Paused(pause));
-            if let Ok(Some(pause)) = self.concluded.recv_timeout(UNTIL_CONCLUDED) {
-                let _ = message::send(control, &Answer::Resumed { pause });
-            }
-        }
+        // The source's end is its own affair from here on.
+        let Ok(Ask::Resumed { pause }) = message::receive(control) else {
+            return Ok(());
+        };
+        let _ = self.noted.send(Note::Paused(pause));
+        let answer = match self.concluded.recv_timeout(UNTIL_CONCLUDED) {
+            Ok(Some(pause)) => Answer::Resumed { pause },
+            Ok(None) => Answer::NotResumed,
+            // Nothing is known, and nothing is said.
+            Err(_) => return Ok(()),
+        };
+        let _ = message::send(control, &answer);
         Ok(())
     }
 }
@@ -517,12 +535,13 @@ fn finish(
         Some(_) => return Err(Error::Elsewhere("the plug-in asked out of turn".into())),
         None => return Err(Error::Abandoned),
     }
-    if place.signals.committed().is_none() {
+    let Some(committed) = place.signals.committed() else {
         place.signals.check()?;
         return Err(Error::Elsewhere(
             "the guest's memory had not arrived when libvirt wanted to resume it".into(),
         ));
-    }
+    };
+    recorder.enter_at(Stage::Commitment, committed);
     note(recorder, notes.try_iter());
     let loaded = place
         .signals
@@ -542,7 +561,10 @@ fn note(recorder: &mut Recorder, notes: impl Iterator<Item = Note>) -> Option<So
     let mut pause = None;
     for note in notes {
         match note {
-            Note::Connected { host } => recorder.peer(host),
+            Note::Connected { host, streams } => {
+                recorder.peer(host);
+                recorder.streams(u32::from(streams));
+            }
             Note::Committed { totals } => recorder.totals(report::Totals::from_streams(&totals)),
             Note::Paused(source) => pause = Some(source),
         }
@@ -552,16 +574,18 @@ fn note(recorder: &mut Recorder, notes: impl Iterator<Item = Note>) -> Option<So
 
 /// libvirt has resumed the guest, or ended it.
 fn conclude(place: &Place<'_>, mut recorder: Recorder, notes: &Receiver<Note>, tell: &Sender<Told>) {
-    let success = matches!(
-        place.signals.next_request(Some(deadline(UNTIL_CONCLUDED))),
-        Some(Request::Conclude { success: true })
-    );
-    if !success {
-        report::publish(
-            &recorder.fail("libvirt could not resume the guest here; it runs on at the source"),
-            &place.settings.log_directory,
-        );
-        return place.control.reply(Reply::Concluded);
+    let failed = |cause: &str| report::publish(&recorder.clone().fail(cause), &place.settings.log_directory);
+    match place.signals.next_request(Some(deadline(UNTIL_CONCLUDED))) {
+        Some(Request::Conclude { success: true }) => {}
+        // libvirt's daemon ended between resuming the guest and saying so.
+        None if place.signals.seen().resumed.is_some() => {}
+        Some(Request::Conclude { success: false }) => {
+            let _ = tell.send(None);
+            failed("libvirt could not resume the guest here; it goes on at the source");
+            return place.control.reply(Reply::Concluded);
+        }
+        // Not known, so nothing is told: the source must not resume it either.
+        _ => return failed("libvirt's daemon ended before it resumed the guest; look whether it runs here"),
     }
     // libvirt's client now lets the source conclude, which asks for our part of the pause.
     place.control.reply(Reply::Concluded);
@@ -587,5 +611,7 @@ fn conclude(place: &Place<'_>, mut recorder: Recorder, notes: &Receiver<Note>, t
     );
 }
 
+/// For the source to ask whether the guest runs here, once that is decided; its end of the connection ends the wait.
+const LINGER: Duration = Duration::from_secs(60);
 /// For the source to ask for the pause after libvirt's Finish; only the timeline waits for it.
 const SOURCE_CONCLUDES: Duration = Duration::from_secs(10);

@@ -21,7 +21,7 @@ pub enum Ask {
         /// Digests of all memory, where the configuration asks for the comparison.
         memory: Option<super::verify::Digests>,
     },
-    /// When does the guest run again? Answered once libvirt has concluded.
+    /// Does the guest run there? Answered once libvirt has concluded.
     Resumed {
         /// The source's part of the pause.
         pause: SourcePause,
@@ -49,6 +49,8 @@ pub enum Answer {
         /// The destination's part of the pause.
         pause: DestinationPause,
     },
+    /// The guest does not run here and never will.
+    NotResumed,
 }
 
 /// The pause as the source knows it, milliseconds.

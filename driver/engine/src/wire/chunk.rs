@@ -118,3 +118,52 @@ pub fn decode(header: &[u8; HEADER_LENGTH]) -> Result<(Kind, usize), Invalid> {
         _ => Err(Invalid::Length(length.into())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::wire::testing::pair;
+    use crate::wire::Purpose;
+
+    #[test]
+    fn chunks_come_as_they_went_and_bad_ones_are_named() {
+        for encrypted in [false, true] {
+            let (mut source, mut destination) = pair(encrypted, Purpose::DeviceState);
+            let state: Vec<u8> = (0..600_000u32).map(|i| (i * 7) as u8).collect();
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    send(&mut source, Kind::Early, &state[..10]).unwrap();
+                    send(&mut source, Kind::Held, &state[10..]).unwrap();
+                    send(&mut source, Kind::Eof, &[]).unwrap();
+                    source.end_sending().unwrap();
+                });
+                let (mut got, mut buffer, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
+                while kinds.last() != Some(&Kind::Eof) {
+                    kinds.push(receive(&mut destination, &mut buffer).unwrap());
+                    got.extend_from_slice(&buffer);
+                }
+                assert_eq!(kinds[..2], [Kind::Early, Kind::Held]);
+                assert_eq!(kinds.len(), 5); // 10 bytes, 3 times at most 256 KiB, the end
+                assert!(got == state);
+                destination.end_receiving().unwrap();
+            });
+        }
+        let (mut source, mut destination) = pair(false, Purpose::DeviceState);
+        let with_bytes = send(&mut source, Kind::Abort, b"why").unwrap_err();
+        assert!(matches!(with_bytes, Error::Unsendable { .. }), "{with_bytes:?}");
+        source.send(&[b"CF\x02\0\x01\0\x04\0"], "testing").unwrap(); // 256 KiB and one byte
+        let error = receive(&mut destination, &mut Vec::new()).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::BadFrame {
+                    what: Invalid::Length(262_145),
+                    ..
+                }
+            ),
+            "{error:?}"
+        );
+    }
+}

@@ -65,3 +65,50 @@ pub fn ask<Q: Serialize, A: DeserializeOwned>(connection: &mut Connection, reque
     send(connection, request)?;
     receive(connection)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::wire::testing::pair;
+    use crate::wire::Purpose;
+
+    #[test]
+    fn messages_come_as_they_went_and_bad_ones_are_named() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        enum Word {
+            Ping { round: u64 },
+            Pong(String),
+        }
+        for encrypted in [false, true] {
+            let (mut source, mut destination) = pair(encrypted, Purpose::Control);
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    assert_eq!(
+                        receive::<Word>(&mut destination).unwrap(),
+                        Word::Ping { round: 3 }
+                    );
+                    send(&mut destination, &Word::Pong("ä".repeat(400_000))).unwrap();
+                });
+                let answer: Word = ask(&mut source, &Word::Ping { round: 3 }).unwrap();
+                assert_eq!(answer, Word::Pong("ä".repeat(400_000)));
+            });
+            let too_long = send(&mut source, &Word::Pong("x".repeat(MAX_LENGTH))).unwrap_err();
+            assert!(matches!(too_long, Error::BadMessage { .. }), "{too_long:?}");
+            // Nothing of it has gone out; the next one arrives.
+            send(&mut source, &"no such word").unwrap();
+            let unknown = receive::<Word>(&mut destination).unwrap_err();
+            assert!(matches!(unknown, Error::BadMessage { .. }), "{unknown:?}");
+            source.send(&[&u32::MAX.to_le_bytes()], "testing").unwrap();
+            let oversized = receive::<Word>(&mut destination).unwrap_err();
+            assert!(matches!(oversized, Error::BadMessage { .. }), "{oversized:?}");
+            source.send(&[&8u32.to_le_bytes(), b"\"cut"], "testing").unwrap();
+            drop(source);
+            let cut = receive::<Word>(&mut destination).unwrap_err();
+            assert!(matches!(cut, Error::PeerGone { .. }), "{cut:?}");
+        }
+    }
+}

@@ -19,7 +19,7 @@ pub unsafe extern "C" fn virDomainGetJobInfo(domain: virDomainPtr, info: virDoma
         // SAFETY: the dispatcher's arguments; info is filled by libvirt before it is read.
         unsafe {
             if real(domain, info) < 0 {
-                return Err(Error::Libvirt);
+                return Err(Error::libvirt());
             }
             if let (Some(progress), false) = (job::progress(Domain::borrow(domain)), info.is_null()) {
                 progress.complete_info(&mut *info);
@@ -44,7 +44,7 @@ pub unsafe extern "C" fn virDomainGetJobStats(
         // SAFETY: the dispatcher's arguments; on success libvirt has filled the list, which is from malloc.
         unsafe {
             if real(domain, kind, params, nparams, flags) < 0 {
-                return Err(Error::Libvirt);
+                return Err(Error::libvirt());
             }
             if flags & VIR_DOMAIN_JOB_STATS_COMPLETED == 0 && !params.is_null() && !nparams.is_null() {
                 if let Some(progress) = job::progress(Domain::borrow(domain)) {
@@ -84,7 +84,7 @@ pub unsafe extern "C" fn virDomainAbortJobFlags(domain: virDomainPtr, flags: c_u
 /// `domain` is the dispatcher's.
 unsafe fn aborted(domain: virDomainPtr, result: c_int) -> Result<c_int, Error> {
     if result < 0 {
-        return Err(Error::Libvirt);
+        return Err(Error::libvirt());
     }
     // SAFETY: as the caller says.
     job::cancel(unsafe { Domain::borrow(domain) });

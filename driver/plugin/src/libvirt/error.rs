@@ -4,11 +4,10 @@ use super::real;
 use std::ffi::{CStr, CString};
 use std::os::raw::c_int;
 
-/// Why a phase fails.
+/// Why a phase fails. libvirt's own error is taken out of the thread at once: any later call of libvirt's, the freeing
+/// of a domain among them, resets the thread's error.
 #[derive(Debug)]
 pub enum Error {
-    /// libvirt itself failed and has set the thread's error.
-    Libvirt,
     /// We failed, with this error to set.
     Ours {
         /// A `virErrorNumber`.
@@ -16,11 +15,16 @@ pub enum Error {
         /// The whole message, libvirt's prefix included.
         message: String,
     },
-    /// The error that an earlier phase left.
-    Saved(SavedError),
+    /// libvirt itself failed, with this error.
+    Libvirt(SavedError),
 }
 
 impl Error {
+    /// The error libvirt has just set.
+    pub fn libvirt() -> Self {
+        Self::Libvirt(SavedError::save())
+    }
+
     /// The error of everything that can go wrong in a migration: "operation failed: …".
     pub fn failed(cause: impl std::fmt::Display) -> Self {
         let message = format!("operation failed: migration through virt-ferry: {cause}");
@@ -42,12 +46,11 @@ impl Error {
     /// Makes this the thread's libvirt error, which the dispatcher sends to the client.
     pub fn raise(self) {
         match self {
-            Self::Libvirt => {}
             Self::Ours { code, message } => {
                 tracing::error!("{message}");
                 set(code, &message);
             }
-            Self::Saved(saved) => saved.restore(),
+            Self::Libvirt(saved) => saved.restore(),
         }
     }
 }
@@ -77,13 +80,22 @@ fn set(code: c_int, message: &str) {
     }
 }
 
-/// An error kept while later phases run, which would overwrite it.
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Ours { message, .. } => f.write_str(message),
+            Self::Libvirt(saved) => f.write_str(&saved.message()),
+        }
+    }
+}
+
+/// An error of libvirt's.
 #[derive(Debug)]
 pub struct SavedError(virt_sys::virErrorPtr);
 
 impl SavedError {
     /// The thread's error as it is now.
-    pub fn save() -> Self {
+    fn save() -> Self {
         // SAFETY: returns a copy that is ours, or NULL.
         Self(unsafe { virt_sys::virSaveLastError() })
     }
@@ -97,7 +109,7 @@ impl SavedError {
     }
 
     /// What it says.
-    pub fn message(&self) -> String {
+    fn message(&self) -> String {
         if self.0.is_null() {
             return "no error was given".into();
         }

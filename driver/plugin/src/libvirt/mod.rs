@@ -12,5 +12,5 @@ pub mod real;
 
 pub use cookie::Cookie;
 pub use domain::{Connection, Domain, OwnedConnection, OwnedDomain};
-pub use error::{Error, SavedError};
+pub use error::Error;
 pub use params::Params;

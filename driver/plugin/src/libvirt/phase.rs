@@ -84,7 +84,7 @@ pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error
     // SAFETY: libvirt gives cookies from malloc away.
     let cookie = unsafe { Cookie::take(data, length) };
     if xml.is_null() {
-        return Err(Error::Libvirt);
+        return Err(Error::libvirt());
     }
     Ok(Begun {
         xml: MallocString(xml),
@@ -120,7 +120,7 @@ pub fn prepare(
     let cookie = unsafe { Cookie::take(data, length) };
     let uri = (!uri.is_null()).then_some(MallocString(uri));
     if result < 0 {
-        return Err(Error::Libvirt);
+        return Err(Error::libvirt());
     }
     Ok(Prepared { cookie, uri })
 }
@@ -153,7 +153,7 @@ pub fn perform(
     // SAFETY: libvirt gives cookies from malloc away.
     let cookie = unsafe { Cookie::take(data, length) };
     if result < 0 {
-        return Err(Error::Libvirt);
+        return Err(Error::libvirt());
     }
     Ok(cookie)
 }
@@ -211,7 +211,7 @@ pub fn confirm(
         )
     };
     if result < 0 {
-        return Err(Error::Libvirt);
+        return Err(Error::libvirt());
     }
     Ok(())
 }
