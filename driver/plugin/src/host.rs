@@ -35,9 +35,15 @@ pub fn name() -> String {
     nix::unistd::gethostname().map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// The address other hosts reach this one by: `migration_host` in qemu.conf, else its name.
-pub fn address() -> String {
-    qemu_conf("migration_host").unwrap_or_else(name)
+/// The address other hosts reach this one by, where qemu.conf names one (`migration_host`, brackets allowed).
+pub fn migration_host() -> Option<String> {
+    let host = qemu_conf("migration_host")?;
+    Some(host.trim_start_matches('[').trim_end_matches(']').to_owned())
+}
+
+/// The address to listen on, where qemu.conf names one (`migration_address`).
+pub fn migration_address() -> Option<String> {
+    qemu_conf("migration_address")
 }
 
 /// The directory for guests' RAM files: `memory_backing_dir` in qemu.conf, with libvirt's own subdirectory where
@@ -71,12 +77,19 @@ fn string_setting(text: &str, key: &str) -> Option<String> {
 }
 
 /// The socket of the private monitor of a running domain; `None` where its QEMU was started without one.
-pub fn monitor(id: u32) -> Option<PathBuf> {
+///
+/// Its private directory is named by number and the first 20 characters of its name (libvirt 11.3,
+/// `virDomainDefGetShortName`); directories of guests of the same number may be left from before a crash.
+pub fn monitor(id: u32, name: &str) -> Option<PathBuf> {
     let prefix = format!("domain-{id}-");
     let entries = std::fs::read_dir(QEMU_LIB).ok()?;
-    let private = entries
-        .flatten()
-        .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))?;
+    let private = entries.flatten().find(|entry| {
+        let directory = entry.file_name();
+        let short = directory
+            .to_str()
+            .and_then(|directory| directory.strip_prefix(&prefix));
+        short.is_some_and(|short| !short.is_empty() && name.starts_with(short))
+    })?;
     let socket = private.path().join(MONITOR);
     socket.exists().then_some(socket)
 }

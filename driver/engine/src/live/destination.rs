@@ -43,7 +43,12 @@ const LOAD: Duration = Duration::from_secs(50);
 const UNTIL_CONCLUDED: Duration = Duration::from_secs(15 * 60);
 
 /// Serves one plug-in, from its first request to its end.
-pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
+pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), Error> {
+    serve(control, meter, signals);
+    Ok(())
+}
+
+fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     let Some(Request::Reserve {
         guest,
         host,
@@ -184,7 +189,7 @@ impl Attached {
         for group in join_cgroups_of(&process) {
             tracing::debug!(group = %group.display(), "joined the guest's control group");
         }
-        let landing = Landing::new(files)?;
+        let landing = Landing::new(files, Arc::clone(place.meter))?;
         watch.ignore_shared()?;
         let identity = Identity::generate(place.offer.session)?;
         let (first, last) = place.settings.ports;
@@ -255,8 +260,10 @@ impl Attached {
         match finish(place, &self.watch, &notes, &mut recorder) {
             Ok(()) => conclude(place, recorder, &notes, &tell),
             Err(error) => {
-                // libvirt will not resume it here: the source may hear so, at whatever time it asks.
-                let _ = tell.send(None);
+                // Our refusal makes libvirt end the guest here. Without a plug-in to hear it nothing is known.
+                if !matches!(error, Error::Abandoned) {
+                    let _ = tell.send(None);
+                }
                 place.fail(recorder, &error);
             }
         }
@@ -310,7 +317,7 @@ fn bind(listen: Option<&str>, ports: std::ops::RangeInclusive<u16>) -> Result<Li
 
 /// What the source's thread has to tell.
 enum Note {
-    Connected { host: String },
+    Connected { host: String, streams: u16 },
     Committed { totals: Vec<Totals> },
     Paused(SourcePause),
 }
@@ -382,7 +389,7 @@ impl Arrival {
                 host,
             } => {
                 // Nobody listens any more where libvirt has concluded already.
-                let _ = self.noted.send(Note::Connected { host });
+                let _ = self.noted.send(Note::Connected { host, streams });
                 Ok((control, streams))
             }
             other => Err(Error::Elsewhere(format!("the source began with {other:?}"))),
@@ -436,7 +443,6 @@ impl Arrival {
             let landed = receiver.run(&mut landing).map_err(Error::from);
             match &landed {
                 Ok(totals) => {
-                    meter.data.fetch_add(totals.data_bytes, Relaxed);
                     meter.wire.fetch_add(totals.wire_bytes, Relaxed);
                 }
                 Err(error) => signals.end(End::Failed(error.to_string())),
@@ -529,12 +535,13 @@ fn finish(
         Some(_) => return Err(Error::Elsewhere("the plug-in asked out of turn".into())),
         None => return Err(Error::Abandoned),
     }
-    if place.signals.committed().is_none() {
+    let Some(committed) = place.signals.committed() else {
         place.signals.check()?;
         return Err(Error::Elsewhere(
             "the guest's memory had not arrived when libvirt wanted to resume it".into(),
         ));
-    }
+    };
+    recorder.enter_at(Stage::Commitment, committed);
     note(recorder, notes.try_iter());
     let loaded = place
         .signals
@@ -554,7 +561,10 @@ fn note(recorder: &mut Recorder, notes: impl Iterator<Item = Note>) -> Option<So
     let mut pause = None;
     for note in notes {
         match note {
-            Note::Connected { host } => recorder.peer(host),
+            Note::Connected { host, streams } => {
+                recorder.peer(host);
+                recorder.streams(u32::from(streams));
+            }
             Note::Committed { totals } => recorder.totals(report::Totals::from_streams(&totals)),
             Note::Paused(source) => pause = Some(source),
         }
@@ -564,17 +574,18 @@ fn note(recorder: &mut Recorder, notes: impl Iterator<Item = Note>) -> Option<So
 
 /// libvirt has resumed the guest, or ended it.
 fn conclude(place: &Place<'_>, mut recorder: Recorder, notes: &Receiver<Note>, tell: &Sender<Told>) {
-    let success = matches!(
-        place.signals.next_request(Some(deadline(UNTIL_CONCLUDED))),
-        Some(Request::Conclude { success: true })
-    );
-    if !success {
-        let _ = tell.send(None);
-        report::publish(
-            &recorder.fail("libvirt could not resume the guest here; it goes on at the source"),
-            &place.settings.log_directory,
-        );
-        return place.control.reply(Reply::Concluded);
+    let failed = |cause: &str| report::publish(&recorder.clone().fail(cause), &place.settings.log_directory);
+    match place.signals.next_request(Some(deadline(UNTIL_CONCLUDED))) {
+        Some(Request::Conclude { success: true }) => {}
+        // libvirt's daemon ended between resuming the guest and saying so.
+        None if place.signals.seen().resumed.is_some() => {}
+        Some(Request::Conclude { success: false }) => {
+            let _ = tell.send(None);
+            failed("libvirt could not resume the guest here; it goes on at the source");
+            return place.control.reply(Reply::Concluded);
+        }
+        // Not known, so nothing is told: the source must not resume it either.
+        _ => return failed("libvirt's daemon ended before it resumed the guest; look whether it runs here"),
     }
     // libvirt's client now lets the source conclude, which asks for our part of the pause.
     place.control.reply(Reply::Concluded);

@@ -50,8 +50,10 @@ pub struct Last {
     pub pages: u64,
     /// The last pass.
     pub sent: Sent,
-    /// The guest's RAM, not tracked any more.
+    /// The guest's RAM.
     pub blocks: Vec<RamBlock>,
+    /// Still on: lifting the tracking takes about 50 ms a GiB, which must not lengthen the pause.
+    pub tracker: WriteTracker,
 }
 
 impl Precopy {
@@ -107,7 +109,7 @@ impl Precopy {
             pages: copy::bytes(&present) / PAGE,
             ..scan
         };
-        self.copy(recorder, scan, drained, &present)
+        self.round(recorder, scan, drained, &present)
     }
 
     /// Finds what the guest has written since the last scan, and protects it again.
@@ -153,7 +155,7 @@ impl Precopy {
         let drained = self.watch.drain()?;
         let deferral = Deferral::choose(&self.working, self.policy.deferral_budget());
         let pages = self.take(deferral);
-        self.copy(recorder, scan, drained, &pages)
+        self.round(recorder, scan, drained, &pages)
     }
 
     /// Tells what the guest has given back since it was sent, so that the last copy need not look for it: walking a
@@ -172,9 +174,9 @@ impl Precopy {
     }
 
     /// The last copy, of a guest that stands still and whose block I/O has drained: what is pending, and what has
-    /// been given back since the sweep. Then the streams end.
-    pub fn last(mut self, recorder: &mut Recorder) -> Result<Last, Error> {
-        let scan = self.scan()?;
+    /// been given back since the sweep. Then the streams end. It is no round: the timeline has it in the downtime.
+    pub fn last(mut self) -> Result<Last, Error> {
+        self.scan()?;
         let mut pages = self.take(Deferral::Nothing);
         let dirty = copy::bytes(&pages) / PAGE;
         if self.swept.as_ref().is_none_or(PunchWatch::punched) {
@@ -183,13 +185,14 @@ impl Precopy {
                 pages.union_with(&gone);
             }
         }
-        self.copy(recorder, scan, Duration::ZERO, &pages)?;
+        self.copy(&pages)?;
         let totals = self.outgoing.finish()?;
         Ok(Last {
             totals,
             pages: dirty,
             sent: self.sent,
             blocks: self.blocks,
+            tracker: self.tracker,
         })
     }
 
@@ -214,22 +217,14 @@ impl Precopy {
         sets.collect()
     }
 
-    fn copy(
+    fn round(
         &mut self,
         recorder: &mut Recorder,
         scan: Scan,
         drained: Duration,
         pages: &[PageSet],
     ) -> Result<(), Error> {
-        let deferred = self.pending();
-        self.meter.iteration.store(u64::from(self.round) + 1, Relaxed);
-        self.meter.remaining.store(copy::bytes(pages), Relaxed);
-        self.sent = self
-            .outgoing
-            .send(&files(&self.blocks), pages, &self.meter, &self.signals)?;
-        self.meter.remaining.store(deferred * PAGE, Relaxed);
-        let bandwidth = self.sent.data as f64 / self.sent.elapsed.as_secs_f64().max(1e-6);
-        self.meter.bandwidth.store(bandwidth as u64, Relaxed);
+        self.copy(pages)?;
         recorder.round(Round {
             number: self.round,
             begin_ms: recorder.clock().at(scan.began),
@@ -240,10 +235,23 @@ impl Precopy {
             data_bytes: self.sent.data,
             zero_bytes: self.sent.zero,
             hole_bytes: 0,
-            deferred_pages: deferred,
+            deferred_pages: self.pending(),
             dirty_rate: scan.dirty_rate(),
         });
         self.round += 1;
+        Ok(())
+    }
+
+    fn copy(&mut self, pages: &[PageSet]) -> Result<(), Error> {
+        let deferred = self.pending();
+        self.meter.iteration.store(u64::from(self.round) + 1, Relaxed);
+        self.meter.remaining.store(copy::bytes(pages), Relaxed);
+        self.sent = self
+            .outgoing
+            .send(&files(&self.blocks), pages, &self.meter, &self.signals)?;
+        self.meter.remaining.store(deferred * PAGE, Relaxed);
+        let bandwidth = self.sent.data as f64 / self.sent.elapsed.as_secs_f64().max(1e-6);
+        self.meter.bandwidth.store(bandwidth as u64, Relaxed);
         Ok(())
     }
 }

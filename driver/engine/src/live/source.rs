@@ -16,7 +16,7 @@ use super::verify;
 use super::watch::{deadline, Watch, COMMAND};
 use super::Error;
 use crate::control::{Control, Meter};
-use crate::memory::probe;
+use crate::memory::{probe, Backing, WriteTracker};
 use crate::qemu::{discover, Process, RamBlock};
 use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::data::WINDOW;
@@ -45,7 +45,10 @@ const CLEAR: Duration = Duration::from_secs(20);
 const STEP: Duration = Duration::from_millis(10);
 
 /// Serves one plug-in, from its first request to its end.
-pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
+///
+/// # Errors
+/// When something was left on the guest that the plug-in must see to: x-ignore-shared.
+pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), Error> {
     let Some(Request::Inspect {
         guest,
         host,
@@ -53,7 +56,7 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
         settings,
     }) = signals.next_request(Some(deadline(UNTIL_PERFORM)))
     else {
-        return;
+        return Ok(());
     };
     let place = Place {
         control,
@@ -65,20 +68,27 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     };
     let span = tracing::info_span!("migration", guest = place.guest.name, role = "source");
     let _entered = span.enter();
-    let inspected = match Inspected::look(&place, monitor) {
+    let session = Uuid::new_v4();
+    let mut recorder = place.recorder(session);
+    recorder.enter(Stage::PreMigration);
+    let inspected = match Inspected::look(&place, monitor, session) {
         Ok(inspected) => inspected,
         Err(error) => {
-            return control.reply(Reply::NotEligible {
+            control.reply(Reply::NotEligible {
                 reason: error.to_string(),
-            })
+            });
+            return Ok(());
         }
     };
+    recorder.ram(inspected.ram());
+    recorder.enter(Stage::Reservation);
     control.reply(Reply::Offer(inspected.offer.clone()));
     match signals.next_request(Some(deadline(UNTIL_PERFORM))) {
-        Some(Request::Precopy { answer }) => inspected.migrate(&place, &answer),
+        Some(Request::Precopy { answer }) => return inspected.migrate(&place, &answer, recorder),
         Some(Request::Conclude { .. }) => control.reply(Reply::Concluded),
         _ => tracing::info!("libvirt did not come to its Perform; the engine ends"),
     }
+    Ok(())
 }
 
 /// What every stage needs of its surroundings.
@@ -91,6 +101,24 @@ struct Place<'a> {
     settings: Settings,
 }
 
+impl Place<'_> {
+    /// The timeline begins before there is an answer: peer, encryption and memory follow.
+    fn recorder(&self, session: Uuid) -> Recorder {
+        Recorder::new(Migration {
+            session,
+            role: Role::Source,
+            guest: report::Guest {
+                name: self.guest.name.clone(),
+                uuid: self.guest.uuid,
+            },
+            local_host: self.host.clone(),
+            peer_host: String::new(),
+            encryption: None,
+            streams: u32::from(self.settings.streams),
+        })
+    }
+}
+
 /// Pre-migration: the guest is eligible and known; nothing about it has changed.
 struct Inspected {
     offer: Offer,
@@ -101,13 +129,18 @@ struct Inspected {
 }
 
 impl Inspected {
-    fn look(place: &Place<'_>, monitor: PathBuf) -> Result<Self, Error> {
+    fn look(place: &Place<'_>, monitor: PathBuf, session: Uuid) -> Result<Self, Error> {
         probe().map_err(|unsupported| Error::Elsewhere(unsupported.to_string()))?;
         let watch = Watch::open(&monitor, Arc::clone(place.signals))?;
         let pid = watch.command(|monitor| monitor.peer_pid())?;
         let process = Process::open(pid)?;
         let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
-        let session = Uuid::new_v4();
+        if let Some(huge) = blocks.iter().find(|block| block.file.backing() != Backing::Tmpfs) {
+            return Err(Error::Elsewhere(format!(
+                "RAM block {} lies on huge pages",
+                huge.name
+            )));
+        }
         let identity = Identity::generate(session)?;
         let token = ferry_contract::session::Token::new(*crate::wire::Token::generate()?.expose());
         let offered = |block: &RamBlock| {
@@ -135,38 +168,32 @@ impl Inspected {
     }
 
     /// All that follows, and the undoing of it where it fails.
-    fn migrate(self, place: &Place<'_>, answer: &cookie::Answer) {
-        let mut recorder = self.recorder(place, answer);
+    fn migrate(
+        self,
+        place: &Place<'_>,
+        answer: &cookie::Answer,
+        mut recorder: Recorder,
+    ) -> Result<(), Error> {
+        recorder.peer(&answer.host);
+        recorder.encryption((answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()));
         let watch = Arc::clone(&self.watch);
         let moved = self
             .precopy(place, answer, &mut recorder)
             .and_then(|converged| converged.stop_and_copy(place, &mut recorder))
             .and_then(|moved| moved.performed(place));
         match moved {
-            Ok(moved) => moved.conclude(place, recorder),
-            Err(error) => undo(place, &watch, recorder, &place.signals.cause(error)),
+            Ok(handed_over) => handed_over.conclude(place, recorder),
+            Err(error) => return undo(place, &watch, recorder, &place.signals.cause(error)),
         }
+        Ok(())
     }
 
-    fn recorder(&self, place: &Place<'_>, answer: &cookie::Answer) -> Recorder {
-        let mut recorder = Recorder::new(Migration {
-            session: self.offer.session,
-            role: Role::Source,
-            guest: report::Guest {
-                name: place.guest.name.clone(),
-                uuid: place.guest.uuid,
-            },
-            local_host: place.host.clone(),
-            peer_host: answer.host.clone(),
-            encryption: (answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()),
-            streams: u32::from(place.settings.streams),
-        });
-        recorder.ram(Ram {
+    fn ram(&self) -> Ram {
+        Ram {
             blocks: self.blocks.len() as u32,
             bytes: self.blocks.iter().map(|block| block.size).sum(),
             resident: self.offer.blocks.iter().map(|block| block.resident).sum(),
-        });
-        recorder
+        }
     }
 
     fn precopy(
@@ -175,7 +202,6 @@ impl Inspected {
         answer: &cookie::Answer,
         recorder: &mut Recorder,
     ) -> Result<Converged, Error> {
-        recorder.enter(Stage::Reservation);
         place
             .meter
             .total
@@ -185,6 +211,7 @@ impl Inspected {
             Relaxed,
         );
         let links = Links::connect(place, &self.offer, self.identity, answer)?;
+        recorder.peer(links.peer);
         recorder.enter(Stage::PreCopy);
         let mut precopy = Precopy::begin(
             &self.process,
@@ -228,6 +255,8 @@ impl Inspected {
 
 /// The connections of a session.
 struct Links {
+    /// The destination host's name.
+    peer: String,
     control: Connection,
     data: Vec<DataSender>,
     device_state: Connection,
@@ -286,12 +315,13 @@ impl Links {
         let data = data.collect::<Result<_, Error>>()?;
         let device_state = watched(Purpose::DeviceState)?;
         let return_path = watched(Purpose::ReturnPath)?;
-        match message::receive(&mut control)? {
-            Answer::Ready { .. } => {}
+        let peer = match message::receive(&mut control)? {
+            Answer::Ready { host } => host,
             Answer::Refused { cause } => return Err(Error::Refused(cause)),
             other => return Err(out_of_turn(&other)),
-        }
+        };
         Ok(Self {
+            peer,
             control,
             data,
             device_state,
@@ -347,7 +377,8 @@ impl Converged {
                 Some(false) => return Err(Error::Libvirt),
                 None => {
                     let scan = precopy.scan()?;
-                    if precopy.pending() > 0 {
+                    // From the switch-over on QEMU may not answer before its device state is out.
+                    if precopy.pending() > 0 && place.signals.seen().drained.is_none() {
                         precopy.send(recorder, scan)?;
                     }
                 }
@@ -356,7 +387,7 @@ impl Converged {
         recorder.enter(Stage::StopAndCopy);
         let seen = place.signals.seen();
         let drained = seen.drained.unwrap_or_else(Instant::now);
-        let last = precopy.last(recorder)?;
+        let last = precopy.last()?;
         recorder.enter(Stage::Commitment);
         let files = last.blocks.iter().map(|block| &block.file);
         let memory = place
@@ -391,6 +422,7 @@ impl Converged {
             watch,
             control,
             pause,
+            tracker: last.tracker,
         })
     }
 }
@@ -400,17 +432,31 @@ struct Moved {
     watch: Arc<Watch>,
     control: Connection,
     pause: SourcePause,
+    tracker: WriteTracker,
 }
 
 impl Moved {
     /// libvirt's Perform is over. Had it failed, the guest would go on here; either way its QEMU must not ignore
     /// its memory any longer.
-    fn performed(self, place: &Place<'_>) -> Result<Self, Error> {
+    fn performed(self, place: &Place<'_>) -> Result<HandedOver, Error> {
+        // A migration that QEMU or libvirt gives up now: a save that waits for its end must find the RAM.
+        if place
+            .signals
+            .wait_for_qemu(deadline(UNTIL_PERFORM), |seen| seen.failed)?
+            == Some(true)
+        {
+            return Err(Error::Libvirt);
+        }
         match place.signals.next_request(None) {
             Some(Request::Performed { success: true }) => {
                 self.watch.honour_shared(CLEAR)?;
                 place.control.reply(Reply::Committed);
-                Ok(self)
+                // Only now: the guest stands still no longer for it.
+                drop(self.tracker);
+                Ok(HandedOver {
+                    control: self.control,
+                    pause: self.pause,
+                })
             }
             Some(Request::Performed { success: false }) => {
                 place.signals.check()?;
@@ -420,7 +466,15 @@ impl Moved {
             None => Err(Error::Abandoned),
         }
     }
+}
 
+/// The guest is the destination's; its QEMU here stands still until libvirt ends it.
+struct HandedOver {
+    control: Connection,
+    pause: SourcePause,
+}
+
+impl HandedOver {
     /// libvirt is about to end the guest here, or to resume it because its client heard nothing good of the
     /// destination. The guest is the destination's now, so only the destination can give it back.
     fn conclude(mut self, place: &Place<'_>, mut recorder: Recorder) {
@@ -473,10 +527,11 @@ impl Moved {
 
 /// The migration failed before the destination owned the guest: nothing of ours may stay with it here. What the
 /// stages held (tracking, connections, sockets) went with them.
-fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) {
+fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) -> Result<(), Error> {
     place.signals.end(End::Failed(error.to_string()));
-    if let Err(left) = watch.honour_shared(CLEAR) {
-        // QEMU itself is gone, most likely, and its memory with it.
+    let cleared = watch.honour_shared(CLEAR);
+    if let Err(left) = &cleared {
+        // QEMU itself is gone, most likely, and its memory with it; the plug-in tries once more.
         tracing::warn!("x-ignore-shared may still be on: {left}");
     }
     let outcome = match error {
@@ -497,6 +552,7 @@ fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) {
     {
         place.control.reply(Reply::Failed(failure.clone()));
     }
+    cleared
 }
 
 /// Writes the timeline down; a full disk must not fail a migration.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  Recorder ──finish──▶ Timeline ─┬─ summary::lines  a few lines for the log
+//!                                 ├─ page::lines     a page for a terminal
 //!                                 ├─ write::save     <guest>-<session>-<role>.json, and beside it
 //!                                 └─ svg::render     <guest>-<session>-<role>.svg
 //! ```
@@ -15,6 +16,7 @@ pub mod svg;
 pub mod timeline;
 pub mod write;
 
+mod page;
 mod read;
 mod text;
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::timeline::{Timeline, VERSION};
-use super::{summary, svg};
+use super::{page, svg};
 
 /// The largest file read: a full timeline (4096 rounds and events) stays below it.
 const LARGEST_FILE: u64 = 32 << 20;
@@ -65,13 +65,13 @@ pub fn load(path: &Path) -> Result<Timeline, ReportError> {
     Ok(timeline)
 }
 
-/// Prints the summary of the timeline in `file` to `out`, and draws it to `picture` if asked to.
+/// Prints the page of the timeline in `file` to `out`, and draws it to `picture` if asked to.
 ///
 /// # Errors
 /// See [`load`]; and if `out` or `picture` cannot be written.
 pub fn command(file: &Path, picture: Option<&Path>, out: &mut impl Write) -> Result<(), ReportError> {
     let timeline = load(file)?;
-    for line in summary::lines(&timeline) {
+    for line in page::lines(&timeline) {
         writeln!(out, "{line}").map_err(|source| ReportError::Io {
             path: "standard output".into(),
             source,

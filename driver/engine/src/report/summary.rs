@@ -22,7 +22,8 @@ pub fn lines(timeline: &Timeline) -> Vec<String> {
     lines
 }
 
-fn headline(timeline: &Timeline) -> String {
+/// How it ended, in a sentence.
+pub(super) fn headline(timeline: &Timeline) -> String {
     let m = &timeline.migration;
     let (from, to) = hosts(timeline);
     let guest = text::printable(&m.guest.name, 64);
@@ -58,7 +59,8 @@ pub(super) fn hosts(timeline: &Timeline) -> (String, String) {
     }
 }
 
-fn circumstances(timeline: &Timeline) -> String {
+/// Who recorded it, when, and how it was carried.
+pub(super) fn circumstances(timeline: &Timeline) -> String {
     let m = &timeline.migration;
     let encryption = match &m.encryption {
         Some(suite) => text::printable(suite, 64),
@@ -74,7 +76,8 @@ fn circumstances(timeline: &Timeline) -> String {
     )
 }
 
-fn memory(timeline: &Timeline) -> String {
+/// How much memory there was and how much was sent.
+pub(super) fn memory(timeline: &Timeline) -> String {
     let (ram, totals) = (&timeline.ram, &timeline.totals);
     let rate = match timeline.total_ms {
         ms if ms > 0.0 => {

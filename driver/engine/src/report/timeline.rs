@@ -271,7 +271,7 @@ pub fn millis(duration: Duration) -> f64 {
 }
 
 /// Collects a [`Timeline`] while the migration runs. Does no I/O except logging.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Recorder {
     clock: Clock,
     timeline: Timeline,
@@ -322,17 +322,23 @@ impl Recorder {
 
     /// Leaves the current stage for `stage`. Entering the current stage again changes nothing.
     pub fn enter(&mut self, stage: Stage) {
+        self.enter_at(stage, Instant::now());
+    }
+
+    /// As [`Recorder::enter`], of what was noticed only later: `at` may be past, but not before the current stage began.
+    pub fn enter_at(&mut self, stage: Stage, at: Instant) {
         if self.stage() == Some(stage) {
             return;
         }
-        let now = self.clock.ms();
-        self.leave(now);
-        self.current = Some((stage, now));
+        let since = self.current.map_or(0.0, |(_, begin_ms)| begin_ms);
+        let at_ms = self.clock.at(at).max(since);
+        self.leave(at_ms);
+        self.current = Some((stage, at_ms));
         tracing::info!(
             guest = %text::printable(&self.timeline.migration.guest.name, 64),
             session = %self.timeline.migration.session,
             role = self.timeline.migration.role.name(),
-            at_ms = now,
+            at_ms,
             "stage: {stage}"
         );
     }
@@ -361,9 +367,13 @@ impl Recorder {
         self.timeline.ram = ram;
     }
 
-    /// Encryption and number of streams, if they turn out to differ from what was planned.
-    pub fn streams(&mut self, streams: u32, encryption: Option<String>) {
+    /// The number of streams, once it is agreed on.
+    pub fn streams(&mut self, streams: u32) {
         self.timeline.migration.streams = streams;
+    }
+
+    /// The encryption, once it is agreed on.
+    pub fn encryption(&mut self, encryption: Option<String>) {
         self.timeline.migration.encryption = encryption;
     }
 
@@ -467,6 +477,22 @@ pub(super) mod tests {
             assert_eq!(pair[0].end_ms, pair[1].begin_ms);
         }
         assert_eq!(timeline.stages.last().unwrap().end_ms, timeline.total_ms);
+    }
+
+    #[test]
+    fn a_stage_noticed_later_begins_when_it_began() {
+        let mut recorder = Recorder::new(migration("web"));
+        let long_ago = Instant::now();
+        recorder.enter(Stage::PreCopy);
+        let committed = Instant::now();
+        recorder.enter_at(Stage::Commitment, committed);
+        let expected = recorder.clock().at(committed);
+        // Not before the stage it follows.
+        recorder.enter_at(Stage::Activation, long_ago);
+        let timeline = recorder.finish(Outcome::Completed);
+        assert_eq!(timeline.stages[0].end_ms, expected);
+        assert_eq!(timeline.stages[1].begin_ms, expected);
+        assert_eq!(timeline.stages[1].end_ms, expected);
     }
 
     #[test]

@@ -64,7 +64,12 @@ pub unsafe extern "C" fn virDomainMigratePrepare3Params(
         unsafe {
             let connection = Connection::borrow(dconn);
             let cookie = cookie_in(cookiein, cookieinlen);
-            if nparams == 0 && cookie::is_probe(cookie) && connection.is_qemu() && takes_part() {
+            if nparams == 0
+                && cookie::is_probe(cookie)
+                && connection.is_qemu()
+                && connection.may_write()
+                && takes_part()
+            {
                 Cookie::copy_of(cookie).hand_over(cookieout, cookieoutlen);
                 return Ok(0);
             }

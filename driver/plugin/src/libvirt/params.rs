@@ -68,7 +68,7 @@ impl<'a> Params<'a> {
     pub fn number(&self, name: &CStr) -> Option<u64> {
         let entry = self.entries.iter().find(|entry| name_of(entry) == name)?;
         // SAFETY: the type says that the value is an unsigned long long.
-        (entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int).then(|| unsafe { entry.value.ul })
+        (entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int).then_some(unsafe { entry.value.ul })
     }
 
     /// This list without the parameters of this name.

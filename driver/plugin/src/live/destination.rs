@@ -6,7 +6,7 @@ use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, MallocString, Prepared};
 use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
-use crate::sessions::{self, Role, Session};
+use crate::sessions::{self, Promise, Role, Session};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::{self, Answer, Offer};
@@ -26,29 +26,36 @@ pub fn prepare(
     cookie: &[u8],
     flags: u32,
 ) -> Result<Prepared, Error> {
-    let own = |reason: &str| {
-        tracing::info!("libvirt's own migration to this host: {reason}");
-        phase::prepare(connection, params, cookie, flags)
+    let own = || {
+        let prepared = phase::prepare(connection, params, cookie, flags)?;
+        // What an earlier attempt left must not be taken for this one at Finish.
+        if let Some((_, uuid)) = identity(cookie) {
+            sessions::forget(Role::Destination, uuid);
+        }
+        Ok(prepared)
     };
+    let declined = |reason: &str| {
+        tracing::info!("libvirt's own migration to this host: {reason}");
+        own()
+    };
+    if !connection.is_qemu() || !connection.may_write() {
+        return own();
+    }
     let offer = match cookie::offer(cookie) {
-        Ok(None) => return phase::prepare(connection, params, cookie, flags),
+        Ok(None) => return own(),
         Ok(Some(offer)) => offer,
-        Err(error @ cookie::Error::Version { .. }) => return own(&error.to_string()),
+        Err(error @ cookie::Error::Version { .. }) => return declined(&error.to_string()),
         Err(error) => return Err(Error::failed(format!("host {}: {error}", host::name()))),
     };
     let arrival = match Arrival::plan(connection, params, cookie, flags, offer) {
         Ok(arrival) => arrival,
-        Err(reason) => return own(&reason),
+        Err(reason) => return declined(&reason),
     };
     match arrival.reserve()? {
-        Reservation::Declined(reason) => own(&reason),
-        Reservation::Made(session) => match arrival.start(connection, params, cookie, flags, &session) {
-            Ok(prepared) => Ok(prepared),
-            Err(error) => {
-                sessions::remove(&session);
-                Err(error)
-            }
-        },
+        Reservation::Made(engine, promise) => {
+            arrival.start(connection, params, cookie, flags, engine, promise)
+        }
+        Reservation::Declined(reason) => declined(&reason),
     }
 }
 
@@ -63,7 +70,7 @@ struct Arrival {
 }
 
 enum Reservation {
-    Made(Arc<Session>),
+    Made(Engine, Promise),
     Declined(String),
 }
 
@@ -76,9 +83,6 @@ impl Arrival {
         flags: u32,
         offer: Offer,
     ) -> Result<Self, String> {
-        if !connection.is_qemu() {
-            return Err("its driver is not QEMU".into());
-        }
         let config = host::config()?;
         if !config.enabled {
             return Err(DISABLED.into());
@@ -90,9 +94,10 @@ impl Arrival {
         let name = params
             .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
             .map_or(name, str::to_owned);
+        let name_here = connection.hostname().unwrap_or_else(host::name);
         let data = match params.utf8(VIR_MIGRATE_PARAM_URI) {
             None => DataAddress {
-                host: host::address(),
+                host: host::migration_host().unwrap_or_else(|| name_here.clone()),
                 port: None,
             },
             Some(given) => {
@@ -104,7 +109,7 @@ impl Arrival {
         let incoming = incoming_socket(&directory, offer.session, &name);
         Ok(Self {
             config,
-            host: host::name(),
+            host: name_here,
             guest: Guest { name, uuid },
             offer,
             data,
@@ -119,32 +124,32 @@ impl Arrival {
         if let Some(port) = self.data.port {
             settings.ports = (port, port);
         }
+        let (promise, promised) = Promise::make(&self.offer);
         let request = Request::Reserve {
             guest: self.guest.clone(),
             host: self.host.clone(),
             offer: self.offer.clone(),
             memory_directory: host::memory_directory(),
-            promised: sessions::promised(),
+            promised,
             settings,
         };
         match engine.ask(&request, Some(LOCAL))? {
-            Reply::Reserved => {
-                let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
-                Ok(Reservation::Made(sessions::add(session)))
-            }
+            Reply::Reserved => Ok(Reservation::Made(engine, promise)),
             Reply::NotEligible { reason } => Ok(Reservation::Declined(reason)),
             reply => Err(unexpected(&reply)),
         }
     }
 
-    /// libvirt starts QEMU, the engine takes hold of it. From the real Prepare on, a failure must end that QEMU.
+    /// libvirt starts QEMU, the engine takes hold of it. From the real Prepare on, a failure must end that QEMU; until
+    /// it has succeeded, an earlier session of this guest stands.
     fn start(
         &self,
         connection: Connection,
         params: &Params,
         cookie: &[u8],
         flags: u32,
-        session: &Arc<Session>,
+        engine: Engine,
+        promise: Promise,
     ) -> Result<Prepared, Error> {
         let uri = format!("unix://{}", self.incoming.display());
         let rewritten = params
@@ -152,8 +157,11 @@ impl Arrival {
             .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
             .with(VIR_MIGRATE_PARAM_URI, &uri);
         let prepared = phase::prepare(connection, &rewritten, cookie, flags)?;
-        self.attach(connection, params, session, prepared)
+        let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
+        let session = sessions::add(session.with_promise(promise));
+        self.attach(connection, params, &session, prepared)
             .inspect_err(|_| {
+                sessions::remove(&session);
                 let name = params
                     .share()
                     .only(&[])
@@ -171,18 +179,25 @@ impl Arrival {
         prepared: Prepared,
     ) -> Result<Prepared, Error> {
         let domain = connection.domain(self.guest.uuid)?;
-        let monitor = domain.get().id().and_then(host::monitor).ok_or_else(|| {
-            Error::failed(format!(
-                "the QEMU that libvirt started on host {} has no private monitor",
-                self.host
-            ))
-        })?;
+        let monitor = domain
+            .get()
+            .id()
+            .and_then(|id| host::monitor(id, &self.guest.name))
+            .ok_or_else(|| {
+                Error::failed(format!(
+                    "the QEMU that libvirt started on host {} has no private monitor",
+                    self.host
+                ))
+            })?;
         session.engine.guard(&monitor);
         let attach = Request::Attach {
             monitor,
             incoming: self.incoming.clone(),
             host: self.data.host.clone(),
-            listen: params.utf8(VIR_MIGRATE_PARAM_LISTEN_ADDRESS).map(str::to_owned),
+            listen: params
+                .utf8(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
+                .map(str::to_owned)
+                .or_else(host::migration_address),
         };
         let answer = match session.engine.ask(&attach, Some(LOCAL))? {
             Reply::Listening(answer) => answer,
@@ -234,7 +249,13 @@ pub fn finish(
         .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
         .filter(|_| connection.is_qemu())
         .and_then(|name| sessions::by_name(Role::Destination, name));
-    let Some(session) = session else {
+    // libvirt itself refuses a user who may not; the session stays for the one who may.
+    let may = |session: &Arc<Session>| match connection.domain(session.guest.uuid) {
+        Ok(domain) => domain.get().may_migrate(),
+        // Its QEMU has died.
+        Err(_) => connection.may_write(),
+    };
+    let Some(session) = session.filter(may) else {
         return phase::finish(connection, params, cookie, flags, cancelled);
     };
     sessions::remove(&session);

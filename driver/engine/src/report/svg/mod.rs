@@ -5,7 +5,8 @@
 //!  total   downtime   data sent   memory   rounds   throughput
 //!  pre-migration  ▌                                          12 ms    stages.rs: lanes over one time axis
 //!  pre-copy        ▐███████████████████████▌                312 ms
-//!  stop-and-copy                           ╱▌╲              9.1 ms
+//!  stop-and-copy                            ▌                9.1 ms
+//!  guest          on the source            ╱▌╲ there
 //!                                    ╱         ╲
 //!  downtime       ███▓▓▓▓▓▓▓▓▓▓▓▓▓▒▒▒▒▒▒▒▒▒▒▒▒░░░░                    downtime.rs: the pause, enlarged
 //!  bytes          █ ▆ ▄ ▂ ▁                                           rounds.rs: one slot a round
@@ -27,7 +28,7 @@ use canvas::{Canvas, Font};
 
 use super::summary;
 use super::text;
-use super::timeline::{Outcome, Timeline};
+use super::timeline::{Outcome, Role, Timeline};
 
 /// The picture's width and margins, in pixels; its height follows from what there is to show.
 const WIDTH: f64 = 1200.0;
@@ -56,7 +57,9 @@ pub fn render(timeline: &Timeline) -> String {
     y = tiles(&mut canvas, timeline, y);
     let panel = stages::draw(&mut canvas, timeline, y + 30.0);
     y = downtime::draw(&mut canvas, timeline, &panel);
-    y = rounds::draw(&mut canvas, timeline, y + 34.0);
+    if timeline.migration.role == Role::Source || !timeline.rounds.is_empty() {
+        y = rounds::draw(&mut canvas, timeline, y + 34.0);
+    }
     y = footer(&mut canvas, timeline, y + 34.0);
     canvas.finish(y + 10.0, &summary::lines(timeline))
 }
@@ -143,10 +146,12 @@ fn tiles(canvas: &mut Canvas, timeline: &Timeline, y: f64) -> f64 {
     let downtime = timeline
         .downtime
         .map(|downtime| text::time(sane_ms(downtime.total_ms)));
-    let rounds = timeline
-        .rounds
-        .last()
-        .map_or(0, |round| u64::from(round.number) + 1);
+    // Rounds are the source's; the destination sees bytes come.
+    let rounds = match (timeline.migration.role, timeline.rounds.last()) {
+        (_, Some(last)) => (u64::from(last.number) + 1).to_string(),
+        (Role::Source, None) => "0".to_owned(),
+        (Role::Destination, None) => "–".to_owned(),
+    };
     let throughput = match seconds {
         s if s > 0.0 => text::bytes(totals.wire_bytes as f64 / s) + "/s",
         _ => "–".to_owned(),
@@ -164,7 +169,7 @@ fn tiles(canvas: &mut Canvas, timeline: &Timeline, y: f64) -> f64 {
             ),
             INK,
         ),
-        ("rounds", rounds.to_string(), INK),
+        ("rounds", rounds, INK),
         ("throughput", throughput, INK),
     ];
     const WIDTHS: [f64; 6] = [165.0, 165.0, 165.0, 265.0, 165.0, 195.0];

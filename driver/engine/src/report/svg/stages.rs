@@ -1,12 +1,12 @@
-//! The stages as lanes over one time axis.
+//! The stages as lanes over one time axis, and below them where the guest ran.
 
 use ferry_contract::stage::Stage;
 
 use super::canvas::{Canvas, Font};
 use super::scale::Scale;
 use super::{sane_ms, title, BAD, GRID, INK, MARGIN, MUTED, PLOT_LEFT, PLOT_RIGHT, PRE_COPY, STOPPED, WIDTH};
-use crate::report::text;
-use crate::report::timeline::{Outcome, Timeline};
+use crate::report::timeline::{Outcome, Role, Timeline};
+use crate::report::{summary, text};
 
 const LANE: f64 = 27.0;
 const BAR: f64 = 17.0;
@@ -48,7 +48,9 @@ pub fn draw(canvas: &mut Canvas, timeline: &Timeline, y: f64) -> Panel {
         PLOT_RIGHT,
     );
     let top = y + 16.0;
-    let floor = top + LANE * Stage::ALL.len() as f64 + 4.0;
+    let stays = stays(timeline);
+    let lanes = Stage::ALL.len() + usize::from(!stays.is_empty());
+    let floor = top + LANE * lanes as f64 + 4.0;
     for (value, label) in time.time_ticks() {
         let x = time.at(value);
         canvas.line((x, top), (x, floor), GRID, 1.0);
@@ -63,6 +65,12 @@ pub fn draw(canvas: &mut Canvas, timeline: &Timeline, y: f64) -> Panel {
         }
         lane(canvas, timeline, stage, &time, bar_y);
     }
+    guest(
+        canvas,
+        &stays,
+        &time,
+        floor - 4.0 - LANE + (LANE - BAR) / 2.0 + 2.0,
+    );
     for event in &timeline.events {
         let x = time.at(sane_ms(event.at_ms));
         canvas.polygon(
@@ -80,6 +88,74 @@ pub fn draw(canvas: &mut Canvas, timeline: &Timeline, y: f64) -> Panel {
         floor,
         bottom: floor + 24.0,
         stop_y,
+    }
+}
+
+/// Where the guest was for some time: running on a host, or standing still.
+struct Stay {
+    begin: f64,
+    end: f64,
+    colour: &'static str,
+    place: String,
+}
+
+/// The guest's stays, as far as this end saw them: the destination does not see when the guest was stopped.
+fn stays(timeline: &Timeline) -> Vec<Stay> {
+    let (from, to) = summary::hosts(timeline);
+    let end = sane_ms(timeline.total_ms);
+    let stay = |begin, end, colour, place| Stay {
+        begin,
+        end,
+        colour,
+        place,
+    };
+    let stop = timeline
+        .stages
+        .iter()
+        .find(|span| span.stage == Stage::StopAndCopy);
+    match (&timeline.outcome, stop, timeline.downtime) {
+        _ if timeline.migration.role == Role::Destination => Vec::new(),
+        (Outcome::Completed, Some(stop), Some(downtime)) => {
+            let stop = sane_ms(stop.begin_ms).min(end);
+            let resume = (stop + sane_ms(downtime.total_ms)).min(end);
+            vec![
+                stay(0.0, stop, "#d7e6f5", format!("runs on {from}")),
+                stay(stop, resume, STOPPED, String::new()),
+                stay(resume, end, "#d5ecdf", format!("runs on {to}")),
+            ]
+        }
+        (Outcome::Completed, ..) => Vec::new(),
+        // After the commitment it may be anywhere: the error says.
+        (
+            Outcome::Failed {
+                stage: Some(Stage::Activation),
+                ..
+            },
+            ..,
+        ) => Vec::new(),
+        // Whatever failed before, it runs on there; how long it may have stood still was not recorded.
+        _ => vec![stay(0.0, end, "#d7e6f5", format!("stays on {from}"))],
+    }
+}
+
+fn guest(canvas: &mut Canvas, stays: &[Stay], time: &Scale, y: f64) {
+    if stays.is_empty() {
+        return;
+    }
+    let baseline = y + BAR - 4.0;
+    canvas.text(PLOT_LEFT - 14.0, baseline, "guest", Font::new(13.0).end());
+    for stay in stays {
+        let (x, end) = (time.at(stay.begin).min(PLOT_RIGHT - NARROWEST), time.at(stay.end));
+        let width = (end - x).max(NARROWEST);
+        let hint = match stay.place.as_str() {
+            "" => format!("stands still for {}", text::time(stay.end - stay.begin)),
+            place => place.to_owned(),
+        };
+        canvas.rect_with_hint((x, y), (width, BAR), stay.colour, &hint);
+        let font = Font::new(11.0).middle();
+        if font.width(&stay.place) + 8.0 <= width {
+            canvas.text(x + width / 2.0, baseline, &stay.place, font);
+        }
     }
 }
 

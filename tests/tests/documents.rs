@@ -1,0 +1,390 @@
+//! What we hand out besides programs says what the programs do: schemas, example configuration, manual pages,
+//! README, installer.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{ensure, Context, Result};
+use ferry_contract::config::Config;
+use ferry_contract::cookie::{self, Answer, Offer};
+use ferry_contract::session::{Block, Encryption, Token, PAGE};
+use ferry_tests::skipped;
+use uuid::Uuid;
+
+/// What libvirt makes of a guest's name and UUID; our element becomes its last child.
+const COOKIE: &str = "<qemu-migration>\n  <name>g</name>\n  <hostname>h</hostname>\n</qemu-migration>\n\0";
+
+fn checkout() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn text(path: &str) -> Result<String> {
+    fs::read_to_string(checkout().join(path)).with_context(|| path.to_owned())
+}
+
+/// The examples of a kind, by name.
+fn examples(kind: &str) -> Result<Vec<PathBuf>> {
+    let directory = checkout().join("xml-schemas/examples").join(kind);
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(&directory).with_context(|| directory.display().to_string())? {
+        paths.push(entry?.path());
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// Whether a program is there; if not, the test that needs it is skipped.
+fn there_is(program: &str, package: &str) -> bool {
+    let found = Command::new(program).arg("--version").output().is_ok();
+    if !found {
+        skipped(&format!("{program} is not installed (Debian: {package})"));
+    }
+    found
+}
+
+/// What xmllint says of an XML file by our schema.
+fn validate(file: &Path) -> Result<Output> {
+    Command::new("xmllint")
+        .args(["--noout", "--nonet", "--relaxng"])
+        .arg(checkout().join("xml-schemas/migration-cookie.rng"))
+        .arg(file)
+        .output()
+        .context("xmllint")
+}
+
+/// What cookie.rs makes of an element: read (true) or refused.
+fn is_read(element: &str) -> bool {
+    let inside = format!("{element}</qemu-migration>");
+    let cookie = COOKIE.replace("</qemu-migration>", &inside);
+    let cookie = cookie.as_bytes();
+    match element {
+        _ if element.contains("<ferry:offer") => matches!(cookie::offer(cookie), Ok(Some(_))),
+        _ if element.contains("<ferry:answer") => matches!(cookie::answer(cookie), Ok(Some(_))),
+        _ => cookie::is_probe(cookie),
+    }
+}
+
+/// Our element out of a cookie.
+fn element(cookie: &[u8]) -> Result<String> {
+    let cookie = std::str::from_utf8(cookie)?;
+    let begin = cookie.find("<ferry:").context("no element of ours")?;
+    let end = cookie.rfind("</qemu-migration>").context("no cookie")?;
+    Ok(cookie[begin..end].to_owned())
+}
+
+fn offer(encryption: Encryption, certificate: Vec<u8>, blocks: Vec<Block>) -> Offer {
+    Offer {
+        session: Uuid::new_v4(),
+        token: Token::new([0xa5; Token::LENGTH]),
+        encryption,
+        certificate,
+        blocks,
+    }
+}
+
+fn block(name: &str, size: u64, resident: u64) -> Block {
+    Block {
+        name: name.into(),
+        size,
+        resident,
+    }
+}
+
+/// All that the code can write at its limits, and in between.
+fn written() -> Result<Vec<String>> {
+    let mut cookies = vec![cookie::probe()];
+    let many = (0..cookie::MAX_BLOCKS).map(|n| block(&format!("dimm{n}"), PAGE, 0));
+    for (encryption, certificate, blocks) in [
+        (
+            Encryption::Always,
+            vec![0x30; 400],
+            vec![block("pc.ram", 1 << 30, 1 << 20)],
+        ),
+        (Encryption::Never, Vec::new(), vec![block("pc.ram", PAGE, 0)]),
+        (Encryption::Always, vec![0xff; 8190], many.collect()),
+        (
+            Encryption::Always,
+            vec![0; 1],
+            vec![block("<\"odd'> & é", 1 << 52, 1 << 52)],
+        ),
+    ] {
+        let offer = offer(encryption, certificate, blocks);
+        cookies.push(cookie::with_offer(COOKIE.as_bytes(), &offer)?);
+    }
+    for (encryption, host, port) in [
+        (Encryption::Always, "host2.example.org", 49152),
+        (Encryption::Never, "fe80::1%eth0", 1),
+        (Encryption::Always, "192.0.2.1", 65535),
+    ] {
+        let answer = Answer {
+            session: Uuid::new_v4(),
+            encryption,
+            certificate: vec![1, 2, 3],
+            host: host.into(),
+            port,
+        };
+        cookies.push(cookie::with_answer(COOKIE.as_bytes(), &answer)?);
+    }
+    cookies.iter().map(|cookie| element(cookie)).collect()
+}
+
+#[test]
+fn the_code_writes_what_the_schema_describes() -> Result<()> {
+    if !there_is("xmllint", "libxml2-utils") {
+        return Ok(());
+    }
+    let directory = tempfile::tempdir()?;
+    for (number, element) in written()?.iter().enumerate() {
+        let file = directory.path().join(format!("{number}.xml"));
+        fs::write(&file, element)?;
+        let output = validate(&file)?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{element}\n{said}");
+        ensure!(
+            is_read(element),
+            "the code does not read what it wrote: {element}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn valid_examples_are_read_and_validate() -> Result<()> {
+    let examples = examples("valid")?;
+    ensure!(examples.len() >= 3, "{examples:?}");
+    for path in &examples {
+        ensure!(
+            is_read(&fs::read_to_string(path)?),
+            "{} is refused",
+            path.display()
+        );
+    }
+    if !there_is("xmllint", "libxml2-utils") {
+        return Ok(());
+    }
+    for path in &examples {
+        let output = validate(path)?;
+        ensure!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn invalid_examples_are_refused_by_code_and_schema() -> Result<()> {
+    let examples = examples("invalid")?;
+    ensure!(examples.len() >= 10, "{examples:?}");
+    for path in &examples {
+        ensure!(!is_read(&fs::read_to_string(path)?), "{} is read", path.display());
+    }
+    if !there_is("xmllint", "libxml2-utils") {
+        return Ok(());
+    }
+    for path in &examples {
+        let output = validate(path)?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        // Refused by the schema, and not because it is no XML or the schema no schema.
+        ensure!(
+            output.status.code() == Some(3),
+            "{}: {} {said}",
+            path.display(),
+            output.status
+        );
+    }
+    Ok(())
+}
+
+/// The lines `key = value` of the example configuration.
+fn defaults() -> Result<Vec<(String, String)>> {
+    let example = text("packaging/virt-ferry.toml")?;
+    let lines = example.lines().filter_map(|line| line.strip_prefix('#'));
+    let keys = lines.filter(|line| line.starts_with(|first: char| first.is_ascii_lowercase()));
+    keys.map(|line| {
+        let (key, value) = line.split_once(" = ").with_context(|| line.to_owned())?;
+        Ok((key.to_owned(), value.to_owned()))
+    })
+    .collect()
+}
+
+#[test]
+fn the_example_configuration_has_every_key_and_its_default() -> Result<()> {
+    let example = text("packaging/virt-ferry.toml")?;
+    ensure!(
+        Config::parse(&example)? == Config::default(),
+        "it is not all commented out"
+    );
+    let defaults = defaults()?;
+    let all: Vec<_> = defaults
+        .iter()
+        .map(|(key, value)| format!("{key} = {value}"))
+        .collect();
+    ensure!(
+        Config::parse(&all.join("\n"))? == Config::default(),
+        "{all:#?} is not the default"
+    );
+    // Every field of Config, by name: Debug is derived.
+    let config = format!("{:?}", Config::default());
+    let fields = config.split_once('{').context("Config")?.1;
+    let fields = fields
+        .split([' ', '{', '}'])
+        .filter_map(|word| word.strip_suffix(':'));
+    let fields: Vec<_> = fields.collect();
+    let keys: Vec<_> = defaults.iter().map(|(key, _)| key.as_str()).collect();
+    ensure!(keys == fields, "keys {keys:?}, fields {fields:?}");
+    Ok(())
+}
+
+#[test]
+fn readme_and_manual_know_every_key_and_its_default() -> Result<()> {
+    let readme = text("README.md")?;
+    let manual = text("packaging/man/virt-ferry.toml.5")?
+        .replace("\\-", "-")
+        .replace("\\(dq", "\"");
+    for (key, value) in defaults()? {
+        let row = format!("| `{key}` | `{value}` |");
+        ensure!(readme.contains(&row), "README.md has no {row}");
+        ensure!(
+            manual.contains(&format!(".BR {key} ")),
+            "the manual page has no {key}"
+        );
+        let page = manual
+            .split(".TP\n")
+            .find(|part| part.starts_with(&format!(".BR {key} ")));
+        ensure!(
+            page.is_some_and(|page| page.contains(&value)),
+            "the manual page has no {value}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn manual_pages_are_sound() -> Result<()> {
+    if !there_is("groff", "groff-base") {
+        return Ok(());
+    }
+    for page in ["virt-ferry.toml.5", "virt-ferry-engine.8"] {
+        let output = Command::new("groff")
+            .args(["-ww", "-man", "-Tutf8"])
+            .arg(checkout().join("packaging/man").join(page))
+            .output()
+            .context("groff")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() && said.is_empty(), "{page}: {said}");
+        ensure!(output.stdout.len() > 1000, "{page} is empty");
+    }
+    Ok(())
+}
+
+/// All files below a directory, from there.
+fn files(directory: &Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    let mut open = vec![directory.to_owned()];
+    while let Some(next) = open.pop() {
+        for entry in fs::read_dir(&next)? {
+            let path = entry?.path();
+            match path.is_dir() {
+                true => open.push(path),
+                false => found.push(path.strip_prefix(directory)?.display().to_string()),
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+#[test]
+fn what_the_installer_brings_it_takes_away() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let (built, root) = (directory.path().join("built"), directory.path().join("root"));
+    fs::create_dir(&built)?;
+    for name in ["libvirt_driver_ferry.so", "virt-ferry-engine"] {
+        fs::write(built.join(name), name)?;
+    }
+    let local = root.join("etc/apparmor.d/local/usr.sbin.libvirtd");
+    fs::create_dir_all(local.parent().context("a path")?)?;
+    fs::write(
+        root.join("etc/apparmor.d/usr.sbin.libvirtd"),
+        "profile libvirtd {}\n",
+    )?;
+    fs::write(&local, "# theirs\n")?;
+    let before = files(&root)?;
+
+    let run = |more: &[&str]| -> Result<String> {
+        let output = Command::new(checkout().join("packaging/install"))
+            .arg("--destdir")
+            .arg(&root)
+            .arg("--from")
+            .arg(&built)
+            .args(more)
+            .output()
+            .context("packaging/install")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() && said.is_empty(), "{more:?}: {said}");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    // Twice: an upgrade.
+    run(&[])?;
+    run(&[])?;
+    let installed = files(&root)?;
+    let default = Config::default();
+    for path in [
+        default.engine.strip_prefix("/")?.to_string_lossy().as_ref(),
+        "usr/lib/virt-ferry/libvirt_driver_ferry.so",
+        "usr/lib/systemd/system/libvirtd.service.d/virt-ferry.conf",
+        "usr/lib/systemd/system/virtqemud.service.d/virt-ferry.conf",
+        ferry_contract::config::PATH.trim_start_matches('/'),
+    ] {
+        ensure!(
+            installed.iter().any(|installed| installed == path),
+            "no {path} in {installed:#?}"
+        );
+    }
+    for daemon in ["libvirtd", "virtqemud"] {
+        let unit = root.join(format!(
+            "usr/lib/systemd/system/{daemon}.service.d/virt-ferry.conf"
+        ));
+        let unit = fs::read_to_string(unit)?;
+        let settings: Vec<_> = unit.lines().filter(|line| !line.starts_with('#')).collect();
+        let preload = "Environment=LD_PRELOAD=/usr/lib/virt-ferry/libvirt_driver_ferry.so";
+        ensure!(settings == ["[Service]", preload], "{settings:?}");
+    }
+    let rules = fs::read_to_string(&local)?;
+    ensure!(
+        rules.starts_with("# theirs\n") && rules.matches("virt-ferry-engine PUx,").count() == 1,
+        "{rules}"
+    );
+    let configuration = root.join("etc/virt-ferry/virt-ferry.toml");
+    ensure!(
+        Config::parse(&fs::read_to_string(&configuration)?)? == default,
+        "not the defaults"
+    );
+
+    run(&["--uninstall"])?;
+    ensure!(files(&root)? == before, "left: {:#?}", files(&root)?);
+    ensure!(
+        fs::read_to_string(&local)? == "# theirs\n",
+        "AppArmor's rules are not as before"
+    );
+
+    // Elsewhere, the engine is found by the configuration; one that was changed stays.
+    run(&["--prefix", "/opt"])?;
+    let changed = fs::read_to_string(&configuration)? + "streams = 2\n";
+    ensure!(
+        Config::parse(&changed)?.engine == Path::new("/opt/lib/virt-ferry/virt-ferry-engine"),
+        "{changed}"
+    );
+    fs::write(&configuration, &changed)?;
+    run(&["--prefix", "/opt"])?;
+    ensure!(
+        fs::read_to_string(&configuration)? == changed,
+        "the configuration was overwritten"
+    );
+    let said = run(&["--prefix", "/opt", "--uninstall"])?;
+    ensure!(said.contains("was changed and stays"), "{said}");
+    Ok(())
+}
