@@ -214,6 +214,28 @@ impl Host {
         self.virsh(&[&["migrate", "--live", domain, &to.uri()], options].concat())
     }
 
+    /// Defines a running guest, so that it outlives its end.
+    ///
+    /// # Errors
+    /// What virsh said.
+    pub fn make_persistent(&self, domain: &str) -> Result<()> {
+        let xml = self.virsh(&["dumpxml", "--inactive", "--security-info", domain])?;
+        let file = self.xml_file(&xml)?;
+        self.virsh(&["define", &file])?;
+        Ok(())
+    }
+
+    /// Whether the guest is defined here.
+    ///
+    /// # Errors
+    /// What virsh said, also where it does not know the guest.
+    pub fn is_persistent(&self, domain: &str) -> Result<bool> {
+        let information = self.virsh(&["dominfo", domain])?;
+        Ok(information
+            .lines()
+            .any(|line| line.split_whitespace().eq(["Persistent:", "yes"])))
+    }
+
     /// Sends a QMP command to a guest's QEMU and returns the answer.
     ///
     /// # Errors

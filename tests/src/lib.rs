@@ -7,14 +7,27 @@
 //!   host::Host       one of them: commands, virsh, guests, logs, processes
 //!   guest            guests that check their own memory
 //!   clean            that a migration left nothing of virt-ferry on a host
+//!   scene            a lab with a guest in it, moved and judged
+//!   underway         a migration while it runs
+//!   link             a link made slow
+//!   timeline         what virt-ferry is told and tells on a host
+//!   recorded         the same in the engine's own types
+//!   phases           a client that runs the phases of a migration one by one
+//!   fault            slow and cut links, killed processes, and how a guest must come out of it
 //!   wait             waiting for a condition, never for a time
 //! ```
 
 pub mod clean;
+pub mod fault;
 pub mod guest;
 pub mod host;
 pub mod lab;
+pub mod link;
+pub mod phases;
+pub mod recorded;
 pub mod scene;
+pub mod timeline;
+pub mod underway;
 pub mod wait;
 
 /// Says that this machine cannot run a test, and why; `tests/run` counts and shows it. Follow it by `return Ok(())`.

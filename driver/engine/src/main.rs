@@ -65,7 +65,10 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-fn serve(role: fn(&Control, &Arc<Meter>, &Arc<Signals>)) -> anyhow::Result<()> {
+/// One end of a migration, from its plug-in's first request to its end.
+type Role = fn(&Control, &Arc<Meter>, &Arc<Signals>) -> Result<(), ferry_engine::live::Error>;
+
+fn serve(role: Role) -> anyhow::Result<()> {
     let socket = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()
@@ -73,8 +76,7 @@ fn serve(role: fn(&Control, &Arc<Meter>, &Arc<Signals>)) -> anyhow::Result<()> {
     let (meter, signals) = (Arc::new(Meter::default()), Arc::new(Signals::default()));
     let control = Control::open(UnixStream::from(socket), Arc::clone(&meter), Arc::clone(&signals))
         .context("cannot listen to the plug-in")?;
-    role(&control, &meter, &signals);
-    Ok(())
+    Ok(role(&control, &meter, &signals)?)
 }
 
 /// Waits for QEMU's migration to end, if one is under way, and clears the capability.

@@ -21,7 +21,8 @@ const SILENCE: Duration = Duration::from_secs(30);
 /// How long a request may take to be written: the engine reads all the time.
 const WRITE: Duration = Duration::from_secs(5);
 /// How long an engine may take to put things away after its plug-in let go of it.
-const BURIAL: Duration = Duration::from_secs(15);
+/// Longer than the engine takes to clear QEMU's capability (20 s).
+const BURIAL: Duration = Duration::from_secs(30);
 /// How long the rescue of a guest from a dead engine may take.
 const RESCUE: Duration = Duration::from_secs(10);
 
@@ -32,6 +33,8 @@ pub struct Engine {
 
 struct Shared {
     host: String,
+    /// Held while a request is under way: there is one answer at a time.
+    asking: Mutex<()>,
     socket: Mutex<UnixStream>,
     state: Mutex<State>,
     changed: Condvar,
@@ -74,6 +77,7 @@ impl Engine {
             .map_err(failed)?;
         let shared = Arc::new(Shared {
             host: host.to_owned(),
+            asking: Mutex::new(()),
             socket: Mutex::new(ours),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -92,6 +96,9 @@ impl Engine {
     /// answers, dies or falls silent.
     pub fn ask(&self, request: &Request, limit: Option<Duration>) -> Result<Reply, Failure> {
         let deadline = limit.map(|limit| Instant::now() + limit);
+        let Ok(_asking) = self.shared.asking.try_lock() else {
+            return Err(self.failure("another phase of this migration is under way".into()));
+        };
         self.shared.lock().reply = None;
         self.tell(request)?;
         let mut state = self.shared.lock();
@@ -210,15 +217,13 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, p
     let status = bury(&mut child);
     let clean = status.is_some_and(|status| status.success());
     let how = status.map_or_else(|| "it cannot be killed".into(), |status| status.to_string());
-    let monitor = {
-        let mut state = shared.lock();
-        state.gone = Some(format!("{why} ({how}); see the daemon's log"));
-        state.monitor.take()
-    };
-    shared.changed.notify_all();
+    let monitor = shared.lock().monitor.take();
     if let (false, Some(monitor)) = (clean, monitor) {
+        // Before anybody hears of the end: libvirt's next job on this guest may be a save.
         rescue(program, &monitor);
     }
+    shared.lock().gone = Some(format!("{why} ({how}); see the daemon's log"));
+    shared.changed.notify_all();
 }
 
 /// Waits for the process to end, killing it when it takes too long.
@@ -253,18 +258,22 @@ fn rescue(program: &Path, monitor: &Path) {
         .stdout(Stdio::null())
         .process_group(0)
         .spawn();
-    let outcome = match child {
-        Ok(mut child) => {
-            let status = wait(&mut child, RESCUE).or_else(|| {
-                let _ = child.kill();
-                bury(&mut child)
-            });
-            status.map_or_else(
-                || "the rescue cannot be killed".into(),
-                |status| status.to_string(),
-            )
+    let status = child.map(|mut child| {
+        wait(&mut child, RESCUE).or_else(|| {
+            let _ = child.kill();
+            bury(&mut child)
+        })
+    });
+    match status {
+        Ok(Some(status)) if status.success() => {
+            tracing::warn!(monitor = %monitor.display(), "an engine died at work; x-ignore-shared is off");
         }
-        Err(error) => error.to_string(),
-    };
-    tracing::warn!(monitor = %monitor.display(), outcome, "an engine died at work; its guest was rescued");
+        // QEMU itself has gone, or a save of this guest would have no RAM in it.
+        outcome => tracing::error!(
+            monitor = %monitor.display(),
+            ?outcome,
+            "an engine died at work and x-ignore-shared could not be cleared; if the guest still runs, do not save it \
+             before virt-ferry-engine rescue has succeeded on this monitor"
+        ),
+    }
 }

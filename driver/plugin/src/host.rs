@@ -35,9 +35,15 @@ pub fn name() -> String {
     nix::unistd::gethostname().map_or_else(|_| "localhost".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// The address other hosts reach this one by: `migration_host` in qemu.conf, else its name.
-pub fn address() -> String {
-    qemu_conf("migration_host").unwrap_or_else(name)
+/// The address other hosts reach this one by, where qemu.conf names one (`migration_host`, brackets allowed).
+pub fn migration_host() -> Option<String> {
+    let host = qemu_conf("migration_host")?;
+    Some(host.trim_start_matches('[').trim_end_matches(']').to_owned())
+}
+
+/// The address to listen on, where qemu.conf names one (`migration_address`).
+pub fn migration_address() -> Option<String> {
+    qemu_conf("migration_address")
 }
 
 /// The directory for guests' RAM files: `memory_backing_dir` in qemu.conf, with libvirt's own subdirectory where
@@ -71,32 +77,42 @@ fn string_setting(text: &str, key: &str) -> Option<String> {
 }
 
 /// The socket of the private monitor of a running domain; `None` where its QEMU was started without one.
-pub fn monitor(id: u32) -> Option<PathBuf> {
+///
+/// Its private directory is named by number and the first 20 characters of its name (libvirt 11.3,
+/// `virDomainDefGetShortName`); directories of guests of the same number may be left from before a crash.
+pub fn monitor(id: u32, name: &str) -> Option<PathBuf> {
     let prefix = format!("domain-{id}-");
     let entries = std::fs::read_dir(QEMU_LIB).ok()?;
-    let private = entries
-        .flatten()
-        .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))?;
+    let private = entries.flatten().find(|entry| {
+        let directory = entry.file_name();
+        let short = directory
+            .to_str()
+            .and_then(|directory| directory.strip_prefix(&prefix));
+        short.is_some_and(|short| !short.is_empty() && name.starts_with(short))
+    })?;
     let socket = private.path().join(MONITOR);
     socket.exists().then_some(socket)
 }
 
-/// Makes the directory in which incoming QEMUs bind the sockets the engine connects to: theirs alone, as the
-/// user that libvirt runs QEMU as.
-pub fn incoming_directory(config: &Config) -> std::io::Result<PathBuf> {
+/// Where incoming QEMUs bind the sockets the engine connects to.
+pub fn incoming_directory(config: &Config) -> PathBuf {
+    config.runtime_directory.join("incoming")
+}
+
+/// Makes that directory: QEMU's alone, as the user that libvirt runs QEMU as.
+pub fn make_incoming_directory(config: &Config) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
+    let directory = incoming_directory(config);
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o711)
         .create(&config.runtime_directory)?;
-    let directory = config.runtime_directory.join("incoming");
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(&directory)?;
     let user = std::fs::metadata(QEMU_LIB)?;
-    std::os::unix::fs::chown(&directory, Some(user.uid()), Some(user.gid()))?;
-    Ok(directory)
+    std::os::unix::fs::chown(&directory, Some(user.uid()), Some(user.gid()))
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 use crate::engine::Engine;
 use ferry_contract::cookie::Offer;
 use ferry_contract::session::Guest;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use uuid::Uuid;
 
@@ -16,6 +17,46 @@ pub enum Role {
     Destination,
 }
 
+/// Bytes of memory promised to arriving guests, whether or not they have arrived yet.
+static PROMISED: AtomicU64 = AtomicU64::new(0);
+
+/// Memory promised to one arriving guest, for as long as this lives.
+pub struct Promise(u64);
+
+impl Promise {
+    /// Promises memory for these blocks; also returns what others have been promised and do not hold yet.
+    pub fn make(offer: &Offer) -> (Self, u64) {
+        let bytes = offer
+            .blocks
+            .iter()
+            .map(|block| block.resident)
+            .fold(0, u64::saturating_add);
+        // Sums of what hosts offer stay far below 2^64: each block is bounded by the cookie's parser.
+        let others = PROMISED.fetch_add(bytes, Ordering::Relaxed);
+        (Self(bytes), others.saturating_sub(landed()))
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        PROMISED.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
+/// Bytes of promised memory that arriving guests hold already.
+fn landed() -> u64 {
+    let arriving: Vec<_> = sessions()
+        .iter()
+        .filter(|session| session.role == Role::Destination)
+        .cloned()
+        .collect();
+    let held = |session: &Arc<Session>| match &session.promise {
+        Some(Promise(bytes)) => session.engine.statistics().data.min(*bytes),
+        None => 0,
+    };
+    arriving.iter().map(held).fold(0, u64::saturating_add)
+}
+
 /// One migration on this host.
 pub struct Session {
     /// Which end.
@@ -26,8 +67,20 @@ pub struct Session {
     pub offer: Offer,
     /// Its engine.
     pub engine: Engine,
+    promise: Option<Promise>,
+    _incoming: Option<SocketFile>,
     cancelled: AtomicBool,
     handed_over: AtomicBool,
+}
+
+/// The socket of an incoming QEMU. Ended before anybody has connected, QEMU leaves it behind.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Absent where QEMU was connected to: it removes the socket itself then.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 impl Session {
@@ -38,9 +91,18 @@ impl Session {
             guest,
             offer,
             engine,
+            promise: None,
+            _incoming: None,
             cancelled: AtomicBool::new(false),
             handed_over: AtomicBool::new(false),
         }
+    }
+
+    /// Keeps what this host promised to an arriving guest, and the socket its QEMU has bound.
+    pub fn arriving(mut self, promise: Promise, incoming: PathBuf) -> Self {
+        self.promise = Some(promise);
+        self._incoming = Some(SocketFile(incoming));
+        self
     }
 
     /// Notes that the operator gave it up, and tells the engine.
@@ -64,17 +126,6 @@ impl Session {
     /// Whether the operator gave it up.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
-    }
-
-    /// Bytes promised to this guest on this host that may not be resident yet.
-    fn promised(&self) -> u64 {
-        let all: u64 = self
-            .offer
-            .blocks
-            .iter()
-            .map(|block| block.resident)
-            .fold(0, u64::saturating_add);
-        all.saturating_sub(self.engine.statistics().data)
     }
 }
 
@@ -111,29 +162,24 @@ pub fn by_uuid(role: Role, uuid: Uuid) -> Option<Arc<Session>> {
         .cloned()
 }
 
-/// The session of the guest of this name on this host.
+/// The newest session of the guest of this name on this host.
 pub fn by_name(role: Role, name: &str) -> Option<Arc<Session>> {
     sessions()
         .iter()
+        .rev()
         .find(|session| session.role == role && session.guest.name == name)
         .cloned()
+}
+
+/// Forgets sessions of this guest that an earlier attempt left behind.
+pub fn forget(role: Role, uuid: Uuid) {
+    while let Some(session) = by_uuid(role, uuid) {
+        remove(&session);
+    }
 }
 
 /// Forgets a session; its engine is let go with the last reference.
 pub fn remove(session: &Arc<Session>) {
     let mut list = sessions();
     list.retain(|other| !Arc::ptr_eq(other, session));
-}
-
-/// Bytes of memory promised to guests on their way to this host.
-pub fn promised() -> u64 {
-    let arriving: Vec<_> = sessions()
-        .iter()
-        .filter(|session| session.role == Role::Destination)
-        .cloned()
-        .collect();
-    arriving
-        .iter()
-        .map(|session| session.promised())
-        .fold(0, u64::saturating_add)
 }

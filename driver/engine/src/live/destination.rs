@@ -43,7 +43,12 @@ const LOAD: Duration = Duration::from_secs(50);
 const UNTIL_CONCLUDED: Duration = Duration::from_secs(15 * 60);
 
 /// Serves one plug-in, from its first request to its end.
-pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
+pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), Error> {
+    serve(control, meter, signals);
+    Ok(())
+}
+
+fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     let Some(Request::Reserve {
         guest,
         host,
@@ -184,7 +189,7 @@ impl Attached {
         for group in join_cgroups_of(&process) {
             tracing::debug!(group = %group.display(), "joined the guest's control group");
         }
-        let landing = Landing::new(files)?;
+        let landing = Landing::new(files, Arc::clone(place.meter))?;
         watch.ignore_shared()?;
         let identity = Identity::generate(place.offer.session)?;
         let (first, last) = place.settings.ports;
@@ -255,8 +260,10 @@ impl Attached {
         match finish(place, &self.watch, &notes, &mut recorder) {
             Ok(()) => conclude(place, recorder, &notes, &tell),
             Err(error) => {
-                // libvirt will not resume it here: the source may hear so, at whatever time it asks.
-                let _ = tell.send(None);
+                // Our refusal makes libvirt end the guest here. Without a plug-in to hear it nothing is known.
+                if !matches!(error, Error::Abandoned) {
+                    let _ = tell.send(None);
+                }
                 place.fail(recorder, &error);
             }
         }
@@ -436,7 +443,6 @@ impl Arrival {
             let landed = receiver.run(&mut landing).map_err(Error::from);
             match &landed {
                 Ok(totals) => {
-                    meter.data.fetch_add(totals.data_bytes, Relaxed);
                     meter.wire.fetch_add(totals.wire_bytes, Relaxed);
                 }
                 Err(error) => signals.end(End::Failed(error.to_string())),
@@ -568,17 +574,18 @@ fn note(recorder: &mut Recorder, notes: impl Iterator<Item = Note>) -> Option<So
 
 /// libvirt has resumed the guest, or ended it.
 fn conclude(place: &Place<'_>, mut recorder: Recorder, notes: &Receiver<Note>, tell: &Sender<Told>) {
-    let success = matches!(
-        place.signals.next_request(Some(deadline(UNTIL_CONCLUDED))),
-        Some(Request::Conclude { success: true })
-    );
-    if !success {
-        let _ = tell.send(None);
-        report::publish(
-            &recorder.fail("libvirt could not resume the guest here; it goes on at the source"),
-            &place.settings.log_directory,
-        );
-        return place.control.reply(Reply::Concluded);
+    let failed = |cause: &str| report::publish(&recorder.clone().fail(cause), &place.settings.log_directory);
+    match place.signals.next_request(Some(deadline(UNTIL_CONCLUDED))) {
+        Some(Request::Conclude { success: true }) => {}
+        // libvirt's daemon ended between resuming the guest and saying so.
+        None if place.signals.seen().resumed.is_some() => {}
+        Some(Request::Conclude { success: false }) => {
+            let _ = tell.send(None);
+            failed("libvirt could not resume the guest here; it goes on at the source");
+            return place.control.reply(Reply::Concluded);
+        }
+        // Not known, so nothing is told: the source must not resume it either.
+        _ => return failed("libvirt's daemon ended before it resumed the guest; look whether it runs here"),
     }
     // libvirt's client now lets the source conclude, which asks for our part of the pause.
     place.control.reply(Reply::Concluded);

@@ -1,34 +1,42 @@
 //! Landing memory: what comes off the streams, written into the RAM files of the incoming QEMU.
 
 use super::Error;
+use crate::control::Meter;
 use crate::memory::RamFile;
 use crate::wire::Apply;
 use std::io;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 
 /// The RAM files of the incoming guest, in the order of the offer; each stream has a handle.
 #[derive(Clone)]
-pub struct Landing(Arc<[RamFile]>);
+pub struct Landing {
+    files: Arc<[RamFile]>,
+    meter: Arc<Meter>,
+}
 
 impl Landing {
     /// Lands in these files, which are emptied first: what the source never sends is a hole there and must be
     /// one here, whatever QEMU has put there since it started.
-    pub fn new(files: Vec<RamFile>) -> Result<Self, Error> {
+    pub fn new(files: Vec<RamFile>, meter: Arc<Meter>) -> Result<Self, Error> {
         for file in &files {
             if file.resident()? > 0 {
                 file.punch(0..file.len())?;
             }
         }
-        Ok(Self(files.into()))
+        Ok(Self {
+            files: files.into(),
+            meter,
+        })
     }
 
     /// The files.
     pub fn files(&self) -> impl Iterator<Item = &RamFile> {
-        self.0.iter()
+        self.files.iter()
     }
 
     fn file(&self, block: u16) -> io::Result<&RamFile> {
-        self.0
+        self.files
             .get(usize::from(block))
             .ok_or_else(|| io::Error::other(format!("there is no RAM block {block}")))
     }
@@ -37,6 +45,8 @@ impl Landing {
 impl Apply for Landing {
     /// Cold pages are written by pwrite: one copy into fresh pages, no fault a page.
     fn data(&mut self, block: u16, offset: u64, payload: &[u8]) -> io::Result<()> {
+        // The plug-in counts what is not here yet as promised.
+        self.meter.data.fetch_add(payload.len() as u64, Relaxed);
         self.file(block)?
             .write_at(offset, payload)
             .map_err(io::Error::other)

@@ -50,8 +50,10 @@ pub struct Last {
     pub pages: u64,
     /// The last pass.
     pub sent: Sent,
-    /// The guest's RAM, not tracked any more.
+    /// The guest's RAM.
     pub blocks: Vec<RamBlock>,
+    /// Still on: lifting the tracking takes about 50 ms a GiB, which must not lengthen the pause.
+    pub tracker: WriteTracker,
 }
 
 impl Precopy {
@@ -190,6 +192,7 @@ impl Precopy {
             pages: dirty,
             sent: self.sent,
             blocks: self.blocks,
+            tracker: self.tracker,
         })
     }
 

@@ -16,8 +16,9 @@ use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{sync_channel, Receiver};
+use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::Arc;
 
 /// Bytes read from QEMU at a time.
@@ -35,7 +36,13 @@ pub struct Door {
 impl Door {
     /// Makes the socket, for root only.
     pub fn open(directory: &Path, session: uuid::Uuid) -> Result<Self, Error> {
-        let failed = Error::system("make the socket for libvirt in the runtime directory");
+        let failed = |error: std::io::Error| {
+            Error::Elsewhere(format!(
+                "cannot make the socket for libvirt in {}: {error}; set another runtime_directory in {}",
+                directory.display(),
+                ferry_contract::config::PATH
+            ))
+        };
         std::fs::create_dir_all(directory).map_err(failed)?;
         let path = directory.join(format!("{}.out", &session.simple().to_string()[..8]));
         let listener = UnixListener::bind(&path).map_err(failed)?;
@@ -81,7 +88,10 @@ fn run(
 ) -> Result<(), Error> {
     let signals = Arc::clone(signals);
     let body = move || {
-        if let Err(error) = relay() {
+        // A QEMU whose relay is gone without a word would stand still for ever.
+        let outcome = catch_unwind(AssertUnwindSafe(relay));
+        let outcome = outcome.unwrap_or_else(|_| Err(Error::Elsewhere("a relay thread panicked".into())));
+        if let Err(error) = outcome {
             signals.end(End::Failed(error.to_string()));
         }
     };
@@ -109,12 +119,12 @@ pub fn from_source(
             .map_err(Error::system("share QEMU's stream"))?;
         let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
         run("return-path", &inner, move || to_qemu(back, &other))?;
-        from_qemu(qemu, out, |switched| match switched {
-            true => Ok(Kind::Held),
+        from_qemu(qemu, out, &inner, |switched| {
             // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
-            false => watch
-                .before_switchover()
-                .map(|before| if before { Kind::Early } else { Kind::Held }),
+            match switched || inner.seen().drained.is_some() || !watch.before_switchover()? {
+                true => Ok(Kind::Held),
+                false => Ok(Kind::Early),
+            }
         })
     })
 }
@@ -161,8 +171,9 @@ fn deliver(
         .watch_socket(&qemu)
         .map_err(Error::system("share QEMU's stream"))?;
     let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
+    let inner = Arc::clone(signals);
     run("return-path", signals, move || {
-        from_qemu(other, back, |_| Ok(Kind::Early))
+        from_qemu(other, back, &inner, |_| Ok(Kind::Early))
     })?;
     loop {
         let (kind, bytes) = next;
@@ -184,28 +195,44 @@ fn deliver(
     }
 }
 
-/// From a QEMU to the other engine, until QEMU closes. `kind` is told whether held chunks have begun.
+/// From a QEMU to the other engine, until QEMU closes. `kind` is asked after a chunk has been read, and told whether
+/// held chunks have begun.
+///
+/// One thread reads on while another asks: QEMU writes device state with its big lock held, under which it answers no
+/// monitor, so a reader that waited for the monitor would wait for itself (QEMU 10.0, `migration_completion`).
 fn from_qemu(
-    mut qemu: UnixStream,
+    qemu: UnixStream,
     mut to: Connection,
+    signals: &Arc<Signals>,
     mut kind: impl FnMut(bool) -> Result<Kind, Error>,
 ) -> Result<(), Error> {
-    let mut buffer = vec![0; CHUNK];
+    let (queue, chunks) = sync_channel(WITHHELD);
+    run("read-qemu", signals, move || read_all(qemu, &queue))?;
     let mut held = false;
+    while let Ok(chunk) = chunks.recv() {
+        let kind = kind(held)?;
+        held |= kind == Kind::Held;
+        chunk::send(&mut to, kind, &chunk)?;
+    }
+    chunk::send(&mut to, Kind::Eof, &[])?;
+    Ok(to.end_sending()?)
+}
+
+/// Reads until QEMU closes.
+fn read_all(mut qemu: UnixStream, queue: &SyncSender<Vec<u8>>) -> Result<(), Error> {
     loop {
-        let count = match qemu.read(&mut buffer) {
+        let mut chunk = vec![0; CHUNK];
+        let count = match qemu.read(&mut chunk) {
             Ok(count) => count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             // QEMU closed with something unread: its end all the same; its monitor says whether it is well.
             Err(_) => 0,
         };
-        if count == 0 {
-            chunk::send(&mut to, Kind::Eof, &[])?;
-            return Ok(to.end_sending()?);
+        chunk.truncate(count);
+        // A sender that has gone has ended the migration.
+        if count == 0 || queue.send(chunk).is_err() {
+            return Ok(());
         }
-        let kind = kind(held)?;
-        held |= kind == Kind::Held;
-        chunk::send(&mut to, kind, &buffer[..count])?;
     }
 }
 

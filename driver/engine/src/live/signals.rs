@@ -9,8 +9,11 @@ use ferry_contract::control::Request;
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+/// How long an engine whose migration has ended waits to be asked about it: libvirt's phases return soon then. The
+/// destination's libvirt never asks when its client goes away: it just ends the incoming QEMU.
+const UNASKED: Duration = Duration::from_secs(60);
 /// Requests that may wait; the plug-in sends one at a time.
 const MAX_REQUESTS: usize = 16;
 
@@ -46,6 +49,7 @@ struct State {
     seen: Seen,
     committed: Option<Instant>,
     end: Option<End>,
+    ended: Option<Instant>,
     abandoned: bool,
     connections: Vec<Breaker>,
     sockets: Vec<UnixStream>,
@@ -100,9 +104,12 @@ impl Signals {
     pub fn end(&self, end: End) {
         let mut state = self.lock();
         state.abandoned |= end == End::Abandoned;
-        if state.end.is_none() {
+        // After the commitment only QEMU can still cancel, which libvirt has told it: its stream must not be torn.
+        let too_late = end == End::Cancelled && state.committed.is_some();
+        if state.end.is_none() && !too_late {
             tracing::debug!(?end, "the session ends");
             state.end = Some(end);
+            state.ended = Some(Instant::now());
             state.break_off();
         }
         self.changed.notify_all();
@@ -111,6 +118,14 @@ impl Signals {
     /// Fails where the migration has ended.
     pub fn check(&self) -> Result<(), Error> {
         self.lock().check()
+    }
+
+    /// The cause behind an error: that this side broke a connection off tells nothing, what ended the migration does.
+    pub fn cause(&self, error: Error) -> Error {
+        match error {
+            Error::Wire(crate::wire::Error::BrokenOff { .. }) => self.check().err().unwrap_or(error),
+            error => error,
+        }
     }
 
     /// A connection to be broken at the end.
@@ -137,14 +152,16 @@ impl Signals {
     }
 
     /// Waits for the plug-in's next request, also in a migration that has failed: the plug-in will ask and must be
-    /// told. `None` when the plug-in has let go, or at the deadline.
+    /// told. `None` when the plug-in has let go, at the deadline, or some time after the end.
     pub fn next_request(&self, deadline: Option<Instant>) -> Option<Request> {
         let mut state = self.lock();
         loop {
             if let Some(request) = state.requests.pop_front() {
                 return Some(request);
             }
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let forgotten = state.ended.map(|ended| ended + UNASKED);
+            let end = [deadline, forgotten].into_iter().flatten().min();
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             if state.abandoned || left.is_some_and(|left| left.is_zero()) {
                 return None;
             }
@@ -194,11 +211,7 @@ impl Signals {
         }
     }
 
-    fn sleep<'a>(
-        &self,
-        state: MutexGuard<'a, State>,
-        left: Option<std::time::Duration>,
-    ) -> MutexGuard<'a, State> {
+    fn sleep<'a>(&self, state: MutexGuard<'a, State>, left: Option<Duration>) -> MutexGuard<'a, State> {
         match left {
             None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
             Some(left) => {
@@ -244,7 +257,6 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn the_first_end_stands_and_wakes() {
@@ -254,6 +266,31 @@ mod tests {
         signals.end(End::Cancelled);
         signals.end(End::Failed("later".into()));
         assert!(matches!(waiter.join().unwrap(), Err(Error::Cancelled)));
+    }
+
+    #[test]
+    fn a_cancellation_after_the_commitment_is_qemus_affair() {
+        let signals = Signals::default();
+        signals.commit();
+        signals.end(End::Cancelled);
+        assert!(signals.check().is_ok());
+        signals.end(End::Failed("why".into()));
+        assert!(signals.check().is_err());
+    }
+
+    #[test]
+    fn a_connection_broken_off_is_no_cause() {
+        let broken = || {
+            Error::Wire(crate::wire::Error::BrokenOff {
+                peer: "192.0.2.1:49152".parse().unwrap(),
+                doing: "sending",
+            })
+        };
+        let signals = Signals::default();
+        assert!(matches!(signals.cause(broken()), Error::Wire(_)));
+        signals.end(End::Cancelled);
+        assert!(matches!(signals.cause(broken()), Error::Cancelled));
+        assert!(matches!(signals.cause(Error::Libvirt), Error::Libvirt));
     }
 
     #[test]

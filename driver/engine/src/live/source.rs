@@ -16,7 +16,7 @@ use super::verify;
 use super::watch::{deadline, Watch, COMMAND};
 use super::Error;
 use crate::control::{Control, Meter};
-use crate::memory::probe;
+use crate::memory::{probe, Backing, WriteTracker};
 use crate::qemu::{discover, Process, RamBlock};
 use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::data::WINDOW;
@@ -45,7 +45,10 @@ const CLEAR: Duration = Duration::from_secs(20);
 const STEP: Duration = Duration::from_millis(10);
 
 /// Serves one plug-in, from its first request to its end.
-pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
+///
+/// # Errors
+/// When something was left on the guest that the plug-in must see to: x-ignore-shared.
+pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), Error> {
     let Some(Request::Inspect {
         guest,
         host,
@@ -53,7 +56,7 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
         settings,
     }) = signals.next_request(Some(deadline(UNTIL_PERFORM)))
     else {
-        return;
+        return Ok(());
     };
     let place = Place {
         control,
@@ -71,19 +74,21 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     let inspected = match Inspected::look(&place, monitor, session) {
         Ok(inspected) => inspected,
         Err(error) => {
-            return control.reply(Reply::NotEligible {
+            control.reply(Reply::NotEligible {
                 reason: error.to_string(),
-            })
+            });
+            return Ok(());
         }
     };
     recorder.ram(inspected.ram());
     recorder.enter(Stage::Reservation);
     control.reply(Reply::Offer(inspected.offer.clone()));
     match signals.next_request(Some(deadline(UNTIL_PERFORM))) {
-        Some(Request::Precopy { answer }) => inspected.migrate(&place, &answer, recorder),
+        Some(Request::Precopy { answer }) => return inspected.migrate(&place, &answer, recorder),
         Some(Request::Conclude { .. }) => control.reply(Reply::Concluded),
         _ => tracing::info!("libvirt did not come to its Perform; the engine ends"),
     }
+    Ok(())
 }
 
 /// What every stage needs of its surroundings.
@@ -130,6 +135,12 @@ impl Inspected {
         let pid = watch.command(|monitor| monitor.peer_pid())?;
         let process = Process::open(pid)?;
         let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
+        if let Some(huge) = blocks.iter().find(|block| block.file.backing() != Backing::Tmpfs) {
+            return Err(Error::Elsewhere(format!(
+                "RAM block {} lies on huge pages",
+                huge.name
+            )));
+        }
         let identity = Identity::generate(session)?;
         let token = ferry_contract::session::Token::new(*crate::wire::Token::generate()?.expose());
         let offered = |block: &RamBlock| {
@@ -157,7 +168,12 @@ impl Inspected {
     }
 
     /// All that follows, and the undoing of it where it fails.
-    fn migrate(self, place: &Place<'_>, answer: &cookie::Answer, mut recorder: Recorder) {
+    fn migrate(
+        self,
+        place: &Place<'_>,
+        answer: &cookie::Answer,
+        mut recorder: Recorder,
+    ) -> Result<(), Error> {
         recorder.peer(&answer.host);
         recorder.encryption((answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()));
         let watch = Arc::clone(&self.watch);
@@ -166,9 +182,10 @@ impl Inspected {
             .and_then(|converged| converged.stop_and_copy(place, &mut recorder))
             .and_then(|moved| moved.performed(place));
         match moved {
-            Ok(moved) => moved.conclude(place, recorder),
-            Err(error) => undo(place, &watch, recorder, &error),
+            Ok(handed_over) => handed_over.conclude(place, recorder),
+            Err(error) => return undo(place, &watch, recorder, &place.signals.cause(error)),
         }
+        Ok(())
     }
 
     fn ram(&self) -> Ram {
@@ -360,7 +377,8 @@ impl Converged {
                 Some(false) => return Err(Error::Libvirt),
                 None => {
                     let scan = precopy.scan()?;
-                    if precopy.pending() > 0 {
+                    // From the switch-over on QEMU may not answer before its device state is out.
+                    if precopy.pending() > 0 && place.signals.seen().drained.is_none() {
                         precopy.send(recorder, scan)?;
                     }
                 }
@@ -401,6 +419,7 @@ impl Converged {
             watch,
             control,
             pause,
+            tracker: last.tracker,
         })
     }
 }
@@ -410,17 +429,31 @@ struct Moved {
     watch: Arc<Watch>,
     control: Connection,
     pause: SourcePause,
+    tracker: WriteTracker,
 }
 
 impl Moved {
     /// libvirt's Perform is over. Had it failed, the guest would go on here; either way its QEMU must not ignore
     /// its memory any longer.
-    fn performed(self, place: &Place<'_>) -> Result<Self, Error> {
+    fn performed(self, place: &Place<'_>) -> Result<HandedOver, Error> {
+        // A migration that QEMU or libvirt gives up now: a save that waits for its end must find the RAM.
+        if place
+            .signals
+            .wait_for_qemu(deadline(UNTIL_PERFORM), |seen| seen.failed)?
+            == Some(true)
+        {
+            return Err(Error::Libvirt);
+        }
         match place.signals.next_request(None) {
             Some(Request::Performed { success: true }) => {
                 self.watch.honour_shared(CLEAR)?;
                 place.control.reply(Reply::Committed);
-                Ok(self)
+                // Only now: the guest stands still no longer for it.
+                drop(self.tracker);
+                Ok(HandedOver {
+                    control: self.control,
+                    pause: self.pause,
+                })
             }
             Some(Request::Performed { success: false }) => {
                 place.signals.check()?;
@@ -430,7 +463,15 @@ impl Moved {
             None => Err(Error::Abandoned),
         }
     }
+}
 
+/// The guest is the destination's; its QEMU here stands still until libvirt ends it.
+struct HandedOver {
+    control: Connection,
+    pause: SourcePause,
+}
+
+impl HandedOver {
     /// libvirt is about to end the guest here, or to resume it because its client heard nothing good of the
     /// destination. The guest is the destination's now, so only the destination can give it back.
     fn conclude(mut self, place: &Place<'_>, mut recorder: Recorder) {
@@ -483,10 +524,11 @@ impl Moved {
 
 /// The migration failed before the destination owned the guest: nothing of ours may stay with it here. What the
 /// stages held (tracking, connections, sockets) went with them.
-fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) {
+fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) -> Result<(), Error> {
     place.signals.end(End::Failed(error.to_string()));
-    if let Err(left) = watch.honour_shared(CLEAR) {
-        // QEMU itself is gone, most likely, and its memory with it.
+    let cleared = watch.honour_shared(CLEAR);
+    if let Err(left) = &cleared {
+        // QEMU itself is gone, most likely, and its memory with it; the plug-in tries once more.
         tracing::warn!("x-ignore-shared may still be on: {left}");
     }
     let outcome = match error {
@@ -507,6 +549,7 @@ fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) {
     {
         place.control.reply(Reply::Failed(failure.clone()));
     }
+    cleared
 }
 
 /// Writes the timeline down; a full disk must not fail a migration.

@@ -271,7 +271,7 @@ pub fn millis(duration: Duration) -> f64 {
 }
 
 /// Collects a [`Timeline`] while the migration runs. Does no I/O except logging.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Recorder {
     clock: Clock,
     timeline: Timeline,

@@ -53,7 +53,8 @@ unsafe fn with_monitor(argv: *const *const c_char) -> Option<Vec<CString>> {
         let argument = unsafe { *argv.add(index) };
         if argument.is_null() {
             let directory = private_directory(&arguments)?;
-            if !crate::host::config().is_ok_and(|config| config.enabled) {
+            // Read as QEMU's user, who may not be allowed to: only a clear no is one.
+            if crate::host::config().is_ok_and(|config| !config.enabled) {
                 return None;
             }
             arguments.extend(monitor(&directory)?);

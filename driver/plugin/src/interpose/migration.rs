@@ -4,7 +4,7 @@ use super::border;
 use crate::host;
 use crate::libvirt::phase;
 use crate::libvirt::{Connection, Cookie, Domain, Params};
-use crate::live::{destination, p2p, source};
+use crate::live::{destination, p2p, source, DISABLED};
 use ferry_contract::cookie;
 use std::ffi::CStr;
 use std::os::raw::{c_char, c_int, c_uint};
@@ -64,7 +64,12 @@ pub unsafe extern "C" fn virDomainMigratePrepare3Params(
         unsafe {
             let connection = Connection::borrow(dconn);
             let cookie = cookie_in(cookiein, cookieinlen);
-            if nparams == 0 && cookie::is_probe(cookie) && connection.is_qemu() && enabled() {
+            if nparams == 0
+                && cookie::is_probe(cookie)
+                && connection.is_qemu()
+                && connection.may_write()
+                && takes_part()
+            {
                 Cookie::copy_of(cookie).hand_over(cookieout, cookieoutlen);
                 return Ok(0);
             }
@@ -78,9 +83,15 @@ pub unsafe extern "C" fn virDomainMigratePrepare3Params(
     })
 }
 
-/// Whether this host takes part; a configuration that cannot be read is told in the log when a guest arrives.
-fn enabled() -> bool {
-    host::config().is_ok_and(|config| config.enabled)
+/// Whether this host takes part. Where it does not, its log says why: the source does not learn it.
+fn takes_part() -> bool {
+    let reason = match host::config() {
+        Ok(config) if config.enabled => return true,
+        Ok(_) => DISABLED.to_owned(),
+        Err(reason) => reason,
+    };
+    tracing::info!("libvirt's own migration to this host: {reason}");
+    false
 }
 
 /// # Safety

@@ -34,6 +34,34 @@ impl Connection {
         !kind.is_null() && unsafe { CStr::from_ptr(kind) } == c"QEMU"
     }
 
+    /// Whether its user may change anything on this host: libvirt checks that within the functions we stand in for,
+    /// and we must not act before it has. Setting no memory parameters at all does nothing but be checked (connect:write
+    /// in fine-grained access control; libvirt 9.0 and 11.3).
+    pub fn may_write(self) -> bool {
+        let mut none = virt_sys::virTypedParameter {
+            field: [0; 80],
+            type_: 0,
+            value: virt_sys::_virTypedParameter__bindgen_ty_1 { ul: 0 },
+        };
+        // SAFETY: an open connection and a list of no parameters, which must not be NULL.
+        unsafe { virt_sys::virNodeSetMemoryParameters(self.0, &mut none, 0, 0) == 0 }
+    }
+
+    /// This host's name as libvirt has it, canonical where it can be.
+    pub fn hostname(self) -> Option<String> {
+        // SAFETY: an open connection; the string is from malloc and ours.
+        let name = unsafe { virt_sys::virConnectGetHostname(self.0) };
+        if name.is_null() {
+            return None;
+        }
+        // SAFETY: as above; copied before it is freed.
+        unsafe {
+            let text = CStr::from_ptr(name).to_string_lossy().into_owned();
+            libc::free(name.cast());
+            Some(text)
+        }
+    }
+
     /// The domain of this UUID.
     pub fn domain(self, uuid: Uuid) -> Result<OwnedDomain, Error> {
         // SAFETY: an open connection and 16 bytes.
@@ -65,6 +93,16 @@ impl Domain {
         }
         // SAFETY: a valid domain.
         Connection(unsafe { virt_sys::virDomainGetConnect(self.0) })
+    }
+
+    /// Whether the call's user may migrate it: libvirt checks that within the functions we stand in for, and we must not
+    /// act before it has. Asking for the maximum speed is checked the same (not read-only, domain:migrate) and takes
+    /// no job (libvirt 9.0 and 11.3).
+    pub fn may_migrate(self) -> bool {
+        let mut speed = 0;
+        // SAFETY: a domain and a number to write.
+        self.connection().is_qemu()
+            && unsafe { virt_sys::virDomainMigrateGetMaxSpeed(self.0, &mut speed, 0) == 0 }
     }
 
     /// Its name and UUID; `None` for a pointer that is no domain.
@@ -145,12 +183,17 @@ impl Drop for OwnedDomain {
 pub struct OwnedConnection(virConnectPtr);
 
 impl OwnedConnection {
-    /// Opens a URI as libvirt's own peer-to-peer code does: credentials a daemon cannot ask for are not given,
+    /// Opens a URI as libvirt's own peer-to-peer code does: credentials come from auth.conf, nobody is asked,
     /// and a keepalive notices a dead peer (5 s, 5 times: libvirt's defaults in qemu.conf).
     pub fn open(uri: &CStr) -> Result<Self, Error> {
+        // What a daemon can be given by auth.conf (libvirt 11.3, qemuMigrationSrcPeer2Peer).
+        let mut kinds = [
+            virt_sys::VIR_CRED_AUTHNAME as c_int,
+            virt_sys::VIR_CRED_PASSPHRASE as c_int,
+        ];
         let mut auth = virt_sys::virConnectAuth {
-            credtype: std::ptr::null_mut(),
-            ncredtype: 0,
+            credtype: kinds.as_mut_ptr(),
+            ncredtype: kinds.len() as u32,
             cb: None,
             cbdata: std::ptr::null_mut(),
         };

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
 use std::os::raw::c_int;
-use virt_sys::{virTypedParameter, virTypedParameterPtr, VIR_TYPED_PARAM_STRING};
+use virt_sys::{virTypedParameter, virTypedParameterPtr, VIR_TYPED_PARAM_STRING, VIR_TYPED_PARAM_ULLONG};
 
 /// A list of typed parameters. The caller's own list is never changed: it belongs to the dispatcher.
 pub struct Params<'a> {
@@ -62,6 +62,13 @@ impl<'a> Params<'a> {
     /// [`Self::text`] where it is UTF-8.
     pub fn utf8(&self, name: &CStr) -> Option<&str> {
         self.text(name)?.to_str().ok()
+    }
+
+    /// The first unsigned 64-bit parameter of this name.
+    pub fn number(&self, name: &CStr) -> Option<u64> {
+        let entry = self.entries.iter().find(|entry| name_of(entry) == name)?;
+        // SAFETY: the type says that the value is an unsigned long long.
+        (entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int).then_some(unsafe { entry.value.ul })
     }
 
     /// This list without the parameters of this name.

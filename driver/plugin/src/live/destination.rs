@@ -1,12 +1,12 @@
 //! The host the guest comes to: Prepare, Finish.
 
 use super::uri::{self, DataAddress};
-use super::{eligible, unexpected, LOADED, LOCAL};
+use super::{eligible, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, MallocString, Prepared};
 use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
-use crate::sessions::{self, Role, Session};
+use crate::sessions::{self, Promise, Role, Session};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::{self, Answer, Offer};
@@ -26,29 +26,36 @@ pub fn prepare(
     cookie: &[u8],
     flags: u32,
 ) -> Result<Prepared, Error> {
-    let own = |reason: &str| {
-        tracing::info!("libvirt's own migration to this host: {reason}");
-        phase::prepare(connection, params, cookie, flags)
+    let own = || {
+        let prepared = phase::prepare(connection, params, cookie, flags)?;
+        // What an earlier attempt left must not be taken for this one at Finish.
+        if let Some((_, uuid)) = identity(cookie) {
+            sessions::forget(Role::Destination, uuid);
+        }
+        Ok(prepared)
     };
+    let declined = |reason: &str| {
+        tracing::info!("libvirt's own migration to this host: {reason}");
+        own()
+    };
+    if !connection.is_qemu() || !connection.may_write() {
+        return own();
+    }
     let offer = match cookie::offer(cookie) {
-        Ok(None) => return phase::prepare(connection, params, cookie, flags),
+        Ok(None) => return own(),
         Ok(Some(offer)) => offer,
-        Err(error @ cookie::Error::Version { .. }) => return own(&error.to_string()),
+        Err(error @ cookie::Error::Version { .. }) => return declined(&error.to_string()),
         Err(error) => return Err(Error::failed(format!("host {}: {error}", host::name()))),
     };
     let arrival = match Arrival::plan(connection, params, cookie, flags, offer) {
         Ok(arrival) => arrival,
-        Err(reason) => return own(&reason),
+        Err(reason) => return declined(&reason),
     };
     match arrival.reserve()? {
-        Reservation::Declined(reason) => own(&reason),
-        Reservation::Made(session) => match arrival.start(connection, params, cookie, flags, &session) {
-            Ok(prepared) => Ok(prepared),
-            Err(error) => {
-                sessions::remove(&session);
-                Err(error)
-            }
-        },
+        Reservation::Made(engine, promise) => {
+            arrival.start(connection, params, cookie, flags, engine, promise)
+        }
+        Reservation::Declined(reason) => declined(&reason),
     }
 }
 
@@ -63,7 +70,7 @@ struct Arrival {
 }
 
 enum Reservation {
-    Made(Arc<Session>),
+    Made(Engine, Promise),
     Declined(String),
 }
 
@@ -76,12 +83,9 @@ impl Arrival {
         flags: u32,
         offer: Offer,
     ) -> Result<Self, String> {
-        if !connection.is_qemu() {
-            return Err("its driver is not QEMU".into());
-        }
         let config = host::config()?;
         if !config.enabled {
-            return Err("virt-ferry is disabled in its configuration".into());
+            return Err(DISABLED.into());
         }
         if let Some(reason) = eligible::refusal(params, flags) {
             return Err(reason);
@@ -90,21 +94,20 @@ impl Arrival {
         let name = params
             .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
             .map_or(name, str::to_owned);
+        let name_here = connection.hostname().unwrap_or_else(host::name);
         let data = match params.utf8(VIR_MIGRATE_PARAM_URI) {
             None => DataAddress {
-                host: host::address(),
+                host: host::migration_host().unwrap_or_else(|| name_here.clone()),
                 port: None,
             },
             Some(given) => {
                 uri::parse(given).ok_or_else(|| format!("the engine does not take the URI {given}"))?
             }
         };
-        let directory = host::incoming_directory(&config)
-            .map_err(|error| format!("{}: {error}", config.runtime_directory.display()))?;
-        let incoming = incoming_socket(&directory, offer.session, &name);
+        let incoming = incoming_socket(&host::incoming_directory(&config), offer.session, &name);
         Ok(Self {
             config,
-            host: host::name(),
+            host: name_here,
             guest: Guest { name, uuid },
             offer,
             data,
@@ -114,37 +117,46 @@ impl Arrival {
 
     /// Reservation: would the guest fit?
     fn reserve(&self) -> Result<Reservation, Error> {
-        let engine = Engine::start(&self.config, "destination", &self.host).map_err(Error::failed)?;
+        let failed = |cause: String| Error::failed(format!("host {}: {cause}", self.host));
+        host::make_incoming_directory(&self.config).map_err(|error| {
+            failed(format!(
+                "cannot make {} for QEMU's sockets: {error}; set another runtime_directory in {}",
+                host::incoming_directory(&self.config).display(),
+                ferry_contract::config::PATH
+            ))
+        })?;
+        let engine = Engine::start(&self.config, "destination", &self.host)
+            .map_err(|error| failed(error.to_string()))?;
         let mut settings = self.config.settings();
         if let Some(port) = self.data.port {
             settings.ports = (port, port);
         }
+        let (promise, promised) = Promise::make(&self.offer);
         let request = Request::Reserve {
             guest: self.guest.clone(),
             host: self.host.clone(),
             offer: self.offer.clone(),
             memory_directory: host::memory_directory(),
-            promised: sessions::promised(),
+            promised,
             settings,
         };
         match engine.ask(&request, Some(LOCAL))? {
-            Reply::Reserved => {
-                let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
-                Ok(Reservation::Made(sessions::add(session)))
-            }
+            Reply::Reserved => Ok(Reservation::Made(engine, promise)),
             Reply::NotEligible { reason } => Ok(Reservation::Declined(reason)),
             reply => Err(unexpected(&reply)),
         }
     }
 
-    /// libvirt starts QEMU, the engine takes hold of it. From the real Prepare on, a failure must end that QEMU.
+    /// libvirt starts QEMU, the engine takes hold of it. From the real Prepare on, a failure must end that QEMU; until
+    /// it has succeeded, an earlier session of this guest stands.
     fn start(
         &self,
         connection: Connection,
         params: &Params,
         cookie: &[u8],
         flags: u32,
-        session: &Arc<Session>,
+        engine: Engine,
+        promise: Promise,
     ) -> Result<Prepared, Error> {
         let uri = format!("unix://{}", self.incoming.display());
         let rewritten = params
@@ -152,8 +164,11 @@ impl Arrival {
             .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
             .with(VIR_MIGRATE_PARAM_URI, &uri);
         let prepared = phase::prepare(connection, &rewritten, cookie, flags)?;
-        self.attach(connection, params, session, prepared)
+        let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
+        let session = sessions::add(session.arriving(promise, self.incoming.clone()));
+        self.attach(connection, params, &session, prepared)
             .inspect_err(|_| {
+                sessions::remove(&session);
                 let name = params
                     .share()
                     .only(&[])
@@ -171,18 +186,25 @@ impl Arrival {
         prepared: Prepared,
     ) -> Result<Prepared, Error> {
         let domain = connection.domain(self.guest.uuid)?;
-        let monitor = domain.get().id().and_then(host::monitor).ok_or_else(|| {
-            Error::failed(format!(
-                "the QEMU that libvirt started on host {} has no private monitor",
-                self.host
-            ))
-        })?;
+        let monitor = domain
+            .get()
+            .id()
+            .and_then(|id| host::monitor(id, &self.guest.name))
+            .ok_or_else(|| {
+                Error::failed(format!(
+                    "the QEMU that libvirt started on host {} has no private monitor",
+                    self.host
+                ))
+            })?;
         session.engine.guard(&monitor);
         let attach = Request::Attach {
             monitor,
             incoming: self.incoming.clone(),
             host: self.data.host.clone(),
-            listen: params.utf8(VIR_MIGRATE_PARAM_LISTEN_ADDRESS).map(str::to_owned),
+            listen: params
+                .utf8(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
+                .map(str::to_owned)
+                .or_else(host::migration_address),
         };
         let answer = match session.engine.ask(&attach, Some(LOCAL))? {
             Reply::Listening(answer) => answer,
@@ -234,7 +256,13 @@ pub fn finish(
         .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
         .filter(|_| connection.is_qemu())
         .and_then(|name| sessions::by_name(Role::Destination, name));
-    let Some(session) = session else {
+    // libvirt itself refuses a user who may not; the session stays for the one who may.
+    let may = |session: &Arc<Session>| match connection.domain(session.guest.uuid) {
+        Ok(domain) => domain.get().may_migrate(),
+        // Its QEMU has died.
+        Err(_) => connection.may_write(),
+    };
+    let Some(session) = session.filter(may) else {
         return phase::finish(connection, params, cookie, flags, cancelled);
     };
     sessions::remove(&session);

@@ -1,6 +1,7 @@
 //! Which calls the engine takes: pure, by flags and parameters. The guest itself is the engine's to judge.
 
 use crate::libvirt::Params;
+use std::ffi::CStr;
 use virt_sys::*;
 
 /// Flags under which the engine moves the memory.
@@ -30,7 +31,7 @@ const NAMES: &[(u32, &str)] = &[
 ];
 
 /// Parameters the engine's way honours.
-const HONOURED: [&std::ffi::CStr; 6] = [
+const HONOURED: [&CStr; 6] = [
     VIR_MIGRATE_PARAM_URI,
     VIR_MIGRATE_PARAM_DEST_NAME,
     VIR_MIGRATE_PARAM_DEST_XML,
@@ -55,7 +56,10 @@ pub fn refusal(params: &Params, flags: u32) -> Option<String> {
             names.join(", ")
         ));
     }
-    let other = params.names().find(|name| !HONOURED.contains(name))?;
+    // OpenStack always says how much bandwidth the move may take: 0, which is no limit (libvirt 11.3, libvirt-domain.h).
+    let unlimited = params.number(VIR_MIGRATE_PARAM_BANDWIDTH) == Some(0);
+    let taken = |name: &CStr| HONOURED.contains(&name) || name == VIR_MIGRATE_PARAM_BANDWIDTH && unlimited;
+    let other = params.names().find(|name| !taken(name))?;
     Some(format!(
         "the engine does not take the parameter {}",
         other.to_string_lossy()
@@ -76,6 +80,27 @@ mod tests {
             refusal(&Params::none().with(c"migrate_uri", "tcp://host"), nova),
             None
         );
+    }
+
+    #[test]
+    fn only_a_real_limit_of_bandwidth_is_not_taken() {
+        let refused = |limit| {
+            let (mut entries, mut count, mut room) = (std::ptr::null_mut(), 0, 0);
+            let name = VIR_MIGRATE_PARAM_BANDWIDTH.as_ptr();
+            // SAFETY: a list made here, read while it lives, and freed once.
+            unsafe {
+                assert_eq!(virInitialize(), 0);
+                assert_eq!(
+                    virTypedParamsAddULLong(&mut entries, &mut count, &mut room, name, limit),
+                    0
+                );
+                let refused = refusal(&Params::borrow(entries, count), VIR_MIGRATE_LIVE);
+                virTypedParamsFree(entries, count);
+                refused
+            }
+        };
+        assert_eq!(refused(0), None);
+        assert!(refused(100).unwrap().contains("bandwidth"));
     }
 
     #[test]

@@ -40,6 +40,9 @@ impl From<Failure> for Error {
     }
 }
 
+/// Why a host goes libvirt's own way that is told to.
+pub const DISABLED: &str = "virt-ferry is disabled in its configuration";
+
 /// An engine that answers something else than what it was asked.
 fn unexpected(reply: &Reply) -> Error {
     Error::failed(format!(

@@ -1,13 +1,13 @@
 //! Peer-to-peer: the source's daemon is called once and runs the phases itself, on a connection of its own.
 //!
 //! libvirt's own peer-to-peer code goes past the functions we stand in for, so a guest that the engine can move is
-//! moved by this room: the same phases, in the same order, with the same errors. Everything that could send the
-//! migration libvirt's own way is found out before libvirt is touched: is the guest eligible, does the
-//! destination have the plug-in (a Prepare with nothing in it but our question, which libvirt refuses without
-//! doing anything)?
+//! moved by this room: the same phases, in the same order, with the same errors. What would send the migration
+//! libvirt's own way is found out before the destination is touched: is the guest eligible (looked at under the job
+//! that Begin takes), does the destination have the plug-in (a Prepare with nothing in it but our question, which
+//! libvirt refuses without doing anything)? Then Begin is undone, and libvirt begins anew.
 
-use super::source;
-use crate::libvirt::phase;
+use super::source::{self, Candidate};
+use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Connection, Cookie, Domain, Error, OwnedConnection, OwnedDomain, Params};
 use crate::sessions::{self, Session};
 use ferry_contract::cookie;
@@ -34,42 +34,28 @@ pub fn perform(
     flags: u32,
 ) -> Result<Cookie, Error> {
     let own = || phase::perform(domain, destination, params, cookie, flags);
-    // A cookie, or no destination, is an error of libvirt's own to tell.
-    let Some(uri) = destination.filter(|_| cookie.is_empty()) else {
+    // A cookie, no destination, or a user who may not, are errors of libvirt's own to tell.
+    let Some(uri) = destination.filter(|_| cookie.is_empty() && domain.may_migrate()) else {
         return own();
     };
     let managed = flags & !VIR_MIGRATE_PEER2PEER | VIR_MIGRATE_CHANGE_PROTECTION;
-    let session = match source::open(domain, params, managed) {
-        Ok(session) => session,
-        Err(reason) => {
-            source::native(domain, &reason);
-            return own();
-        }
-    };
-    let reason = match OwnedConnection::open(uri) {
-        Ok(peer) if answers(peer.get()) => {
-            let moved = Move {
+    let reason = match Candidate::of(domain, params, managed) {
+        Ok(candidate) => {
+            let moving = Move {
                 domain,
-                peer: peer.get(),
+                uri,
                 params,
                 flags,
                 managed,
             };
-            match moved.run(&session) {
-                Ok(Outcome::Moved) => return Ok(Cookie::none()),
-                Ok(Outcome::Declined) => "the destination declined (see its log)",
-                Err(error) => {
-                    sessions::remove(&session);
-                    return Err(error);
-                }
+            match moving.run(candidate)? {
+                Outcome::Moved => return Ok(Cookie::none()),
+                Outcome::Own(reason) => reason,
             }
         }
-        Ok(_) => "the destination has no plug-in, or one of another version",
-        // libvirt's own code meets the same failure and words it.
-        Err(_) => "the destination cannot be reached",
+        Err(reason) => reason,
     };
-    sessions::remove(&session);
-    source::native(domain, reason);
+    source::native(domain, &reason);
     own()
 }
 
@@ -82,21 +68,47 @@ fn answers(peer: Connection) -> bool {
 
 enum Outcome {
     Moved,
-    Declined,
+    /// The guest runs here, no job is held, and the migration is libvirt's own for this reason.
+    Own(String),
 }
 
 struct Move<'a> {
     domain: Domain,
-    peer: Connection,
+    uri: &'a CStr,
     params: &'a Params<'a>,
     flags: u32,
     managed: u32,
 }
 
 impl Move<'_> {
-    /// The five phases. On an error the guest runs on here and the job is given back.
-    fn run(&self, session: &Arc<Session>) -> Result<Outcome, Error> {
-        let begun = source::offer(phase::begin(self.domain, self.params, self.managed)?, session);
+    /// Begin, which checks the guest and takes the job; then, under the job, whether all is there for the engine.
+    fn run(&self, candidate: Candidate) -> Result<Outcome, Error> {
+        let begun = phase::begin(self.domain, self.params, self.managed)?;
+        let session = match candidate.open(self.domain) {
+            Ok(session) => session,
+            Err(reason) => return Ok(self.own(reason)),
+        };
+        let outcome = match OwnedConnection::open(self.uri) {
+            Ok(peer) if answers(peer.get()) => self.phases(peer.get(), begun, &session),
+            Ok(_) => Ok(self.own(
+                "the destination has no plug-in, one of another version, or is not to use it (see its log)",
+            )),
+            // libvirt's own code meets the same failure and words it.
+            Err(_) => Ok(self.own("the destination cannot be reached")),
+        };
+        sessions::remove(&session);
+        outcome
+    }
+
+    /// Leaves everything as it was before Begin.
+    fn own(&self, reason: impl Into<String>) -> Outcome {
+        self.resume();
+        Outcome::Own(reason.into())
+    }
+
+    /// The phases after Begin. On an error the guest runs on here and the job is given back.
+    fn phases(&self, peer: Connection, begun: Begun, session: &Arc<Session>) -> Result<Outcome, Error> {
+        let begun = source::offer(begun, session);
         let xml = begun.xml.text().to_string_lossy().into_owned();
         let name = self
             .params
@@ -117,16 +129,15 @@ impl Move<'_> {
             .only(&DESTINATION)
             .with(VIR_MIGRATE_PARAM_DEST_XML, &xml);
         let given = given.with(VIR_MIGRATE_PARAM_DEST_NAME, &name);
-        let prepared = match phase::prepare(self.peer, &given, begun.cookie.bytes(), there) {
+        let prepared = match phase::prepare(peer, &given, begun.cookie.bytes(), there) {
             Ok(prepared) => prepared,
             Err(error) => return Err(self.stay(error)),
         };
         let answered = matches!(cookie::answer(prepared.cookie.bytes()), Ok(Some(_)));
         if !answered {
             // Declined after all: nothing of it may be left before libvirt begins anew.
-            let _ = self.finish(&name, &[], there, true);
-            self.resume();
-            return Ok(Outcome::Declined);
+            let _ = self.finish(peer, &name, &[], there, true);
+            return Ok(self.own("the destination declined (see its log)"));
         }
         let uri = prepared
             .uri
@@ -138,7 +149,7 @@ impl Move<'_> {
         };
         let performed = source::perform(self.domain, &here, prepared.cookie.bytes(), self.managed | paused);
         let failed = match performed {
-            Ok(cookie) => match self.finish(&name, cookie.bytes(), there, false) {
+            Ok(cookie) => match self.finish(peer, &name, cookie.bytes(), there, false) {
                 Ok((arrived, cookie)) => {
                     self.confirmed(cookie.bytes());
                     drop(arrived);
@@ -148,7 +159,7 @@ impl Move<'_> {
             },
             Err(error) => {
                 // Perform has resumed the guest and ended the job; the destination still has to be ended.
-                let _ = self.finish(&name, &[], there, true);
+                let _ = self.finish(peer, &name, &[], there, true);
                 error
             }
         };
@@ -157,6 +168,7 @@ impl Move<'_> {
 
     fn finish(
         &self,
+        peer: Connection,
         name: &str,
         cookie: &[u8],
         flags: u32,
@@ -167,7 +179,7 @@ impl Move<'_> {
             .share()
             .only(&DESTINATION)
             .with(VIR_MIGRATE_PARAM_DEST_NAME, name);
-        phase::finish(self.peer, &given, cookie, flags, cancelled)
+        phase::finish(peer, &given, cookie, flags, cancelled)
     }
 
     /// The guest is the destination's: end it here. A failure is only logged, as libvirt does, since the

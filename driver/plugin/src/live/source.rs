@@ -1,21 +1,23 @@
 //! The host the guest leaves: Begin, Perform, Confirm.
 
-use super::{eligible, unexpected, LOADED, LOCAL};
+use super::{eligible, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
 use crate::sessions::{self, Role, Session};
+use ferry_contract::config::Config;
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::cookie::{self, Answer};
-use std::path::Path;
+use ferry_contract::session::Guest;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_sys::{VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI};
 
 /// Begin: libvirt's own, and where the guest is eligible, our offer in its cookie.
 pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error> {
     let begun = phase::begin(domain, params, flags)?;
-    match open(domain, params, flags) {
+    match Candidate::of(domain, params, flags).and_then(|candidate| candidate.open(domain)) {
         Ok(session) => Ok(offer(begun, &session)),
         Err(reason) => {
             native(domain, &reason);
@@ -36,50 +38,81 @@ pub fn offer(mut begun: Begun, session: &Arc<Session>) -> Begun {
     begun
 }
 
-/// Opens a session for an eligible guest; otherwise says why the migration is libvirt's own. Leaves the guest
-/// untouched.
-pub fn open(domain: Domain, params: &Params, flags: u32) -> Result<Arc<Session>, String> {
-    if !domain.connection().is_qemu() {
-        return Err("its driver is not QEMU".into());
+/// A guest that the engine may be asked about: nothing has been started and nothing touched.
+pub struct Candidate {
+    config: Config,
+    guest: Guest,
+    monitor: PathBuf,
+}
+
+impl Candidate {
+    /// Looks at the call alone; says why the migration is libvirt's own.
+    pub fn of(domain: Domain, params: &Params, flags: u32) -> Result<Self, String> {
+        if !domain.connection().is_qemu() {
+            return Err("its driver is not QEMU".into());
+        }
+        let config = host::config()?;
+        if !config.enabled {
+            return Err(DISABLED.into());
+        }
+        if let Some(reason) = eligible::refusal(params, flags) {
+            return Err(reason);
+        }
+        if flags & VIR_MIGRATE_CHANGE_PROTECTION == 0 {
+            return Err("the client holds no job across the phases (no change protection)".into());
+        }
+        let guest = domain.guest().ok_or("libvirt does not say who it is")?;
+        let id = domain.id().ok_or("it is not running")?;
+        let monitor = host::monitor(id, &guest.name).ok_or(
+            "its QEMU was started without the plug-in's monitor; it is eligible after its next start or move",
+        )?;
+        Ok(Self {
+            config,
+            guest,
+            monitor,
+        })
     }
-    let config = host::config()?;
-    if !config.enabled {
-        return Err("virt-ferry is disabled in its configuration".into());
-    }
-    if let Some(reason) = eligible::refusal(params, flags) {
-        return Err(reason);
-    }
-    if flags & VIR_MIGRATE_CHANGE_PROTECTION == 0 {
-        return Err("the client holds no job across the phases (no change protection)".into());
-    }
-    let guest = domain.guest().ok_or("libvirt does not say who it is")?;
-    let id = domain.id().ok_or("it is not running")?;
-    let monitor = host::monitor(id).ok_or(
-        "its QEMU was started without the plug-in's monitor; it is eligible after its next start or move",
-    )?;
-    let name = host::name();
-    let engine = Engine::start(&config, "source", &name).map_err(|error| error.to_string())?;
-    engine.guard(&monitor);
-    let inspect = Request::Inspect {
-        guest: guest.clone(),
-        host: name,
-        monitor,
-        settings: config.settings(),
-    };
-    match engine.ask(&inspect, Some(LOCAL)) {
-        Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::new(Role::Source, guest, offer, engine))),
-        Ok(Reply::NotEligible { reason }) => Err(reason),
-        Ok(_) => Err("the engine answered out of turn".into()),
-        Err(failure) => Err(failure.to_string()),
+
+    /// Opens a session if the engine finds the guest eligible. libvirt's job must be held: a device that is plugged
+    /// in after this look would be missed.
+    pub fn open(self, domain: Domain) -> Result<Arc<Session>, String> {
+        // Its engine would hold the monitor, which serves one client.
+        sessions::forget(Role::Source, self.guest.uuid);
+        let name = domain.connection().hostname().unwrap_or_else(host::name);
+        let engine = Engine::start(&self.config, "source", &name).map_err(|error| error.to_string())?;
+        engine.guard(&self.monitor);
+        let inspect = Request::Inspect {
+            guest: self.guest.clone(),
+            host: name,
+            monitor: self.monitor,
+            settings: self.config.settings(),
+        };
+        match engine.ask(&inspect, Some(LOCAL)) {
+            Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::new(
+                Role::Source,
+                self.guest,
+                offer,
+                engine,
+            ))),
+            Ok(Reply::NotEligible { reason }) => Err(reason),
+            Ok(_) => Err("the engine answered out of turn".into()),
+            Err(failure) => Err(failure.to_string()),
+        }
     }
 }
 
 /// Perform, with all the client's flags but peer-to-peer: through the engine where the destination answered,
 /// libvirt's own where it did not.
 pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Result<Cookie, Error> {
+    if !domain.may_migrate() {
+        return phase::perform(domain, None, params, cookie, flags);
+    }
     let answer = match cookie::answer(cookie) {
         Ok(answer) => answer,
-        Err(error) => return Err(give_up(domain, params, flags, Error::failed(error))),
+        Err(error) => {
+            let cause = format!("host {}: {error}", host::name());
+            return Err(give_up(domain, params, flags, Error::failed(cause)));
+        }
     };
     let session = domain
         .guest()
@@ -118,7 +151,10 @@ fn through_engine(
     session: &Arc<Session>,
 ) -> Result<Cookie, Error> {
     if answer.session != session.offer.session {
-        let cause = "the destination answered for another migration; try again";
+        let cause = format!(
+            "host {} was answered for another migration than this one; try again",
+            host::name()
+        );
         return Err(give_up(domain, params, flags, Error::failed(cause)));
     }
     let socket = match session.engine.ask(&Request::Precopy { answer }, None) {
@@ -197,30 +233,35 @@ pub fn confirm(
     let session = domain
         .guest()
         .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
-    let Some(session) = session else {
+    let Some(session) = session.filter(|_| domain.may_migrate()) else {
         return phase::confirm(domain, params, cookie, flags, cancelled);
     };
-    sessions::remove(&session);
     if !(cancelled && session.is_handed_over()) {
-        let confirmed = phase::confirm(domain, params, cookie, flags, cancelled);
-        conclude(&session, !cancelled && confirmed.is_ok());
-        return confirmed;
+        phase::confirm(domain, params, cookie, flags, cancelled)?;
+        conclude(&session, !cancelled);
+        sessions::remove(&session);
+        return Ok(());
     }
-    match conclude(&session, false) {
-        Some(Reply::Concluded) => phase::confirm(domain, params, cookie, flags, true),
+    let go_on = match conclude(&session, false) {
+        Some(Reply::Concluded) => true,
         Some(Reply::RunsThere) => {
             tracing::warn!(guest = session.guest.name, "the guest runs at the destination: it is ended here");
-            phase::confirm(domain, params, cookie, flags, false)
+            false
         }
-        // libvirt ends the job when its client goes, and leaves the guest as it is.
-        _ => Err(Error::failed(format!(
-            "guest {} was handed over, but the destination does not say whether it runs there; it stays paused on \
-             host {}. Look at the destination: if the guest does not run there, virsh resume it here; if it does, \
-             virsh destroy it here",
-            session.guest.name,
-            host::name()
-        ))),
-    }
+        // The session stays, so that another Confirm is answered the same. libvirt ends the job when its client
+        // goes, and leaves the guest as it is.
+        _ => {
+            return Err(Error::failed(format!(
+                "guest {} was handed over, but the destination does not say whether it runs there, so it stays \
+                 paused on host {}. Look at the destination. If the guest runs there, virsh destroy it here; if it \
+                 does not, virsh resume it here once the client of this migration has disconnected",
+                session.guest.name,
+                host::name()
+            )))
+        }
+    };
+    sessions::remove(&session);
+    phase::confirm(domain, params, cookie, flags, go_on)
 }
 
 fn conclude(session: &Session, success: bool) -> Option<Reply> {
