@@ -354,15 +354,17 @@ impl Arrival {
 
     fn try_serve(mut self, listener: &Listener, security: &Security) -> Result<(), Error> {
         let (mut control, streams, early) = self.first(listener, security)?;
-        let served = self.streams(listener, security, streams, early).and_then(|landed| {
-            message::send(
-                &mut control,
-                &Answer::Ready {
-                    host: self.host.clone(),
-                },
-            )?;
-            self.commit(&mut control, landed)
-        });
+        let served = self
+            .streams(listener, security, streams, early)
+            .and_then(|landed| {
+                message::send(
+                    &mut control,
+                    &Answer::Ready {
+                        host: self.host.clone(),
+                    },
+                )?;
+                self.commit(&mut control, landed)
+            });
         match served {
             Ok(()) => self.tell_when_resumed(&mut control),
             Err(error) => {
