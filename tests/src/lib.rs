@@ -11,14 +11,20 @@
 //!   underway         a migration while it runs
 //!   link             a link made slow
 //!   timeline         what virt-ferry is told and tells on a host
+//!   recorded         the same in the engine's own types
+//!   phases           a client that runs the phases of a migration one by one
+//!   fault            slow and cut links, killed processes, and how a guest must come out of it
 //!   wait             waiting for a condition, never for a time
 //! ```
 
 pub mod clean;
+pub mod fault;
 pub mod guest;
 pub mod host;
 pub mod lab;
 pub mod link;
+pub mod phases;
+pub mod recorded;
 pub mod scene;
 pub mod timeline;
 pub mod underway;

@@ -94,22 +94,25 @@ pub fn monitor(id: u32, name: &str) -> Option<PathBuf> {
     socket.exists().then_some(socket)
 }
 
-/// Makes the directory in which incoming QEMUs bind the sockets the engine connects to: theirs alone, as the
-/// user that libvirt runs QEMU as.
-pub fn incoming_directory(config: &Config) -> std::io::Result<PathBuf> {
+/// Where incoming QEMUs bind the sockets the engine connects to.
+pub fn incoming_directory(config: &Config) -> PathBuf {
+    config.runtime_directory.join("incoming")
+}
+
+/// Makes that directory: QEMU's alone, as the user that libvirt runs QEMU as.
+pub fn make_incoming_directory(config: &Config) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
+    let directory = incoming_directory(config);
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o711)
         .create(&config.runtime_directory)?;
-    let directory = config.runtime_directory.join("incoming");
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(&directory)?;
     let user = std::fs::metadata(QEMU_LIB)?;
-    std::os::unix::fs::chown(&directory, Some(user.uid()), Some(user.gid()))?;
-    Ok(directory)
+    std::os::unix::fs::chown(&directory, Some(user.uid()), Some(user.gid()))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use crate::engine::Engine;
 use ferry_contract::cookie::Offer;
 use ferry_contract::session::Guest;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use uuid::Uuid;
@@ -67,8 +68,19 @@ pub struct Session {
     /// Its engine.
     pub engine: Engine,
     promise: Option<Promise>,
+    _incoming: Option<SocketFile>,
     cancelled: AtomicBool,
     handed_over: AtomicBool,
+}
+
+/// The socket of an incoming QEMU. Ended before anybody has connected, QEMU leaves it behind.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Absent where QEMU was connected to: it removes the socket itself then.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 impl Session {
@@ -80,14 +92,16 @@ impl Session {
             offer,
             engine,
             promise: None,
+            _incoming: None,
             cancelled: AtomicBool::new(false),
             handed_over: AtomicBool::new(false),
         }
     }
 
-    /// Keeps what this host promised to the guest.
-    pub fn with_promise(mut self, promise: Promise) -> Self {
+    /// Keeps what this host promised to an arriving guest, and the socket its QEMU has bound.
+    pub fn arriving(mut self, promise: Promise, incoming: PathBuf) -> Self {
         self.promise = Some(promise);
+        self._incoming = Some(SocketFile(incoming));
         self
     }
 

@@ -36,7 +36,13 @@ pub struct Door {
 impl Door {
     /// Makes the socket, for root only.
     pub fn open(directory: &Path, session: uuid::Uuid) -> Result<Self, Error> {
-        let failed = Error::system("make the socket for libvirt in the runtime directory");
+        let failed = |error: std::io::Error| {
+            Error::Elsewhere(format!(
+                "cannot make the socket for libvirt in {}: {error}; set another runtime_directory in {}",
+                directory.display(),
+                ferry_contract::config::PATH
+            ))
+        };
         std::fs::create_dir_all(directory).map_err(failed)?;
         let path = directory.join(format!("{}.out", &session.simple().to_string()[..8]));
         let listener = UnixListener::bind(&path).map_err(failed)?;

@@ -172,8 +172,8 @@ pub enum Error {
 
     /// No port of the range can be bound.
     #[error(
-        "no free TCP port for migration on {ip} in {first}-{last}; widen migration_port_min/max in qemu.conf \
-         or end what holds the ports (ss -ltnp)"
+        "no free TCP port for migration on {ip} in {first}-{last}; give more ports in virt-ferry.toml \
+         or end what holds them (ss -ltnp)"
     )]
     NoFreePort {
         /// The address to listen on.

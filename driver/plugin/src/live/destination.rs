@@ -104,9 +104,7 @@ impl Arrival {
                 uri::parse(given).ok_or_else(|| format!("the engine does not take the URI {given}"))?
             }
         };
-        let directory = host::incoming_directory(&config)
-            .map_err(|error| format!("{}: {error}", config.runtime_directory.display()))?;
-        let incoming = incoming_socket(&directory, offer.session, &name);
+        let incoming = incoming_socket(&host::incoming_directory(&config), offer.session, &name);
         Ok(Self {
             config,
             host: name_here,
@@ -119,7 +117,16 @@ impl Arrival {
 
     /// Reservation: would the guest fit?
     fn reserve(&self) -> Result<Reservation, Error> {
-        let engine = Engine::start(&self.config, "destination", &self.host).map_err(Error::failed)?;
+        let failed = |cause: String| Error::failed(format!("host {}: {cause}", self.host));
+        host::make_incoming_directory(&self.config).map_err(|error| {
+            failed(format!(
+                "cannot make {} for QEMU's sockets: {error}; set another runtime_directory in {}",
+                host::incoming_directory(&self.config).display(),
+                ferry_contract::config::PATH
+            ))
+        })?;
+        let engine = Engine::start(&self.config, "destination", &self.host)
+            .map_err(|error| failed(error.to_string()))?;
         let mut settings = self.config.settings();
         if let Some(port) = self.data.port {
             settings.ports = (port, port);
@@ -158,7 +165,7 @@ impl Arrival {
             .with(VIR_MIGRATE_PARAM_URI, &uri);
         let prepared = phase::prepare(connection, &rewritten, cookie, flags)?;
         let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
-        let session = sessions::add(session.with_promise(promise));
+        let session = sessions::add(session.arriving(promise, self.incoming.clone()));
         self.attach(connection, params, &session, prepared)
             .inspect_err(|_| {
                 sessions::remove(&session);

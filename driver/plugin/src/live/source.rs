@@ -109,7 +109,10 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
     }
     let answer = match cookie::answer(cookie) {
         Ok(answer) => answer,
-        Err(error) => return Err(give_up(domain, params, flags, Error::failed(error))),
+        Err(error) => {
+            let cause = format!("host {}: {error}", host::name());
+            return Err(give_up(domain, params, flags, Error::failed(cause)));
+        }
     };
     let session = domain
         .guest()
@@ -148,7 +151,10 @@ fn through_engine(
     session: &Arc<Session>,
 ) -> Result<Cookie, Error> {
     if answer.session != session.offer.session {
-        let cause = "the destination answered for another migration; try again";
+        let cause = format!(
+            "host {} was answered for another migration than this one; try again",
+            host::name()
+        );
         return Err(give_up(domain, params, flags, Error::failed(cause)));
     }
     let socket = match session.engine.ask(&Request::Precopy { answer }, None) {

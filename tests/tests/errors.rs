@@ -1,0 +1,249 @@
+//! What is not in order is told in one error that says what and where; the guest stays, and nothing is left behind.
+
+use std::fs;
+use std::process::{Child, Stdio};
+
+use anyhow::{bail, ensure, Context, Result};
+use base64::prelude::{Engine, BASE64_STANDARD};
+use ferry_engine::wire::Identity;
+use ferry_tests::fault::names;
+use ferry_tests::host::Host;
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::phases::{Phases, LIVE, PROTECTED};
+use ferry_tests::scene::{said, usual, Scene, PATIENCE};
+use ferry_tests::wait::wait_until;
+use uuid::Uuid;
+
+const ENGINE: &str = "/usr/lib/virt-ferry/virt-ferry-engine";
+const CONFIGURATION: &str = "/etc/virt-ferry/virt-ferry.toml";
+
+fn configure(host: &Host, text: &str) -> Result<()> {
+    let path = host.path(CONFIGURATION);
+    match text {
+        "" => fs::remove_file(path),
+        text => fs::write(path, text),
+    }
+    .context(CONFIGURATION)
+}
+
+/// A migration from host1 to host2 fails with an error that names these words.
+fn fails(scene: &Scene, options: &[&str], words: &[&str]) -> Result<()> {
+    let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+    match one.migrate(scene.name(), two, options) {
+        Ok(_) => bail!("the guest moved, though it should not"),
+        Err(error) => names(&error.to_string(), words)?,
+    }
+    scene.is_unharmed(one)
+}
+
+/// The guest moves to host2 and back through the engine.
+fn moves(scene: &Scene) -> Result<()> {
+    let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+    let before = said(one, "timeline kept");
+    scene.move_to(one, two, &[])?;
+    scene.move_to(two, one, &["--p2p"])?;
+    ensure!(
+        said(one, "timeline kept") == before + 2,
+        "the engine did not move the guest"
+    );
+    Ok(())
+}
+
+/// Holds all ports of libvirt's range on a host until it is dropped.
+struct PortsTaken(Child);
+
+impl PortsTaken {
+    fn all(host: &Host) -> Result<Self> {
+        let script = "import os, socket, time\n\
+                      held = [socket.create_server(('::', port), family=socket.AF_INET6, dualstack_ipv6=True) \
+                      for port in range(49152, 49216)]\n\
+                      open('/run/ports-taken', 'w').write(str(os.getpid()))\n\
+                      time.sleep(600)";
+        let holder = host
+            .command("python3")
+            .args(["-c", script])
+            .stdout(Stdio::null())
+            .spawn()?;
+        let taken = PortsTaken(holder);
+        let mark = host.path("/run/ports-taken");
+        wait_until("all ports to be taken", PATIENCE, || {
+            Ok(fs::read(&mark).is_ok_and(|pid| !pid.is_empty()))
+        })?;
+        Ok(taken)
+    }
+
+    fn release(self, host: &Host) -> Result<()> {
+        let mark = host.path("/run/ports-taken");
+        host.run(&["kill", &fs::read_to_string(&mark)?])?;
+        Ok(fs::remove_file(mark)?)
+    }
+}
+
+impl Drop for PortsTaken {
+    fn drop(&mut self) {
+        // What it started in the host ends with the lab.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_missing_engine() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("no-engine"), 1)?;
+
+        // Nobody has been promised anything when the source finds out: libvirt's own way, and the log says why.
+        one.run(&["mv", ENGINE, "/root/engine"])?;
+        scene
+            .move_to(one, two, &[])
+            .context("without an engine on the source")?;
+        let why = format!("libvirt's own migration: cannot start the engine {ENGINE}");
+        ensure!(said(one, &why) == 1, "the source's log does not say why");
+        one.run(&["mv", "/root/engine", ENGINE])?;
+        scene.move_to(two, one, &[])?;
+
+        for options in [&[][..], &["--p2p"]] {
+            two.run(&["mv", ENGINE, "/root/engine"])?;
+            fails(
+                &scene,
+                options,
+                &["host2", "cannot start the engine", ENGINE, "install"],
+            )
+            .with_context(|| format!("without an engine on the destination, {options:?}"))?;
+            two.run(&["mv", "/root/engine", ENGINE])?;
+            moves(&scene)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_directory_that_cannot_be_written() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::start(lab, lab.host(1), usual("no-directory"), 1)?;
+        for (host, name) in [(lab.host(1), "host1"), (lab.host(2), "host2")] {
+            for options in [&[][..], &["--p2p"]] {
+                // Root may write anywhere but there.
+                configure(host, "runtime_directory = \"/proc/virt-ferry\"\n")?;
+                fails(&scene, options, &[name, "/proc/virt-ferry"])
+                    .with_context(|| format!("on {name}, {options:?}"))?;
+                configure(host, "")?;
+                moves(&scene)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn no_free_port() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let two = lab.host(2);
+        let scene = Scene::start(lab, lab.host(1), usual("no-port"), 1)?;
+        let taken = PortsTaken::all(two)?;
+        for options in [&[][..], &["--p2p"]] {
+            fails(
+                &scene,
+                options,
+                &["host2", "no free TCP port", "49152-49215", "virt-ferry.toml"],
+            )
+            .with_context(|| format!("{options:?}"))?;
+        }
+        taken.release(two)?;
+        moves(&scene)
+    })
+}
+
+/// Replaces the value of an attribute in a cookie, whatever it is.
+fn change<'a>(element: &'a str, name: &'a str, value: &'a str) -> impl FnOnce(&str) -> String + 'a {
+    move |cookie| {
+        let mark = format!(" {name}='");
+        let found = cookie.split_once(element).and_then(|(before, rest)| {
+            let (head, rest) = rest.split_once(&mark)?;
+            let (_, after) = rest.split_once('\'')?;
+            Some(format!("{before}{element}{head}{mark}{value}'{after}"))
+        });
+        found.unwrap_or_else(|| panic!("no {element} with {name} in {cookie}"))
+    }
+}
+
+fn unchanged(cookie: &str) -> String {
+    cookie.to_owned()
+}
+
+#[test]
+fn cookies_that_are_not_right() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("cookies"), 1)?;
+        let stranger = BASE64_STANDARD.encode(Identity::generate(Uuid::new_v4())?.certificate());
+        const OTHER: &str = "11111111-2222-4333-8444-555555555555";
+
+        let offers: [(&str, &str, &[&str]); 7] = [
+            ("token", "0", &["host2", "token"]),
+            ("session", "x", &["host2", "session"]),
+            ("certificate", "%", &["host2", "certificate"]),
+            ("encryption", "maybe", &["host2", "encryption"]),
+            // Well formed, but not what the source's engine has.
+            (
+                "token",
+                &"0".repeat(64),
+                &["host1", "192.168.77.12", "token is wrong"],
+            ),
+            ("session", OTHER, &["host1", "another migration"]),
+            (
+                "certificate",
+                &stranger,
+                &["host1", "192.168.77.12", "certificate"],
+            ),
+        ];
+        for (name, value, words) in offers {
+            let mut client = Phases::new(&scene, one, two, LIVE | PROTECTED)?;
+            let left = client.migrate(change("<ferry:offer", name, value), unchanged)?;
+            drop(client);
+            judge(&scene, left, words).with_context(|| format!("offer with {name}={value}"))?;
+        }
+        let answers: [(&str, &str, &[&str]); 7] = [
+            ("version", "9", &["host1", "version 9"]),
+            ("port", "0", &["host1", "port"]),
+            ("certificate", "%", &["host1", "certificate"]),
+            ("session", OTHER, &["host1", "another migration"]),
+            ("port", "1", &["host1", "192.168.77.12:1"]),
+            ("host", "nowhere.invalid", &["host1", "nowhere.invalid"]),
+            (
+                "certificate",
+                &stranger,
+                &["host1", "192.168.77.12", "certificate"],
+            ),
+        ];
+        for (name, value, words) in answers {
+            let mut client = Phases::new(&scene, one, two, LIVE | PROTECTED)?;
+            let left = client.migrate(unchanged, change("<ferry:answer", name, value))?;
+            drop(client);
+            judge(&scene, left, words).with_context(|| format!("answer with {name}={value}"))?;
+        }
+
+        // A version that this release does not know is libvirt's own to move.
+        let mut client = Phases::new(&scene, one, two, LIVE | PROTECTED)?;
+        let left = client.migrate(change("<ferry:offer", "version", "9"), unchanged)?;
+        ensure!(left.is_ok(), "{left:?}");
+        drop(client);
+        scene.lives_on(two)?;
+        ensure!(
+            said(two, "speaks version 9") == 1,
+            "the destination's log does not say why"
+        );
+        scene.move_to(two, one, &[])?;
+        moves(&scene)
+    })
+}
+
+fn judge(scene: &Scene, left: Result<(), String>, words: &[&str]) -> Result<()> {
+    let Err(error) = left else {
+        bail!("the guest moved, though it should not")
+    };
+    println!("{error}");
+    names(&format!("error: {error}"), words)?;
+    scene.is_unharmed(scene.lab.host(1))
+}

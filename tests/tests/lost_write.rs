@@ -1,0 +1,106 @@
+//! The lost write: a device that writes guest memory behind the tracker's back.
+//!
+//! A page that is pinned for direct I/O before a scan is write-protected by it, and what the disk puts there after it sets no
+//! bit: copied between scan and arrival, the page stays stale at the destination for good. So the engine drains block I/O
+//! between each scan and its copy (driver/engine/src/live, mechanism). Here a disk takes up to one and a half seconds to
+//! answer, so that at every scan reads are in flight, and the guest compares what it read with what it wrote, at once and again
+//! for as long as it lives. With the drain taken out of the engine (`Watch::drain` returning at once) this test fails.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Stdio};
+
+use anyhow::{ensure, Context, Result};
+use ferry_tests::guest::Rate;
+use ferry_tests::host::Host;
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::recorded::timelines;
+use ferry_tests::scene::{usual, Scene, PATIENCE};
+use ferry_tests::wait::wait_until;
+
+/// The disk and the part of it that the guest reads and writes.
+const DISK_MIB: u64 = 8;
+/// How long a read takes, ms.
+const SLOW: (u64, u64) = (100, 1500);
+/// Moves, to and fro.
+const MOVES: usize = 6;
+
+/// A server of the slow disk on one host; it ends with the lab.
+struct SlowDisk(Child);
+
+impl SlowDisk {
+    /// Shows `/lab/IMAGE` as `/lab/slow/IMAGE`.
+    fn serve(host: &Host, image: &str) -> Result<Self> {
+        let server = host
+            .command("/lab/slow_disk")
+            .args([&format!("/lab/{image}"), "/lab/slow"])
+            .args([SLOW.0.to_string(), SLOW.1.to_string()])
+            .stdout(Stdio::null())
+            .spawn()
+            .context("slow_disk")?;
+        let disk = SlowDisk(server);
+        let shown = host.path(format!("/lab/slow/{image}"));
+        wait_until("the slow disk", PATIENCE, || Ok(shown.exists()))?;
+        Ok(disk)
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        // It has ended with the lab, if that was faster.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The longest drain of all migrations away from the host, ms.
+fn longest_drain(host: &Host) -> Result<f64> {
+    let timelines = timelines(host)?;
+    let rounds = timelines.iter().flat_map(|timeline| &timeline.rounds);
+    Ok(rounds.map(|round| round.drain_ms).fold(0.0, f64::max))
+}
+
+#[test]
+fn no_write_of_a_slow_disk_is_lost() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let image = lab.share().join("slow.img");
+        File::create(&image)?.set_len(DISK_MIB << 20)?;
+        fs::set_permissions(&image, Permissions::from_mode(0o666))?;
+        fs::create_dir(lab.share().join("slow"))?;
+        fs::copy(env!("CARGO_BIN_EXE_slow_disk"), lab.share().join("slow_disk"))?;
+        let _servers = [
+            SlowDisk::serve(one, "slow.img")?,
+            SlowDisk::serve(two, "slow.img")?,
+        ];
+
+        // As fast as four readers go: there is always a read in flight.
+        let guest = usual("slow-disk")
+            .disk(Path::new("/lab/slow/slow.img"), "raw")
+            .disk_load(DISK_MIB, Rate(4000));
+        let scene = Scene::start(lab, one, guest, 1)?;
+        let before = scene.remote().status(PATIENCE)?.disk;
+        wait_until("the guest's first reads", PATIENCE, || {
+            Ok(scene.remote().status(PATIENCE)?.disk > before + 20)
+        })?;
+
+        for number in 0..MOVES {
+            let (from, to) = if number % 2 == 0 { (one, two) } else { (two, one) };
+            let options: &[&str] = if number % 3 == 2 { &["--p2p"] } else { &[] };
+            scene.move_to(from, to, options)?;
+        }
+        let kept = timelines(one)?.len() + timelines(two)?.len();
+        ensure!(
+            kept == 2 * MOVES,
+            "{kept} timelines of {MOVES} moves through the engine"
+        );
+        let drain = longest_drain(one)?.max(longest_drain(two)?);
+        ensure!(
+            drain > SLOW.0 as f64,
+            "no drain took longer than {drain} ms: no read was in flight, and nothing was tested"
+        );
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}

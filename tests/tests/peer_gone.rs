@@ -1,0 +1,203 @@
+//! Whoever takes part in a migration may vanish at any moment: engines, QEMUs, daemons, the network.
+//!
+//! Each time: one error of libvirt's that says what happened and where, the guest where it was with all of its memory, nothing of
+//! ours left on either host, and the next migration works.
+
+use anyhow::{Context, Result};
+use ferry_tests::fault::Disturbed::{self, PreCopy, StopAndCopy};
+use ferry_tests::fault::{engine, names, signal, Attempt, Cut, SlowLink};
+use ferry_tests::guest::{Guest, Rate};
+use ferry_tests::host::Process;
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::scene::{usual, Scene, PATIENCE};
+use ferry_tests::wait::wait_until;
+use nix::sys::signal::Signal::{SIGKILL, SIGSTOP};
+
+/// What the slow link lets through, Mbit a second: the first pass takes about ten seconds, the last copy one or two.
+const LINK: u32 = 80;
+
+const STAGES: [Disturbed; 2] = [PreCopy, StopAndCopy];
+
+/// A guest that writes more than the slow link can carry, so that much is left for the last copy.
+fn busy(name: &str) -> Guest {
+    usual(name).working_set(32).rate(Rate::mib(64))
+}
+
+/// Disturbs a migration from host1 to host2 in this stage and returns what virsh said. A cut lasts until then.
+fn disturbed(
+    scene: &Scene,
+    stage: Disturbed,
+    options: &[&str],
+    fault: impl for<'a> FnOnce(&'a Lab) -> Result<Option<Cut<'a>>>,
+) -> Result<String> {
+    let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+    let slow = SlowLink::new(one, LINK)?;
+    let mut attempt = Attempt::start(scene.name(), one, two, options)?;
+    attempt.reaches(stage)?;
+    let cut = fault(scene.lab)?;
+    drop(slow);
+    let said = attempt.fails()?;
+    drop(cut);
+    println!("{stage:?} {options:?}: {said}");
+    Ok(said)
+}
+
+/// The guest is as it was, and moves to and fro.
+fn as_before(scene: &Scene) -> Result<()> {
+    let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+    scene.is_unharmed(one)?;
+    scene.move_to(one, two, &[]).context("the next migration")?;
+    scene.move_to(two, one, &["--p2p"]).context("the one after")?;
+    scene.lab.assert_clean(1)?;
+    scene.lab.assert_clean(2)
+}
+
+/// Does to a migration in each stage what `fault` does, and judges how the guest comes out of it.
+fn in_each_stage(
+    name: &str,
+    fault: impl for<'a> Fn(&'a Lab) -> Result<Option<Cut<'a>>>,
+    judge: impl Fn(&Scene, Disturbed, &str) -> Result<()>,
+) -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::start(lab, lab.host(1), busy(name), 1)?;
+        for stage in STAGES {
+            for options in [&[][..], &["--p2p"]] {
+                let context = || format!("in {stage:?}, {options:?}");
+                let said = disturbed(&scene, stage, options, &fault).with_context(context)?;
+                judge(&scene, stage, &said).with_context(context)?;
+                as_before(&scene).with_context(context)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn kill(process: Result<Process>) -> Result<Option<Cut<'static>>> {
+    signal(&process?, SIGKILL)?;
+    Ok(None)
+}
+
+#[test]
+fn the_sources_engine_is_killed() -> Result<()> {
+    in_each_stage(
+        "source-engine",
+        |lab| kill(engine(lab.host(1))),
+        |scene, _, said| {
+            names(said, &["engine", "host1", "SIGKILL"])?;
+            // At once: had the engine died with x-ignore-shared on, this would lose all memory.
+            scene.survives_save_and_restore(scene.lab.host(1))
+        },
+    )
+}
+
+#[test]
+fn the_destinations_engine_is_killed() -> Result<()> {
+    in_each_stage(
+        "dest-engine",
+        |lab| kill(engine(lab.host(2))),
+        |_, _, said| names(said, &["192.168.77.12", "host1"]),
+    )
+}
+
+#[test]
+fn the_destinations_qemu_is_killed() -> Result<()> {
+    in_each_stage(
+        "dest-qemu",
+        |lab| kill(lab.host(2).qemu("dest-qemu")),
+        |_, _, said| names(said, &["QEMU", "host2"]),
+    )
+}
+
+#[test]
+fn the_connections_are_reset() -> Result<()> {
+    in_each_stage(
+        "reset",
+        |lab| Cut::reset(lab.host(1)).map(Some),
+        |_, _, said| names(said, &["192.168.77.12", "host1"]),
+    )
+}
+
+#[test]
+fn the_network_swallows_all_packets() -> Result<()> {
+    in_each_stage(
+        "silence",
+        |lab| Cut::silent(lab.host(1)).map(Some),
+        |_, _, said| names(said, &["192.168.77.12", "host1", "network"]),
+    )
+}
+
+#[test]
+fn the_destinations_engine_hangs() -> Result<()> {
+    in_each_stage(
+        "hung-engine",
+        |lab| {
+            signal(&engine(lab.host(2))?, SIGSTOP)?;
+            Ok(None)
+        },
+        |_, _, said| names(said, &["192.168.77.12", "host1"]),
+    )
+}
+
+#[test]
+fn the_sources_engine_hangs() -> Result<()> {
+    in_each_stage(
+        "hung-engine",
+        |lab| {
+            signal(&engine(lab.host(1))?, SIGSTOP)?;
+            Ok(None)
+        },
+        |scene, _, said| {
+            names(said, &["engine", "host1", "silent"])?;
+            scene.survives_save_and_restore(scene.lab.host(1))
+        },
+    )
+}
+
+#[test]
+fn the_destinations_daemon_is_killed() -> Result<()> {
+    in_each_stage(
+        "dest-daemon",
+        |lab| {
+            lab.host(2).restart_libvirtd(true)?;
+            Ok(None)
+        },
+        |_, _, said| names(said, &[]),
+    )
+}
+
+#[test]
+fn the_sources_daemon_is_killed() -> Result<()> {
+    in_each_stage(
+        "source-daemon",
+        |lab| {
+            lab.host(1).restart_libvirtd(true)?;
+            Ok(None)
+        },
+        |scene, _, said| {
+            names(said, &[])?;
+            scene.survives_save_and_restore(scene.lab.host(1))
+        },
+    )
+}
+
+#[test]
+fn the_guest_itself_dies() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        for stage in STAGES {
+            let scene = Scene::start(lab, one, busy("mortal"), 1)?;
+            let said = disturbed(&scene, stage, &[], |lab| kill(lab.host(1).qemu("mortal")))?;
+            names(&said, &["QEMU", "host1"])?;
+            for host in [one, two] {
+                wait_until("the guest to be gone", PATIENCE, || {
+                    Ok(host.state("mortal")?.is_none())
+                })?;
+            }
+            lab.assert_clean(1)?;
+            lab.assert_clean(2)?;
+        }
+        // A new guest of the same name moves.
+        let scene = Scene::start(lab, one, busy("mortal"), 1)?;
+        scene.move_to(one, two, &[])
+    })
+}
