@@ -41,6 +41,7 @@ libvirt.virGetLastError.restype = POINTER(Error)
 for name in ("virConnectOpen", "virDomainLookupByName", "virDomainMigrateBegin3Params", "virDomainMigrateFinish3Params"):
     getattr(libvirt, name).restype = c_void_p
 
+libvirt.virInitialize()
 connections = {}
 
 

@@ -1,12 +1,8 @@
 //! What goes wrong on purpose, when, and what must be true afterwards.
 //!
 //! ```text
-//!   SlowLink ──> Attempt::start ──> Attempt::reaches(stage) ──> the fault ──> Attempt::fails ──> Scene::is_unharmed
+//!   link::Slow ──> Host::begin_migration ──> Underway::reaches(stage) ──> the fault ──> Underway::fails ──> Scene::is_unharmed
 //! ```
-
-use std::io::Read;
-use std::process::{Child, Stdio};
-use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::sys::signal::{kill, Signal};
@@ -14,10 +10,8 @@ use nix::unistd::Pid;
 
 use crate::host::{Host, Process};
 use crate::scene::{Scene, PATIENCE};
-use crate::wait::{wait_for, wait_until};
-
-/// A migration that takes longer than this hangs: the longest wait of ours is 60 s, libvirt's own is 30 s.
-const ATTEMPT_LIMIT: Duration = Duration::from_secs(150);
+use crate::underway::Underway;
+use crate::wait::wait_until;
 
 /// The stages in which a migration is disturbed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,31 +20,6 @@ pub enum Disturbed {
     PreCopy,
     /// The guest stands still, the last of its memory is on its way.
     StopAndCopy,
-}
-
-/// A host's uplink, slowed down until this is dropped.
-#[must_use]
-pub struct SlowLink<'a>(&'a Host);
-
-impl<'a> SlowLink<'a> {
-    /// Lets `host` send `mbit` Mbit a second and no more.
-    ///
-    /// # Errors
-    /// What tc said.
-    pub fn new(host: &'a Host, mbit: u32) -> Result<Self> {
-        let rate = format!("{mbit}mbit");
-        let shape = ["rate", &rate, "burst", "64kb", "latency", "50ms"];
-        let replace = ["tc", "qdisc", "replace", "dev", "eth0", "root", "tbf"];
-        host.run(&[&replace[..], &shape].concat())?;
-        Ok(SlowLink(host))
-    }
-}
-
-impl Drop for SlowLink<'_> {
-    fn drop(&mut self) {
-        // The lab may be gone.
-        let _ = self.0.exec(&["tc", "qdisc", "delete", "dev", "eth0", "root"]);
-    }
 }
 
 /// A firewall rule on a host's side of all engine connections, in force until this is dropped.
@@ -124,95 +93,25 @@ pub fn engine(host: &Host) -> Result<Process> {
     }
 }
 
-/// A `virsh migrate` under way.
-pub struct Attempt<'a> {
-    from: &'a Host,
-    domain: String,
-    virsh: Child,
-}
-
-impl<'a> Attempt<'a> {
-    /// Begins to move the guest.
-    ///
-    /// # Errors
-    /// If virsh cannot be started.
-    pub fn start(domain: &str, from: &'a Host, to: &Host, options: &[&str]) -> Result<Self> {
-        let virsh = from
-            .command("timeout")
-            .args(["--kill-after=5", &ATTEMPT_LIMIT.as_secs().to_string()])
-            .args([
-                "virsh",
-                "--connect",
-                "qemu:///system",
-                "migrate",
-                "--live",
-                domain,
-            ])
-            .arg(to.uri())
-            .args(options)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("virsh migrate")?;
-        Ok(Attempt {
-            from,
-            domain: domain.to_owned(),
-            virsh,
-        })
-    }
-
-    /// Waits until it is in this stage.
+impl Underway<'_> {
+    /// Waits until the migration is in this stage: before it stops the guest, the engine waits for leave to.
     ///
     /// # Errors
     /// If it ends before.
     pub fn reaches(&mut self, stage: Disturbed) -> Result<()> {
-        wait_until(&format!("{stage:?} of {}", self.domain), PATIENCE, || {
-            if self.virsh.try_wait()?.is_some() {
-                bail!("virsh migrate ended first: {}", self.said()?);
-            }
-            match stage {
-                Disturbed::PreCopy => self.has_sent_something(),
-                Disturbed::StopAndCopy => {
-                    let state = self.from.state(&self.domain)?;
-                    Ok(state.is_some_and(|state| state.starts_with("paused")))
-                }
-            }
-        })
-    }
-
-    fn has_sent_something(&self) -> Result<bool> {
-        let job = self.from.virsh(&["domjobinfo", &self.domain])?;
-        let processed = job.lines().find_map(|line| line.strip_prefix("Data processed:"));
-        Ok(processed.is_some_and(|value| !value.trim().starts_with("0.000")))
-    }
-
-    /// Waits for its end, which must be a failure, and returns what virsh said.
-    ///
-    /// # Errors
-    /// If the guest has moved, or virsh hangs.
-    pub fn fails(mut self) -> Result<String> {
-        let status = wait_for("virsh migrate to end", ATTEMPT_LIMIT, || {
-            Ok(self.virsh.try_wait()?)
+        self.wait_for_job("memory to be on its way", |job| {
+            job.figure("memory_processed") > 0
         })?;
-        ensure!(status.code() != Some(124), "virsh migrate hangs");
-        ensure!(!status.success(), "the guest moved, though it should not");
-        self.said()
-    }
-
-    fn said(&mut self) -> Result<String> {
-        let mut said = String::new();
-        if let Some(stderr) = &mut self.virsh.stderr {
-            stderr.read_to_string(&mut said)?;
+        if stage == Disturbed::StopAndCopy {
+            // The longest pause that libvirt lets anybody ask for.
+            self.from
+                .virsh(&["migrate-setmaxdowntime", &self.domain, "2000000"])?;
+            wait_until("the guest to stand still", PATIENCE, || {
+                let state = self.from.state(&self.domain)?;
+                Ok(state.is_some_and(|state| state.starts_with("paused")))
+            })?;
         }
-        Ok(said.trim().to_owned())
-    }
-}
-
-impl Drop for Attempt<'_> {
-    fn drop(&mut self) {
-        // Ended already where the test went well.
-        let _ = self.virsh.kill();
-        let _ = self.virsh.wait();
+        Ok(())
     }
 }
 

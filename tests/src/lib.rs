@@ -11,7 +11,6 @@
 //!   underway         a migration while it runs
 //!   link             a link made slow
 //!   timeline         what virt-ferry is told and tells on a host
-//!   recorded         the same in the engine's own types
 //!   phases           a client that runs the phases of a migration one by one
 //!   fault            slow and cut links, killed processes, and how a guest must come out of it
 //!   wait             waiting for a condition, never for a time
@@ -24,7 +23,6 @@ pub mod host;
 pub mod lab;
 pub mod link;
 pub mod phases;
-pub mod recorded;
 pub mod scene;
 pub mod timeline;
 pub mod underway;

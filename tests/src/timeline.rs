@@ -78,6 +78,8 @@ pub struct Round {
     pub data_bytes: u64,
     /// Bytes told to be zero.
     pub zero_bytes: u64,
+    /// Waiting for block I/O in flight, in ms.
+    pub drain_ms: f64,
 }
 
 /// How long the guest stood still, in ms.

@@ -14,8 +14,8 @@ const LIMIT: &str = "120";
 
 /// `virsh migrate` as it runs; ended when dropped.
 pub struct Underway<'a> {
-    from: &'a Host,
-    domain: String,
+    pub(crate) from: &'a Host,
+    pub(crate) domain: String,
     child: Option<Child>,
 }
 

@@ -5,10 +5,11 @@
 
 use anyhow::{Context, Result};
 use ferry_tests::fault::Disturbed::{self, PreCopy, StopAndCopy};
-use ferry_tests::fault::{engine, names, signal, Attempt, Cut, SlowLink};
+use ferry_tests::fault::{engine, names, signal, Cut};
 use ferry_tests::guest::{Guest, Rate};
 use ferry_tests::host::Process;
 use ferry_tests::lab::{Lab, Options};
+use ferry_tests::link::Slow;
 use ferry_tests::scene::{usual, Scene, PATIENCE};
 use ferry_tests::wait::wait_until;
 use nix::sys::signal::Signal::{SIGKILL, SIGSTOP};
@@ -31,12 +32,12 @@ fn disturbed(
     fault: impl for<'a> FnOnce(&'a Lab) -> Result<Option<Cut<'a>>>,
 ) -> Result<String> {
     let (one, two) = (scene.lab.host(1), scene.lab.host(2));
-    let slow = SlowLink::new(one, LINK)?;
-    let mut attempt = Attempt::start(scene.name(), one, two, options)?;
-    attempt.reaches(stage)?;
+    let slow = Slow::to(scene.lab, two, LINK)?;
+    let mut underway = one.begin_migration(scene.name(), two, options)?;
+    underway.reaches(stage)?;
     let cut = fault(scene.lab)?;
     drop(slow);
-    let said = attempt.fails()?;
+    let said = underway.fails()?;
     drop(cut);
     println!("{stage:?} {options:?}: {said}");
     Ok(said)

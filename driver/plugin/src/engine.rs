@@ -6,7 +6,7 @@
 
 use ferry_contract::config::Config;
 use ferry_contract::control::{Failure, FailureKind, Message, Reply, Request, Statistics, MAX_LINE};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -195,12 +195,14 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, p
         match lines.by_ref().take(MAX_LINE as u64).read_until(b'\n', &mut line) {
             Ok(0) => break "the engine ended".to_owned(),
             Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(_) => {
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 // The kernel closes its sockets and mappings: the guest runs on, the migration fails.
                 let _ = child.kill();
                 break format!("the engine was silent for {} s and was killed", SILENCE.as_secs());
             }
+            // Reset: it ended with a request unread.
+            Err(_) => break "the engine ended".to_owned(),
         }
         match serde_json::from_slice::<Message>(&line) {
             Ok(Message::Progress(statistics)) => shared.lock().statistics = statistics,

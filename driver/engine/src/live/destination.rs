@@ -94,9 +94,11 @@ fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     let mut recorder = place.recorder();
     recorder.enter(Stage::Reservation);
     match Attached::take_hold(&place, &monitor, listen.as_deref()) {
-        Ok(attached) => attached.serve(&place, incoming, address, recorder),
+        Ok(attached) => attached.serve(&place, incoming.clone(), address, recorder),
         Err(error) => place.fail(recorder, &error),
     }
+    // Ended before anybody has connected, QEMU leaves its socket behind. The plug-in removes it, too, but it may be gone.
+    let _ = std::fs::remove_file(&incoming);
 }
 
 fn reserve(offer: &Offer, directory: &Path, promised: u64) -> Result<Backing, Error> {

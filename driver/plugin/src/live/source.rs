@@ -107,16 +107,17 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
     if !domain.may_migrate() {
         return phase::perform(domain, None, params, cookie, flags);
     }
+    let session = domain
+        .guest()
+        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
     let answer = match cookie::answer(cookie) {
         Ok(answer) => answer,
         Err(error) => {
+            session.as_ref().inspect(|session| sessions::remove(session));
             let cause = format!("host {}: {error}", host::name());
             return Err(give_up(domain, params, flags, Error::failed(cause)));
         }
     };
-    let session = domain
-        .guest()
-        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
     match (answer, session) {
         (Some(answer), Some(session)) => {
             let performed = through_engine(domain, params, cookie, flags, answer, &session);
