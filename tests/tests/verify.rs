@@ -109,8 +109,9 @@ fn memory_freed_while_the_guest_moves() -> Result<()> {
         for (from, to, options) in [(one, two, &[][..]), (two, one, &["--p2p"])] {
             let ram = from.ram_file(scene.name())?;
             let idle = settled(&ram, scene.name())?;
-            // Slow enough that the guest reports its free pages, two seconds later, after they have been sent.
-            let slow = Slow::to(lab, to, 200)?;
+            // Slow enough that the guest reports its free pages, some seconds later, while memory still flows: 150 MiB
+            // take 15 s.
+            let slow = Slow::to(lab, to, 80)?;
             scene.remote().spend(SPENT, from.name(), PATIENCE)?;
             let mut moving = from.begin_migration(scene.name(), to, options)?;
             moving.wait_for_job("free pages to be given back while memory flows", |job| {
