@@ -405,6 +405,7 @@ impl Arrival {
         control.set_deadline(Some(deadline(CONNECTIONS)))?;
         let ask = message::receive(&mut control)?;
         control.set_deadline(None)?;
+        self.signals.watch_control(control.breaker());
         match ask {
             Ask::Open {
                 streams: streams @ 1..=16,

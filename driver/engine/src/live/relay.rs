@@ -91,8 +91,10 @@ fn run(
         // A QEMU whose relay is gone without a word would stand still for ever.
         let outcome = catch_unwind(AssertUnwindSafe(relay));
         let outcome = outcome.unwrap_or_else(|_| Err(Error::Elsewhere("a relay thread panicked".into())));
-        if let Err(error) = outcome {
-            signals.end(End::Failed(error.to_string()));
+        match outcome {
+            Ok(()) => {}
+            Err(Error::Wire(error)) => signals.end(End::Lost(error.to_string())),
+            Err(error) => signals.end(End::Failed(error.to_string())),
         }
     };
     std::thread::Builder::new()

@@ -26,6 +26,8 @@ pub enum End {
     Abandoned,
     /// Something failed, in these words.
     Failed(String),
+    /// A connection to the other engine failed, in these words; the other engine may know better why.
+    Lost(String),
 }
 
 /// When QEMU did what, as seen here.
@@ -54,6 +56,7 @@ struct State {
     connections: Vec<Breaker>,
     sockets: Vec<UnixStream>,
     listener: Option<Stopper>,
+    listening: Option<Breaker>,
 }
 
 /// The meeting place.
@@ -132,6 +135,19 @@ impl Signals {
     pub fn watch(&self, breaker: Breaker) {
         let mut state = self.lock();
         state.connections.push(breaker);
+        state.break_off_if_ended();
+    }
+
+    /// Whether it was the other engine that this one lost first.
+    pub fn is_lost(&self) -> bool {
+        matches!(self.lock().end, Some(End::Lost(_)))
+    }
+
+    /// The control connection of the destination, which listens for what the source asks next. An end before the
+    /// commitment ends the listening; what ended it is still told.
+    pub fn watch_control(&self, breaker: Breaker) {
+        let mut state = self.lock();
+        state.listening = Some(breaker);
         state.break_off_if_ended();
     }
 
@@ -230,7 +246,7 @@ impl State {
             None => Ok(()),
             Some(End::Cancelled) => Err(Error::Cancelled),
             Some(End::Abandoned) => Err(Error::Abandoned),
-            Some(End::Failed(cause)) => Err(Error::Elsewhere(cause.clone())),
+            Some(End::Failed(cause) | End::Lost(cause)) => Err(Error::Elsewhere(cause.clone())),
         }
     }
 
@@ -250,6 +266,9 @@ impl State {
         }
         if let Some(listener) = self.listener.take() {
             listener.stop();
+        }
+        if let (Some(control), None) = (self.listening.take(), self.committed) {
+            control.stop_reading();
         }
     }
 }

@@ -41,6 +41,8 @@ const COMMIT: Duration = Duration::from_secs(60);
 const RESUMED: Duration = Duration::from_secs(20);
 /// For QEMU to leave its own migration after a failure, so that the capability can be cleared.
 const CLEAR: Duration = Duration::from_secs(20);
+/// For a destination that has ended the migration to say why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Between rounds while libvirt prepares the switch-over.
 const STEP: Duration = Duration::from_millis(10);
 
@@ -210,7 +212,7 @@ impl Inspected {
             self.offer.blocks.iter().map(|block| block.resident).sum(),
             Relaxed,
         );
-        let links = Links::connect(place, &self.offer, self.identity, answer)?;
+        let mut links = Links::connect(place, &self.offer, self.identity, answer)?;
         recorder.peer(links.peer);
         recorder.enter(Stage::PreCopy);
         let mut precopy = Precopy::begin(
@@ -221,35 +223,59 @@ impl Inspected {
             self.blocks,
             links.data,
         )?;
-        precopy.first(recorder)?;
-        loop {
-            let scan = precopy.scan()?;
-            match precopy.decide(&scan)? {
-                Decision::StopAndCopy {
-                    why, expected_pause, ..
-                } => {
-                    recorder.note(format!(
-                        "stop-and-copy: {why}, {:.1} ms expected",
-                        millis(expected_pause)
-                    ));
-                    break;
-                }
-                Decision::Continue { wait, .. } => {
-                    precopy.send(recorder, scan)?;
-                    if !wait.is_zero() {
-                        place.signals.wait_for_qemu(deadline(wait), |_| false)?;
-                    }
+        converge(place, recorder, &mut precopy)
+            .map_err(|error| last_words(place, &mut links.control, error))?;
+        Ok(Converged {
+            control: links.control,
+            ready: Ready {
+                session: self.offer.session,
+                watch: self.watch,
+                precopy,
+                device_state: links.device_state,
+                return_path: links.return_path,
+            },
+        })
+    }
+}
+
+/// The first pass, and rounds until what is left fits the pause.
+fn converge(place: &Place<'_>, recorder: &mut Recorder, precopy: &mut Precopy) -> Result<(), Error> {
+    precopy.first(recorder)?;
+    loop {
+        let scan = precopy.scan()?;
+        match precopy.decide(&scan)? {
+            Decision::StopAndCopy {
+                why, expected_pause, ..
+            } => {
+                recorder.note(format!(
+                    "stop-and-copy: {why}, {:.1} ms expected",
+                    millis(expected_pause)
+                ));
+                return Ok(());
+            }
+            Decision::Continue { wait, .. } => {
+                precopy.send(recorder, scan)?;
+                if !wait.is_zero() {
+                    place.signals.wait_for_qemu(deadline(wait), |_| false)?;
                 }
             }
         }
-        Ok(Converged {
-            session: self.offer.session,
-            watch: self.watch,
-            precopy,
-            control: links.control,
-            device_state: links.device_state,
-            return_path: links.return_path,
-        })
+    }
+}
+
+/// What the destination says of an error that looks like its absence: it may have ended the migration itself, and
+/// breaks off all connections but the one on which it says why.
+fn last_words(place: &Place<'_>, control: &mut Connection, error: Error) -> Error {
+    let error = place.signals.cause(error);
+    if !matches!(error, Error::Wire(_)) && !place.signals.is_lost() {
+        return error;
+    }
+    // QEMU need not wait for the answer: a guest that stands still goes on now.
+    place.signals.end(End::Lost(error.to_string()));
+    let said = control.set_deadline(Some(deadline(LAST_WORDS)));
+    match said.and_then(|()| message::receive(control)) {
+        Ok(Answer::Refused { cause }) => Error::Refused(cause),
+        _ => error,
     }
 }
 
@@ -338,23 +364,46 @@ fn out_of_turn(answer: &Answer) -> Error {
 
 /// Pre-copy is done: what is left fits the pause. The streams stay open.
 struct Converged {
+    control: Connection,
+    ready: Ready,
+}
+
+/// All but the control connection, which outlives a failure to tell of it.
+struct Ready {
     session: Uuid,
     watch: Arc<Watch>,
     precopy: Precopy,
-    control: Connection,
     device_state: Connection,
     return_path: Connection,
 }
 
 impl Converged {
+    fn stop_and_copy(self, place: &Place<'_>, recorder: &mut Recorder) -> Result<Moved, Error> {
+        let Self { mut control, ready } = self;
+        let watch = Arc::clone(&ready.watch);
+        let (pause, tracker) = ready
+            .stop_and_copy(place, recorder, &mut control)
+            .map_err(|error| last_words(place, &mut control, error))?;
+        Ok(Moved {
+            watch,
+            control,
+            pause,
+            tracker,
+        })
+    }
+}
+
+impl Ready {
     /// Lets libvirt begin QEMU's own migration, and copies on until the guest stands still; then the last copy,
     /// and the commitment.
-    fn stop_and_copy(self, place: &Place<'_>, recorder: &mut Recorder) -> Result<Moved, Error> {
+    fn stop_and_copy(
+        self,
+        place: &Place<'_>,
+        recorder: &mut Recorder,
+        control: &mut Connection,
+    ) -> Result<(SourcePause, WriteTracker), Error> {
         let Self {
-            mut precopy,
-            mut control,
-            watch,
-            ..
+            mut precopy, watch, ..
         } = self;
         precopy.sweep()?;
         let door = Door::open(&place.settings.runtime_directory, self.session)?;
@@ -400,7 +449,7 @@ impl Converged {
         }
         control.set_deadline(Some(deadline(COMMIT)))?;
         match message::ask(
-            &mut control,
+            control,
             &Ask::Commit {
                 totals: last.totals.clone(),
                 memory,
@@ -418,12 +467,7 @@ impl Converged {
             bytes: last.sent.data,
         };
         recorder.totals(report::Totals::from_streams(&last.totals));
-        Ok(Moved {
-            watch,
-            control,
-            pause,
-            tracker: last.tracker,
-        })
+        Ok((pause, last.tracker))
     }
 }
 

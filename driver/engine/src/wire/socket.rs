@@ -198,6 +198,14 @@ impl Breaker {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
+
+    /// Ends a read that blocks in the connection, and every later one, as if the peer had ended it; what is still to be
+    /// said can be said.
+    pub fn stop_reading(&self) {
+        if let Some(stream) = self.stream.upgrade() {
+            let _ = stream.shutdown(Shutdown::Read);
+        }
+    }
 }
 
 #[cfg(test)]
