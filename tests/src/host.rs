@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 
+use crate::guest::ram::RamFile;
 use crate::wait::{wait_for, wait_until};
 
 /// A command in a host that takes longer than this hangs.
@@ -347,6 +348,23 @@ impl Host {
                 }))
             },
         )
+    }
+
+    /// The memory of a guest that runs here.
+    ///
+    /// # Errors
+    /// If it has no memory file.
+    pub fn ram_file(&self, domain: &str) -> Result<RamFile> {
+        let directory = self.path("/var/lib/libvirt/qemu/ram");
+        // libvirt names each guest's directory <id>-<name>.
+        let ending = format!("-{domain}");
+        for entry in fs::read_dir(&directory).with_context(|| directory.display().to_string())? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().ends_with(&ending) {
+                return RamFile::open(entry.path().join("pc.ram"));
+            }
+        }
+        bail!("{}: {domain} has no memory file", self.name)
     }
 
     /// Ends libvirtd (`kill`: by SIGKILL, else by SIGTERM), starts it anew and waits until it answers.

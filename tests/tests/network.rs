@@ -86,6 +86,12 @@ fn mac_of(host: &Host, guest: &str) -> Result<String> {
         .context("the guest has no NIC")
 }
 
+/// How long the guest that last left this host stood still by virt-ferry's account, ms.
+fn stood_still(from: &Host) -> Result<f64> {
+    let downtime = from.last_timeline(Role::Source)?.downtime;
+    Ok(downtime.context("the timeline has no downtime")?.total_ms)
+}
+
 #[test]
 fn pings_are_answered_through_the_move() -> Result<()> {
     Lab::with(Options::default(), |lab| {
@@ -109,11 +115,7 @@ fn pings_are_answered_through_the_move() -> Result<()> {
                 .windows(2)
                 .map(|pair| pair[1].0 - pair[0].0)
                 .fold(0.0, f64::max);
-            let stood_still = from
-                .last_timeline(Role::Source)?
-                .downtime
-                .context("no downtime")?
-                .total_ms;
+            let stood_still = stood_still(from)?;
             println!(
                 "{} to {}: {lost} of {last} pings lost, longest silence {:.0} ms; the guest stood still {stood_still:.1} ms",
                 from.name(),
@@ -144,12 +146,13 @@ fn the_heartbeat_goes_on() -> Result<()> {
             let arrived = listener.heard(ip);
             let heard = listener.wait(ip, arrived.received + 200, PATIENCE)?;
             println!(
-                "{} to {}: silent for {:.1} ms, {} of {} heartbeats not heard",
+                "{} to {}: silent for {:.1} ms, {} of {} heartbeats not heard; the guest stood still {:.1} ms",
                 from.name(),
                 to.name(),
                 heard.longest.length.as_secs_f64() * 1000.0,
                 heard.missing,
-                heard.received + heard.missing
+                heard.received + heard.missing,
+                stood_still(from)?
             );
             // A guest that ran in two places, or went on from an earlier state, would say numbers again.
             ensure!(

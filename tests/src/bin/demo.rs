@@ -14,12 +14,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{ensure, Context, Result};
 use ferry_tests::guest::beat::Listener;
 use ferry_tests::guest::{Guest, Rate};
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::scene::{address, Scene, PATIENCE};
+use ferry_tests::timeline::Role;
 use ferry_tests::wait::wait_for;
 
 /// The guest: small enough for a laptop, busy enough to need rounds.
@@ -234,23 +235,14 @@ fn progress(mut said: impl Read) -> Result<String> {
 
 /// The timeline that the source's engine has just kept.
 fn newest_timeline(from: &Host) -> Result<PathBuf> {
-    let directory = from.logs().join("virt-ferry");
-    let mut newest = None;
-    for entry in std::fs::read_dir(&directory).with_context(|| directory.display().to_string())? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().ends_with("-source.json") {
-            newest = newest.max(Some((entry.metadata()?.modified()?, entry.path())));
-        }
-    }
-    if let Some((_, path)) = newest {
-        return Ok(path);
-    }
-    let log = from.libvirtd_log();
-    let why = log.lines().rfind(|line| line.contains("libvirt's own migration"));
-    bail!(
-        "the guest moved, but not through the engine: {}",
-        why.unwrap_or("the log does not say why")
-    )
+    let timeline = from.last_timeline(Role::Source).with_context(|| {
+        let log = from.libvirtd_log();
+        let why = log.lines().rfind(|line| line.contains("libvirt's own migration"));
+        let why = why.unwrap_or("the log does not say why");
+        format!("the guest moved, but not through the engine: {why}")
+    })?;
+    let file = format!("{NAME}-{}-source.json", timeline.session);
+    Ok(from.logs().join("virt-ferry").join(file))
 }
 
 /// What `virt-ferry-engine report` says of a timeline, which it also draws.

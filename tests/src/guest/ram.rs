@@ -4,11 +4,12 @@
 //! physical addresses. Judge a guest only while its vCPUs are stopped.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure, Context, Result};
 use ferry_guest::page::{Page, PAGE_SIZE};
+use nix::unistd::{lseek, Whence};
 
 const MIB: u64 = 1 << 20;
 
@@ -69,6 +70,35 @@ impl RamFile {
         self.file
             .write_all_at(page.bytes(), offset)
             .with_context(|| format!("cannot write {} at {offset:#x}", self.path.display()))
+    }
+
+    /// Bytes of it that take memory.
+    ///
+    /// # Errors
+    /// If it cannot be looked at.
+    pub fn resident(&self) -> Result<u64> {
+        let metadata = self.file.metadata();
+        // st_blocks counts 512 bytes, whatever the file system's blocks are.
+        Ok(metadata
+            .with_context(|| format!("cannot stat {}", self.path.display()))?
+            .blocks()
+            * 512)
+    }
+
+    /// The first hole from `offset` on: memory that neither guest nor QEMU has touched.
+    ///
+    /// # Errors
+    /// If there is none before the file's end.
+    pub fn hole(&self, offset: u64) -> Result<u64> {
+        let size = self.file.metadata()?.len();
+        let hole = lseek(&self.file, i64::try_from(offset)?, Whence::SeekHole)?;
+        let hole = u64::try_from(hole)?;
+        ensure!(
+            hole < size,
+            "{} has no hole from {offset:#x} on",
+            self.path.display()
+        );
+        Ok(hole)
     }
 
     /// Every whole page of the Linux guest's that the file holds, in order of offset.

@@ -85,6 +85,14 @@ impl Remote {
         self.ask("status", patience, Status::parse)
     }
 
+    /// Has the guest take so much memory, write to each page of it and free it, once for this `id`.
+    ///
+    /// # Errors
+    /// When `patience` is over or the guest has not got so much.
+    pub fn spend(&self, mib: u64, id: &str, patience: Duration) -> Result<()> {
+        self.order(&format!("spend {mib} {id}"), patience)
+    }
+
     /// Sends a command that is answered by ok: `rate`, `set`, `reset`, `quit`.
     ///
     /// # Errors

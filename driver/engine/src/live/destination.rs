@@ -324,6 +324,12 @@ enum Note {
     Paused(SourcePause),
 }
 
+/// A connection of the source's and what it is for.
+type Opened = (Purpose, Connection);
+
+/// Connections that may be there before the control connection: 16 streams, device state and return path.
+const MAX_EARLY: usize = 18;
+
 /// What the source's thread waits for: the destination's part of the pause, or that the guest will not run here.
 type Told = Option<DestinationPause>;
 
@@ -349,16 +355,18 @@ impl Arrival {
     }
 
     fn try_serve(mut self, listener: &Listener, security: &Security) -> Result<(), Error> {
-        let (mut control, streams) = self.first(listener, security)?;
-        let served = self.streams(listener, security, streams).and_then(|landed| {
-            message::send(
-                &mut control,
-                &Answer::Ready {
-                    host: self.host.clone(),
-                },
-            )?;
-            self.commit(&mut control, landed)
-        });
+        let (mut control, streams, early) = self.first(listener, security)?;
+        let served = self
+            .streams(listener, security, streams, early)
+            .and_then(|landed| {
+                message::send(
+                    &mut control,
+                    &Answer::Ready {
+                        host: self.host.clone(),
+                    },
+                )?;
+                self.commit(&mut control, landed)
+            });
         match served {
             Ok(()) => self.tell_when_resumed(&mut control),
             Err(error) => {
@@ -374,14 +382,26 @@ impl Arrival {
         }
     }
 
-    /// The control connection, which comes first, and how many streams the source wants.
-    fn first(&self, listener: &Listener, security: &Security) -> Result<(Connection, u16), Error> {
-        let (purpose, mut control) = listener.accept(security, deadline(UNTIL_SOURCE))?;
-        if purpose != Purpose::Control {
-            return Err(Error::Elsewhere(format!(
-                "the source began with a {purpose} connection"
-            )));
-        }
+    /// The control connection, and how many streams the source wants. The source opens this one first; but greetings
+    /// go on side by side, and a later one may be over sooner on a busy host: what came early is given out too.
+    fn first(
+        &self,
+        listener: &Listener,
+        security: &Security,
+    ) -> Result<(Connection, u16, Vec<Opened>), Error> {
+        let mut early = Vec::new();
+        let mut end = deadline(UNTIL_SOURCE);
+        let mut control = loop {
+            let (purpose, connection) = listener.accept(security, end)?;
+            if purpose == Purpose::Control {
+                break connection;
+            }
+            if early.len() == MAX_EARLY {
+                return Err(Error::Elsewhere("the source opened no control connection".into()));
+            }
+            early.push((purpose, connection));
+            end = end.min(deadline(CONNECTIONS));
+        };
         control.set_deadline(Some(deadline(CONNECTIONS)))?;
         let ask = message::receive(&mut control)?;
         control.set_deadline(None)?;
@@ -393,7 +413,7 @@ impl Arrival {
             } => {
                 // Nobody listens any more where libvirt has concluded already.
                 let _ = self.noted.send(Note::Connected { host, streams });
-                Ok((control, streams))
+                Ok((control, streams, early))
             }
             other => Err(Error::Elsewhere(format!("the source began with {other:?}"))),
         }
@@ -405,12 +425,17 @@ impl Arrival {
         listener: &Listener,
         security: &Security,
         count: u16,
+        early: Vec<Opened>,
     ) -> Result<Vec<JoinHandle<Result<Totals, Error>>>, Error> {
         let mut streams: Vec<Option<Connection>> = (0..count).map(|_| None).collect();
         let (mut device_state, mut return_path) = (None, None);
         let end = deadline(CONNECTIONS);
+        let mut early = early.into_iter();
         while streams.iter().any(Option::is_none) || device_state.is_none() || return_path.is_none() {
-            let (purpose, connection) = listener.accept(security, end)?;
+            let (purpose, connection) = match early.next() {
+                Some(opened) => opened,
+                None => listener.accept(security, end)?,
+            };
             self.signals.watch(connection.breaker());
             let place = match purpose {
                 Purpose::Data(number) => streams.get_mut(usize::from(number)),

@@ -444,6 +444,9 @@ impl Ready {
             .verify_memory
             .then(|| verify::digest(files))
             .transpose()?;
+        if memory.is_some() {
+            recorder.note("every byte of the guest's memory is compared on both hosts (verify_memory)");
+        }
         control.set_deadline(Some(deadline(COMMIT)))?;
         match message::ask(
             control,

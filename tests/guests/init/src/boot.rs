@@ -56,7 +56,7 @@ pub fn require_memory(pages: u64) -> Result<(), String> {
     let available_mib = available_kib >> 10;
     if wanted_mib.saturating_add(HEADROOM_MIB) > available_mib {
         return Err(format!(
-            "ferry.set and ferry.ram ask for {wanted_mib} MiB; of {available_mib} MiB free {HEADROOM_MIB} must be left"
+            "{wanted_mib} MiB are asked for; of {available_mib} MiB free {HEADROOM_MIB} must be left"
         ));
     }
     Ok(())

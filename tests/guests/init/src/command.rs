@@ -6,6 +6,7 @@
 //! | `status` | | the status line |
 //! | `rate N`, `NM`, `max` | changes the writer's rate | `ok` |
 //! | `set MIB` | changes the working set, within the memory the guest began with | `ok` |
+//! | `spend MIB [ID]` | takes so much memory, writes to each page of it and frees it, as a program that comes and goes; once only for an ID | `ok` |
 //! | `reset` | begins the measurement of stalls and lost time anew; errors stay | `ok` |
 //! | `quit` | powers off | `ok` |
 //!
@@ -13,11 +14,13 @@
 
 use std::net::UdpSocket;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use ferry_guest::config::{COMMAND_PORT, PAGES_PER_MIB};
 use ferry_guest::line::{Verdict, PREFIX};
+use ferry_guest::page::PAGE_SIZE;
 use nix::sys::termios::{self, LocalFlags, SetArg};
 
 use crate::report::{say, status};
@@ -36,11 +39,7 @@ fn carry_out(guest: &Guest, command: &str) -> Result<String, String> {
             Ok("ok".to_owned())
         }
         "set" => {
-            let mib: u64 = argument
-                .ok_or_else(missing)?
-                .parse()
-                .map_err(|_| "set: say a number of MiB")?;
-            let pages = mib.saturating_mul(PAGES_PER_MIB);
+            let pages = pages_of(verb, argument.ok_or_else(missing)?)?;
             if pages > guest.area.pages() {
                 return Err(format!(
                     "set: the guest has {} MiB",
@@ -50,15 +49,45 @@ fn carry_out(guest: &Guest, command: &str) -> Result<String, String> {
             guest.load.change_set(pages);
             Ok("ok".to_owned())
         }
+        "spend" => {
+            let pages = pages_of(verb, argument.ok_or_else(missing)?)?;
+            spend(pages, words.next().unwrap_or("-"))?;
+            Ok("ok".to_owned())
+        }
         "reset" => {
             guest.report.reset();
             Ok("ok".to_owned())
         }
         "quit" => Ok("ok".to_owned()),
         other => Err(format!(
-            "'{other}': unknown; say check, status, rate, set, reset or quit"
+            "'{other}': unknown; say check, status, rate, set, spend, reset or quit"
         )),
     }
+}
+
+/// The pages of an argument in MiB.
+fn pages_of(verb: &str, mib: &str) -> Result<u64, String> {
+    let mib: u64 = mib.parse().map_err(|_| format!("{verb}: say a number of MiB"))?;
+    Ok(mib.saturating_mul(PAGES_PER_MIB))
+}
+
+/// Takes memory, puts something into each page of it, and gives it back to the kernel. Who has not yet heard of it asks
+/// again with the same ID.
+fn spend(pages: u64, id: &str) -> Result<(), String> {
+    static LAST: Mutex<String> = Mutex::new(String::new());
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if *last == id {
+        return Ok(());
+    }
+    boot::require_memory(pages)?;
+    let mut memory = vec![0u8; pages as usize * PAGE_SIZE];
+    for page in memory.chunks_exact_mut(PAGE_SIZE) {
+        page[0] = 0xff;
+    }
+    // A store that nobody reads might be left out.
+    std::hint::black_box(&memory);
+    id.clone_into(&mut last);
+    Ok(())
 }
 
 /// One complete pass over memory and landed disk blocks.
