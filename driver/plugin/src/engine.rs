@@ -46,6 +46,8 @@ struct State {
     statistics: Statistics,
     /// The monitor of the QEMU the engine works on, to be rescued if the engine dies.
     monitor: Option<PathBuf>,
+    /// The failure the engine ended with: it has no more to say.
+    failed: Option<Failure>,
     gone: Option<String>,
 }
 
@@ -100,14 +102,17 @@ impl Engine {
             return Err(self.failure("another phase of this migration is under way".into()));
         };
         self.shared.lock().reply = None;
-        self.tell(request)?;
+        if self.tell(request).is_err() {
+            // It has ended, or is as good as ended; why is still to be heard.
+            self.release();
+        }
         let mut state = self.shared.lock();
         loop {
             if let Some(reply) = state.reply.take() {
-                return match reply {
-                    Reply::Failed(failure) => Err(failure),
-                    reply => Ok(reply),
-                };
+                return Ok(reply);
+            }
+            if let Some(failure) = &state.failed {
+                return Err(failure.clone());
             }
             if let Some(gone) = &state.gone {
                 return Err(self.failure(gone.clone()));
@@ -152,6 +157,11 @@ impl Engine {
     /// How far the memory is.
     pub fn statistics(&self) -> Statistics {
         self.shared.lock().statistics
+    }
+
+    /// Whether the engine has ended with a failure, which every request is answered by.
+    pub fn has_failed(&self) -> bool {
+        self.shared.lock().failed.is_some()
     }
 
     /// Whether the process has ended.
@@ -206,6 +216,10 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, p
         }
         match serde_json::from_slice::<Message>(&line) {
             Ok(Message::Progress(statistics)) => shared.lock().statistics = statistics,
+            Ok(Message::Reply(Reply::Failed(failure))) => {
+                shared.lock().failed = Some(failure);
+                shared.changed.notify_all();
+            }
             Ok(Message::Reply(reply)) => {
                 shared.lock().reply = Some(reply);
                 shared.changed.notify_all();
