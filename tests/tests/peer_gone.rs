@@ -182,6 +182,25 @@ fn the_sources_daemon_is_killed() -> Result<()> {
     )
 }
 
+/// Peer-to-peer, the daemon goes on without its client, as libvirt's own does.
+#[test]
+fn the_client_is_killed() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::start(lab, lab.host(1), busy("clientless"), 1)?;
+        for stage in STAGES {
+            let context = || format!("in {stage:?}");
+            let virsh = |lab: &Lab| {
+                let mut clients = lab.host(1).processes_named("virsh")?;
+                clients.retain(|client| client.arguments.iter().any(|argument| argument == "migrate"));
+                clients.pop().context("no client")
+            };
+            disturbed(&scene, stage, &[], |lab| kill(virsh(lab))).with_context(context)?;
+            as_before(&scene).with_context(context)?;
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn the_guest_itself_dies() -> Result<()> {
     Lab::with(Options::default(), |lab| {
