@@ -27,6 +27,8 @@ use uuid::Uuid;
 
 /// The guest's memory as `usual` has it.
 const RAM: u64 = 256 << 20;
+/// The most pages that a frame can announce, in bytes.
+const HUGE: u32 = u32::MAX - PAGE as u32 + 1;
 /// For whatever a destination does at once.
 const SOON: Duration = Duration::from_secs(30);
 
@@ -196,9 +198,10 @@ fn a_hostile_source_gets_nowhere() -> Result<()> {
             offset: 0,
             length: PAGE as u32,
         });
-        oversized[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
-        oversized[24..32].copy_from_slice(&u64::from(u32::MAX).to_le_bytes());
-        attacked(&scene, "a length of 4294967295 bytes", frames(&oversized)).context("an oversized frame")?;
+        oversized[8..12].copy_from_slice(&HUGE.to_le_bytes());
+        oversized[24..32].copy_from_slice(&u64::from(HUGE).to_le_bytes());
+        attacked(&scene, &format!("a length of {HUGE} bytes"), frames(&oversized))
+            .context("an oversized frame")?;
         attacked(&scene, "magic number", frames(&[0x55; HEADER_LENGTH])).context("no frame at all")?;
 
         attacked(&scene, "ended the connection", |source| {
