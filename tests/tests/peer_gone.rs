@@ -128,6 +128,15 @@ fn the_network_swallows_all_packets() -> Result<()> {
 }
 
 #[test]
+fn the_hosts_are_parted() -> Result<()> {
+    in_each_stage(
+        "parted",
+        |lab| Cut::off(lab, lab.host(2)).map(Some),
+        |_, _, said| names(said, &["192.168.77.12", "host1"]),
+    )
+}
+
+#[test]
 fn the_destinations_engine_hangs() -> Result<()> {
     in_each_stage(
         "hung-engine",
@@ -166,6 +175,24 @@ fn the_destinations_daemon_is_killed() -> Result<()> {
             ensure!(said.contains("error:"), "virsh said nothing: {said}");
             Ok(())
         },
+    )
+}
+
+/// Nobody is left to clear x-ignore-shared but the daemon that is started anew.
+#[test]
+fn the_sources_daemon_and_engine_are_killed() -> Result<()> {
+    in_each_stage(
+        "source-both",
+        |lab| {
+            let one = lab.host(1);
+            let engine = engine(one)?;
+            let daemon = one.processes_named("libvirtd")?.pop().context("no daemon")?;
+            signal(&daemon, SIGKILL)?;
+            signal(&engine, SIGKILL)?;
+            one.restart_libvirtd(true)?;
+            Ok(None)
+        },
+        |scene, _, _| scene.survives_save_and_restore(scene.lab.host(1)),
     )
 }
 
