@@ -317,7 +317,13 @@ impl Links {
         };
         let addresses: Vec<SocketAddr> = (answer.host.as_str(), answer.port)
             .to_socket_addrs()
-            .map_err(Error::system("find the address of the destination's engine"))?
+            .map_err(|error| {
+                Error::Elsewhere(format!(
+                    "cannot find the address of the destination's engine, {}: {error}; name one that resolves here \
+                     with --migrateuri or migration_host",
+                    answer.host
+                ))
+            })?
             .collect();
         let end = deadline(CONNECT);
         let open = |purpose| -> Result<Connection, Error> {
