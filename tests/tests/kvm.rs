@@ -15,7 +15,7 @@ use ferry_tests::skipped;
 use ferry_tests::timeline::Role;
 
 /// End of what the guest writes, MiB.
-const END: u32 = 100;
+const END: u32 = 24;
 /// Hops, to and fro, managed and peer-to-peer in turn.
 const HOPS: usize = 6;
 

@@ -103,7 +103,11 @@ fn memory_freed_while_the_guest_moves() -> Result<()> {
         let scene = Scene::start(
             lab,
             one,
-            usual("freeing").memory_mib(384).free_page_reporting(),
+            usual("freeing")
+                .memory_mib(384)
+                // Far below the slow link's pace, or the move would not end.
+                .rate(ferry_tests::guest::Rate::mib(1))
+                .free_page_reporting(),
             1,
         )?;
         for (from, to, options) in [(one, two, &[][..]), (two, one, &["--p2p"])] {

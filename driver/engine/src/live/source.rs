@@ -319,7 +319,8 @@ impl Links {
             .to_socket_addrs()
             .map_err(|error| {
                 Error::Elsewhere(format!(
-                    "cannot find the address of {}, where the destination's engine listens: {error}",
+                    "cannot find the address of the destination's engine, {}: {error}; name one that resolves here \
+                     with --migrateuri or migration_host",
                     answer.host
                 ))
             })?
