@@ -39,6 +39,9 @@ fn disturbed(
     drop(slow);
     let said = underway.fails()?;
     drop(cut);
+    wait_until("the hosts to reach each other", PATIENCE, || {
+        Ok(one.exec(&["ping", "-c1", "-W1", two.name()])?.status.success())
+    })?;
     println!("{stage:?} {options:?}: {said}");
     Ok(said)
 }
