@@ -9,6 +9,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use crate::host::{Host, Process};
+use crate::lab::Lab;
 use crate::scene::{Scene, PATIENCE};
 use crate::underway::Underway;
 use crate::wait::wait_until;
@@ -22,11 +23,11 @@ pub enum Disturbed {
     StopAndCopy,
 }
 
-/// A firewall rule on a host's side of all engine connections, in force until this is dropped.
+/// A network that does not work, until this is dropped.
 #[must_use]
 pub struct Cut<'a> {
     host: &'a Host,
-    rules: Vec<Vec<&'static str>>,
+    mends: Vec<Vec<&'a str>>,
 }
 
 impl<'a> Cut<'a> {
@@ -35,38 +36,51 @@ impl<'a> Cut<'a> {
     /// # Errors
     /// What iptables said.
     pub fn silent(host: &'a Host) -> Result<Self> {
-        Self::new(host, &["DROP"])
+        Self::filter(host, &["DROP"])
     }
 
-    /// Whatever an engine on this host sends is answered by a reset.
+    /// Whatever an engine on this host sends or hears is answered by a reset.
     ///
     /// # Errors
     /// What iptables said.
     pub fn reset(host: &'a Host) -> Result<Self> {
-        Self::new(host, &["REJECT", "--reject-with", "tcp-reset"])
+        Self::filter(host, &["REJECT", "--reject-with", "tcp-reset"])
     }
 
-    fn new(host: &'a Host, target: &[&'static str]) -> Result<Self> {
+    fn filter(host: &'a Host, target: &[&'static str]) -> Result<Self> {
         let mut cut = Cut {
             host,
-            rules: Vec::new(),
+            mends: Vec::new(),
         };
         for chain in ["OUTPUT", "INPUT"] {
             for port in ["--dport", "--sport"] {
                 let rule = [&[chain, "-p", "tcp", port, "49152:49215", "-j"], target].concat();
-                cut.host.run(&[&["iptables", "-w", "-A"], &rule[..]].concat())?;
-                cut.rules.push(rule);
+                host.run(&[&["iptables", "-w", "-A"], &rule[..]].concat())?;
+                cut.mends.push([&["iptables", "-w", "-D"], &rule[..]].concat());
             }
         }
         Ok(cut)
+    }
+
+    /// Nothing at all reaches the host any more, libvirt's own connections neither.
+    ///
+    /// # Errors
+    /// What ip said.
+    pub fn off(lab: &'a Lab, host: &'a Host) -> Result<Self> {
+        let link = |state| vec!["ip", "link", "set", "dev", host.name(), state];
+        lab.switch().run(&link("down"))?;
+        Ok(Cut {
+            host: lab.switch(),
+            mends: vec![link("up")],
+        })
     }
 }
 
 impl Drop for Cut<'_> {
     fn drop(&mut self) {
-        for rule in &self.rules {
+        for mend in &self.mends {
             // The lab may be gone.
-            let _ = self.host.exec(&[&["iptables", "-w", "-D"], &rule[..]].concat());
+            let _ = self.host.exec(mend);
         }
     }
 }

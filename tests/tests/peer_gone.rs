@@ -17,7 +17,19 @@ use nix::sys::signal::Signal::{SIGKILL, SIGSTOP};
 /// What the slow link lets through, Mbit a second: the first pass takes about ten seconds, the last copy one or two.
 const LINK: u32 = 80;
 
-const STAGES: [Disturbed; 2] = [PreCopy, StopAndCopy];
+/// Where a migration is disturbed, and virsh's options for it.
+type When = (Disturbed, &'static [&'static str]);
+
+/// Each stage, managed and peer-to-peer.
+const ALWAYS: [When; 4] = [
+    (PreCopy, &[]),
+    (PreCopy, &["--p2p"]),
+    (StopAndCopy, &[]),
+    (StopAndCopy, &["--p2p"]),
+];
+
+/// For faults that take half a minute to be noticed.
+const TWICE: [When; 2] = [(PreCopy, &[]), (StopAndCopy, &["--p2p"])];
 
 /// A guest that writes more than the slow link can carry, so that much is left for the last copy.
 fn busy(name: &str) -> Guest {
@@ -39,6 +51,9 @@ fn disturbed(
     drop(slow);
     let said = underway.fails()?;
     drop(cut);
+    wait_until("the hosts to reach each other", PATIENCE, || {
+        Ok(one.exec(&["ping", "-c1", "-W1", two.name()])?.status.success())
+    })?;
     println!("{stage:?} {options:?}: {said}");
     Ok(said)
 }
@@ -53,21 +68,20 @@ fn as_before(scene: &Scene) -> Result<()> {
     scene.lab.assert_clean(2)
 }
 
-/// Does to a migration in each stage what `fault` does, and judges how the guest comes out of it.
-fn in_each_stage(
+/// Does to migrations what `fault` does, and judges how the guest comes out of it.
+fn disturb(
     name: &str,
+    times: &[When],
     fault: impl for<'a> Fn(&'a Lab) -> Result<Option<Cut<'a>>>,
-    judge: impl Fn(&Scene, Disturbed, &str) -> Result<()>,
+    judge: impl Fn(&Scene, &str) -> Result<()>,
 ) -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let scene = Scene::start(lab, lab.host(1), busy(name), 1)?;
-        for stage in STAGES {
-            for options in [&[][..], &["--p2p"]] {
-                let context = || format!("in {stage:?}, {options:?}");
-                let said = disturbed(&scene, stage, options, &fault).with_context(context)?;
-                judge(&scene, stage, &said).with_context(context)?;
-                as_before(&scene).with_context(context)?;
-            }
+        for (stage, options) in times {
+            let context = || format!("in {stage:?}, {options:?}");
+            let said = disturbed(&scene, *stage, options, &fault).with_context(context)?;
+            judge(&scene, &said).with_context(context)?;
+            as_before(&scene).with_context(context)?;
         }
         Ok(())
     })
@@ -80,10 +94,11 @@ fn kill(process: Result<Process>) -> Result<Option<Cut<'static>>> {
 
 #[test]
 fn the_sources_engine_is_killed() -> Result<()> {
-    in_each_stage(
+    disturb(
         "source-engine",
+        &ALWAYS,
         |lab| kill(engine(lab.host(1))),
-        |scene, _, said| {
+        |scene, said| {
             names(said, &["engine", "host1", "SIGKILL"])?;
             // At once: had the engine died with x-ignore-shared on, this would lose all memory.
             scene.survives_save_and_restore(scene.lab.host(1))
@@ -93,61 +108,77 @@ fn the_sources_engine_is_killed() -> Result<()> {
 
 #[test]
 fn the_destinations_engine_is_killed() -> Result<()> {
-    in_each_stage(
+    disturb(
         "dest-engine",
+        &ALWAYS,
         |lab| kill(engine(lab.host(2))),
-        |_, _, said| names(said, &["192.168.77.12", "host1"]),
+        |_, said| names(said, &["192.168.77.12", "host1"]),
     )
 }
 
 #[test]
 fn the_destinations_qemu_is_killed() -> Result<()> {
-    in_each_stage(
+    disturb(
         "dest-qemu",
+        &ALWAYS,
         |lab| kill(lab.host(2).qemu("dest-qemu")),
-        |_, _, said| names(said, &["QEMU", "host2"]),
+        |_, said| names(said, &["QEMU", "host2"]),
     )
 }
 
 #[test]
 fn the_connections_are_reset() -> Result<()> {
-    in_each_stage(
+    disturb(
         "reset",
+        &ALWAYS,
         |lab| Cut::reset(lab.host(1)).map(Some),
-        |_, _, said| names(said, &["192.168.77.12", "host1"]),
+        |_, said| names(said, &["192.168.77.12", "host1"]),
     )
 }
 
 #[test]
 fn the_network_swallows_all_packets() -> Result<()> {
-    in_each_stage(
+    disturb(
         "silence",
+        &TWICE,
         |lab| Cut::silent(lab.host(1)).map(Some),
-        |_, _, said| names(said, &["192.168.77.12", "host1", "network"]),
+        |_, said| names(said, &["192.168.77.12", "host1", "network"]),
+    )
+}
+
+#[test]
+fn the_hosts_are_parted() -> Result<()> {
+    disturb(
+        "parted",
+        &TWICE,
+        |lab| Cut::off(lab, lab.host(2)).map(Some),
+        |_, said| names(said, &["192.168.77.12", "host1"]),
     )
 }
 
 #[test]
 fn the_destinations_engine_hangs() -> Result<()> {
-    in_each_stage(
+    disturb(
         "hung-engine",
+        &TWICE,
         |lab| {
             signal(&engine(lab.host(2))?, SIGSTOP)?;
             Ok(None)
         },
-        |_, _, said| names(said, &["192.168.77.12", "host1"]),
+        |_, said| names(said, &["192.168.77.12", "host1"]),
     )
 }
 
 #[test]
 fn the_sources_engine_hangs() -> Result<()> {
-    in_each_stage(
+    disturb(
         "hung-engine",
+        &TWICE,
         |lab| {
             signal(&engine(lab.host(1))?, SIGSTOP)?;
             Ok(None)
         },
-        |scene, _, said| {
+        |scene, said| {
             names(said, &["engine", "host1", "silent"])?;
             scene.survives_save_and_restore(scene.lab.host(1))
         },
@@ -156,37 +187,77 @@ fn the_sources_engine_hangs() -> Result<()> {
 
 #[test]
 fn the_destinations_daemon_is_killed() -> Result<()> {
-    in_each_stage(
+    disturb(
         "dest-daemon",
+        &ALWAYS,
         |lab| {
             lab.host(2).restart_libvirtd(true)?;
             Ok(None)
         },
-        |_, _, said| {
+        |_, said| {
             ensure!(said.contains("error:"), "virsh said nothing: {said}");
             Ok(())
         },
     )
 }
 
+/// Nobody is left to clear x-ignore-shared but the daemon that is started anew.
+#[test]
+fn the_sources_daemon_and_engine_are_killed() -> Result<()> {
+    disturb(
+        "source-both",
+        &ALWAYS,
+        |lab| {
+            let one = lab.host(1);
+            let engine = engine(one)?;
+            let daemon = one.processes_named("libvirtd")?.pop().context("no daemon")?;
+            signal(&daemon, SIGKILL)?;
+            signal(&engine, SIGKILL)?;
+            one.restart_libvirtd(true)?;
+            Ok(None)
+        },
+        |scene, _| scene.survives_save_and_restore(scene.lab.host(1)),
+    )
+}
+
 #[test]
 fn the_sources_daemon_is_killed() -> Result<()> {
-    in_each_stage(
+    disturb(
         "source-daemon",
+        &ALWAYS,
         |lab| {
             lab.host(1).restart_libvirtd(true)?;
             Ok(None)
         },
         // What virsh says of its daemon's end is its own.
-        |scene, _, _| scene.survives_save_and_restore(scene.lab.host(1)),
+        |scene, _| scene.survives_save_and_restore(scene.lab.host(1)),
     )
+}
+
+/// Peer-to-peer, the daemon goes on without its client, as libvirt's own does.
+#[test]
+fn the_client_is_killed() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::start(lab, lab.host(1), busy("clientless"), 1)?;
+        for stage in [PreCopy, StopAndCopy] {
+            let context = || format!("in {stage:?}");
+            let virsh = |lab: &Lab| {
+                let mut clients = lab.host(1).processes_named("virsh")?;
+                clients.retain(|client| client.arguments.iter().any(|argument| argument == "migrate"));
+                clients.pop().context("no client")
+            };
+            disturbed(&scene, stage, &[], |lab| kill(virsh(lab))).with_context(context)?;
+            as_before(&scene).with_context(context)?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
 fn the_guest_itself_dies() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
-        for stage in STAGES {
+        for stage in [PreCopy, StopAndCopy] {
             let scene = Scene::start(lab, one, busy("mortal"), 1)?;
             let said = disturbed(&scene, stage, &[], |lab| kill(lab.host(1).qemu("mortal")))?;
             names(&said, &["QEMU", "host1"])?;

@@ -7,7 +7,7 @@
 //! ```text
 //!  source:       Inspect → Offer │ NotEligible    Precopy → Switchover    Performed → Committed    Conclude → Concluded │ RunsThere │ Unknown
 //!  destination:  Reserve → Reserved               Attach  → Listening     Finish    → Committed    Conclude → Concluded
-//!  anywhere:     Failed instead of the reply; Cancel ends what is under way with Failed(Cancelled)
+//!  anywhere:     Failed instead of the reply, or unasked: the engine has ended; Cancel ends what is under way with Failed(Cancelled)
 //! ```
 
 use crate::cookie::{Answer, Offer};

@@ -46,6 +46,8 @@ struct State {
     statistics: Statistics,
     /// The monitor of the QEMU the engine works on, to be rescued if the engine dies.
     monitor: Option<PathBuf>,
+    /// The failure the engine ended with: it has no more to say.
+    failed: Option<Failure>,
     gone: Option<String>,
 }
 
@@ -100,14 +102,17 @@ impl Engine {
             return Err(self.failure("another phase of this migration is under way".into()));
         };
         self.shared.lock().reply = None;
-        self.tell(request)?;
+        if self.tell(request).is_err() {
+            // It has ended, or is as good as ended; why is still to be heard.
+            self.release();
+        }
         let mut state = self.shared.lock();
         loop {
             if let Some(reply) = state.reply.take() {
-                return match reply {
-                    Reply::Failed(failure) => Err(failure),
-                    reply => Ok(reply),
-                };
+                return Ok(reply);
+            }
+            if let Some(failure) = &state.failed {
+                return Err(failure.clone());
             }
             if let Some(gone) = &state.gone {
                 return Err(self.failure(gone.clone()));
@@ -152,6 +157,11 @@ impl Engine {
     /// How far the memory is.
     pub fn statistics(&self) -> Statistics {
         self.shared.lock().statistics
+    }
+
+    /// Whether the engine has ended with a failure, which every request is answered by.
+    pub fn has_failed(&self) -> bool {
+        self.shared.lock().failed.is_some()
     }
 
     /// Whether the process has ended.
@@ -206,6 +216,10 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, p
         }
         match serde_json::from_slice::<Message>(&line) {
             Ok(Message::Progress(statistics)) => shared.lock().statistics = statistics,
+            Ok(Message::Reply(Reply::Failed(failure))) => {
+                shared.lock().failed = Some(failure);
+                shared.changed.notify_all();
+            }
             Ok(Message::Reply(reply)) => {
                 shared.lock().reply = Some(reply);
                 shared.changed.notify_all();
@@ -222,7 +236,14 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, p
     let monitor = shared.lock().monitor.take();
     if let (false, Some(monitor)) = (clean, monitor) {
         // Before anybody hears of the end: libvirt's next job on this guest may be a save.
-        rescue(program, &monitor);
+        let monitor_path = monitor.display();
+        match rescue(program, &monitor) {
+            Ok(()) => tracing::warn!("an engine died at work; x-ignore-shared is off on {monitor_path}"),
+            // QEMU itself has gone, most likely; no save gets past the guard otherwise.
+            Err(why) => {
+                tracing::warn!("an engine died at work; x-ignore-shared may be on: {monitor_path}: {why}")
+            }
+        }
     }
     shared.lock().gone = Some(format!("{why} ({how}); see the daemon's log"));
     shared.changed.notify_all();
@@ -251,8 +272,11 @@ fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     None
 }
 
-/// x-ignore-shared left on would cost the guest its memory at the next save: have it cleared.
-fn rescue(program: &Path, monitor: &Path) {
+/// x-ignore-shared left on would cost the guest its memory at the next save: has it cleared.
+///
+/// # Errors
+/// Why it may still be on.
+pub fn rescue(program: &Path, monitor: &Path) -> Result<(), String> {
     let child = Command::new(program)
         .arg("rescue")
         .arg(monitor)
@@ -260,22 +284,14 @@ fn rescue(program: &Path, monitor: &Path) {
         .stdout(Stdio::null())
         .process_group(0)
         .spawn();
-    let status = child.map(|mut child| {
-        wait(&mut child, RESCUE).or_else(|| {
-            let _ = child.kill();
-            bury(&mut child)
-        })
+    let mut child = child.map_err(|error| format!("cannot start {}: {error}", program.display()))?;
+    let status = wait(&mut child, RESCUE).or_else(|| {
+        let _ = child.kill();
+        bury(&mut child)
     });
     match status {
-        Ok(Some(status)) if status.success() => {
-            tracing::warn!(monitor = %monitor.display(), "an engine died at work; x-ignore-shared is off");
-        }
-        // QEMU itself has gone, or a save of this guest would have no RAM in it.
-        outcome => tracing::error!(
-            monitor = %monitor.display(),
-            ?outcome,
-            "an engine died at work and x-ignore-shared could not be cleared; if the guest still runs, do not save it \
-             before virt-ferry-engine rescue has succeeded on this monitor"
-        ),
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(format!("{status}; see the daemon's log")),
+        None => Err("QEMU does not answer".into()),
     }
 }

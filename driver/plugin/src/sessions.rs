@@ -51,6 +51,8 @@ fn landed() -> u64 {
         .cloned()
         .collect();
     let held = |session: &Arc<Session>| match &session.promise {
+        // Nothing more will arrive.
+        Some(Promise(bytes)) if session.engine.is_gone() => *bytes,
         Some(Promise(bytes)) => session.engine.statistics().data.min(*bytes),
         None => 0,
     };

@@ -161,14 +161,7 @@ impl Place<'_> {
             },
         };
         report::publish(&recorder.finish(outcome), &self.settings.log_directory);
-        let failure = error.failure(&self.host);
-        self.control.reply(Reply::Failed(failure.clone()));
-        while let Some(request) = self.signals.next_request(Some(deadline(UNTIL_CONCLUDED))) {
-            match request {
-                Request::Conclude { .. } => return self.control.reply(Reply::Concluded),
-                _ => self.control.reply(Reply::Failed(failure.clone())),
-            }
-        }
+        self.control.reply(Reply::Failed(error.failure(&self.host)));
     }
 }
 
@@ -374,7 +367,8 @@ impl Arrival {
                 // The first cause, in this host's words, for the source's administrator; it may not be listening.
                 let cause = self.signals.check().err().unwrap_or(error);
                 let refusal = Answer::Refused {
-                    cause: format!("{cause} (on host {})", self.host),
+                    cause: cause.to_string(),
+                    host: self.host.clone(),
                 };
                 let _ = message::send(&mut control, &refusal);
                 Err(cause)
@@ -552,7 +546,7 @@ fn finish(
     notes: &Receiver<Note>,
     recorder: &mut Recorder,
 ) -> Result<(), Error> {
-    match place.signals.next_request(None) {
+    match place.signals.next_request_or_failure()? {
         Some(Request::Finish) => {}
         Some(Request::Conclude { .. }) => {
             // libvirt ends it. Its own cause is told by the source, unless ours came first.

@@ -21,9 +21,14 @@ pub enum Error {
     /// Another thread failed, in these words; or a rule was broken that no other kind names.
     #[error("{0}")]
     Elsewhere(String),
-    /// The other host's engine refused, in these words, which name the host.
-    #[error("the destination refused: {0}")]
-    Refused(String),
+    /// The other host's engine ended it.
+    #[error("{cause}")]
+    Refused {
+        /// In these words.
+        cause: String,
+        /// On this host.
+        host: String,
+    },
     /// The private monitor.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
@@ -70,6 +75,10 @@ impl Error {
             Self::Cancelled => FailureKind::Cancelled,
             Self::Libvirt => FailureKind::Libvirt,
             _ => FailureKind::Failed,
+        };
+        let host = match self {
+            Self::Refused { host, .. } => host,
+            _ => host,
         };
         Failure {
             kind,

@@ -41,8 +41,10 @@ pub enum Answer {
     Committed,
     /// It is not, for this reason; the guest stays.
     Refused {
-        /// What differs.
+        /// What differs, or what ended the migration.
         cause: String,
+        /// The destination host's name.
+        host: String,
     },
     /// The guest runs, or stands where it was sent paused.
     Resumed {

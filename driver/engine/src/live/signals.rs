@@ -185,6 +185,18 @@ impl Signals {
         }
     }
 
+    /// As [`next_request`](Self::next_request) without a deadline, but a migration that ends before its commitment is
+    /// an error at once: nobody may ask about it any more.
+    pub fn next_request_or_failure(&self) -> Result<Option<Request>, Error> {
+        let mut state = self.lock();
+        while state.requests.is_empty() && state.committed.is_none() && !state.abandoned {
+            state.check()?;
+            state = self.sleep(state, None);
+        }
+        drop(state);
+        Ok(self.next_request(None))
+    }
+
     /// Waits until QEMU has done what `which` looks for, or the plug-in asks something (which is left in place),
     /// or the deadline passes; says whether QEMU has done it.
     pub fn wait_for_qemu(

@@ -274,7 +274,7 @@ fn last_words(place: &Place<'_>, control: &mut Connection, error: Error) -> Erro
     place.signals.end(End::Lost(error.to_string()));
     let said = control.set_deadline(Some(deadline(LAST_WORDS)));
     match said.and_then(|()| message::receive(control)) {
-        Ok(Answer::Refused { cause }) => Error::Refused(cause),
+        Ok(Answer::Refused { cause, host }) => Error::Refused { cause, host },
         _ => error,
     }
 }
@@ -303,7 +303,7 @@ impl Links {
             },
             (Encryption::Never, Encryption::Never) => Protection::Plain,
             (Encryption::Always, Encryption::Never) => {
-                return Err(Error::Refused(format!(
+                return Err(Error::Elsewhere(format!(
                     "host {} would not encrypt, but this host's configuration says encryption = \"always\"",
                     answer.host
                 )))
@@ -349,7 +349,7 @@ impl Links {
         let return_path = watched(Purpose::ReturnPath)?;
         let peer = match message::receive(&mut control)? {
             Answer::Ready { host } => host,
-            Answer::Refused { cause } => return Err(Error::Refused(cause)),
+            Answer::Refused { cause, host } => return Err(Error::Refused { cause, host }),
             other => return Err(out_of_turn(&other)),
         };
         Ok(Self {
@@ -462,7 +462,7 @@ impl Ready {
             },
         )? {
             Answer::Committed => {}
-            Answer::Refused { cause } => return Err(Error::Refused(cause)),
+            Answer::Refused { cause, host } => return Err(Error::Refused { cause, host }),
             other => return Err(out_of_turn(&other)),
         }
         place.signals.commit();
@@ -592,16 +592,7 @@ fn undo(place: &Place<'_>, watch: &Watch, recorder: Recorder, error: &Error) -> 
         },
     };
     save(place, &recorder.finish(outcome));
-    let failure = error.failure(&place.host);
-    place.control.reply(Reply::Failed(failure.clone()));
-    // Answered or not, the plug-in may still be at its Perform and ask about it.
-    while place
-        .signals
-        .next_request(Some(deadline(UNTIL_PERFORM)))
-        .is_some()
-    {
-        place.control.reply(Reply::Failed(failure.clone()));
-    }
+    place.control.reply(Reply::Failed(error.failure(&place.host)));
     cleared
 }
 

@@ -170,8 +170,14 @@ impl Listener {
             }
             if arrived {
                 match self.socket.accept() {
+                    // People know IPv4 addresses as such.
                     Ok((stream, peer)) => self
-                        .greet(&mut queue, stream, peer, security)
+                        .greet(
+                            &mut queue,
+                            stream,
+                            SocketAddr::new(peer.ip().to_canonical(), peer.port()),
+                            security,
+                        )
                         .map_err(|source| self.failed(source))?,
                     // The peer was gone again, or it was the bell after all.
                     Err(error)

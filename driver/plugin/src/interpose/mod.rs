@@ -6,6 +6,7 @@
 mod exec;
 mod job;
 mod migration;
+mod save;
 
 use crate::libvirt::Error;
 use std::panic::{catch_unwind, AssertUnwindSafe};

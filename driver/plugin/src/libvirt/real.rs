@@ -4,7 +4,9 @@
 use std::ffi::CStr;
 use std::os::raw::{c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
-use virt_sys::{virConnectPtr, virDomainJobInfoPtr, virDomainPtr, virErrorPtr, virTypedParameterPtr};
+use virt_sys::{
+    virConnectPtr, virDomainJobInfoPtr, virDomainPtr, virDomainSnapshotPtr, virErrorPtr, virTypedParameterPtr,
+};
 
 /// The next definition of a symbol after ours.
 fn next(name: &CStr) -> *mut c_void {
@@ -81,6 +83,20 @@ pub type GetJobStats =
 pub type AbortJob = unsafe extern "C" fn(virDomainPtr) -> c_int;
 /// `virDomainAbortJobFlags`.
 pub type AbortJobFlags = unsafe extern "C" fn(virDomainPtr, c_uint) -> c_int;
+/// `virDomainSave`.
+pub type Save = unsafe extern "C" fn(virDomainPtr, *const c_char) -> c_int;
+/// `virDomainSaveFlags`.
+pub type SaveFlags = unsafe extern "C" fn(virDomainPtr, *const c_char, *const c_char, c_uint) -> c_int;
+/// `virDomainSaveParams`.
+pub type SaveParams = unsafe extern "C" fn(virDomainPtr, virTypedParameterPtr, c_int, c_uint) -> c_int;
+/// `virDomainManagedSave`.
+pub type ManagedSave = unsafe extern "C" fn(virDomainPtr, c_uint) -> c_int;
+/// `virDomainCoreDump`.
+pub type CoreDump = unsafe extern "C" fn(virDomainPtr, *const c_char, c_uint) -> c_int;
+/// `virDomainCoreDumpWithFormat`.
+pub type CoreDumpWithFormat = unsafe extern "C" fn(virDomainPtr, *const c_char, c_uint, c_uint) -> c_int;
+/// `virDomainSnapshotCreateXML`.
+pub type SnapshotCreate = unsafe extern "C" fn(virDomainPtr, *const c_char, c_uint) -> virDomainSnapshotPtr;
 /// `virSetError`, private to libvirt but in every release since 0.8: takes a public structure and copies it.
 pub type SetError = unsafe extern "C" fn(virErrorPtr);
 
@@ -103,6 +119,20 @@ real! {
     abort_job = c"virDomainAbortJob": AbortJob;
     #[doc = "libvirt's own abort with flags; absent before libvirt 8.5."]
     abort_job_flags = c"virDomainAbortJobFlags": AbortJobFlags;
+    #[doc = "libvirt's own save."]
+    save = c"virDomainSave": Save;
+    #[doc = "libvirt's own save with flags."]
+    save_flags = c"virDomainSaveFlags": SaveFlags;
+    #[doc = "libvirt's own save with parameters; absent before libvirt 8.4."]
+    save_params = c"virDomainSaveParams": SaveParams;
+    #[doc = "libvirt's own managed save."]
+    managed_save = c"virDomainManagedSave": ManagedSave;
+    #[doc = "libvirt's own dump."]
+    core_dump = c"virDomainCoreDump": CoreDump;
+    #[doc = "libvirt's own dump in a format."]
+    core_dump_with_format = c"virDomainCoreDumpWithFormat": CoreDumpWithFormat;
+    #[doc = "libvirt's own snapshot."]
+    snapshot_create = c"virDomainSnapshotCreateXML": SnapshotCreate;
     #[doc = "Sets the thread's error."]
     set_error = c"virSetError": SetError;
 }

@@ -278,7 +278,11 @@ pub fn finish(
     let conclude = Request::Conclude {
         success: committed.is_ok() && finished.is_ok(),
     };
-    if let Err(failure) = session.engine.ask(&conclude, Some(LOCAL)) {
+    // An engine that has failed has said so, and ended.
+    if let (false, Err(failure)) = (
+        session.engine.has_failed(),
+        session.engine.ask(&conclude, Some(LOCAL)),
+    ) {
         tracing::warn!(
             guest = session.guest.name,
             "the engine did not conclude: {failure}"

@@ -17,6 +17,7 @@
 
 pub mod destination;
 mod eligible;
+pub mod guard;
 pub mod job;
 pub mod p2p;
 pub mod source;

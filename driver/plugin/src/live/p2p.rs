@@ -6,6 +6,7 @@
 //! that Begin takes), does the destination have the plug-in (a Prepare with nothing in it but our question, which
 //! libvirt refuses without doing anything)? Then Begin is undone, and libvirt begins anew.
 
+use super::guard;
 use super::source::{self, Candidate};
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Connection, Cookie, Domain, Error, OwnedConnection, OwnedDomain, Params};
@@ -56,6 +57,7 @@ pub fn perform(
         Err(reason) => reason,
     };
     source::native(domain, &reason);
+    guard::with_its_memory(domain)?;
     own()
 }
 

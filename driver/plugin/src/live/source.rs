@@ -1,6 +1,6 @@
 //! The host the guest leaves: Begin, Perform, Confirm.
 
-use super::{eligible, unexpected, DISABLED, LOADED, LOCAL};
+use super::{eligible, guard, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, Begun};
@@ -138,6 +138,7 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
                 native(domain, "the destination did not answer: it has no plug-in, another version, or declined (see its log)");
                 sessions::remove(&session);
             }
+            guard::with_its_memory(domain).map_err(|error| give_up(domain, params, flags, error))?;
             phase::perform(domain, None, params, cookie, flags)
         }
     }

@@ -1,0 +1,138 @@
+//! The moment in which a guest changes hands: the destination has all of it, the source has let go, and libvirt has not yet
+//! resumed it. Whatever breaks now, the guest must not run twice, and nobody may throw away the only copy.
+//!
+//! The destination's daemon is made to stand still while the guest is handed over, so that its Finish comes late.
+
+use anyhow::{ensure, Context, Result};
+use ferry_tests::fault::Disturbed::StopAndCopy;
+use ferry_tests::fault::{engine, names, signal, Cut};
+use ferry_tests::host::Process;
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::link::Slow;
+use ferry_tests::scene::{said, usual, Scene, PATIENCE};
+use ferry_tests::underway::Underway;
+use ferry_tests::wait::wait_until;
+use nix::sys::signal::Signal::{SIGCONT, SIGKILL, SIGSTOP};
+
+/// Fast enough for the guest, slow enough for the test.
+const LINK: u32 = 80;
+
+/// A guest that has been handed over to host2, whose daemon stands still.
+struct HandedOver<'a> {
+    underway: Underway<'a>,
+    daemon: Process,
+}
+
+impl<'a> HandedOver<'a> {
+    fn new(scene: &Scene<'a>, options: &[&str]) -> Result<Self> {
+        let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+        const HANDED_OVER: &str = "stage: activation";
+        let before = said(one, HANDED_OVER);
+        let slow = Slow::to(scene.lab, two, LINK)?;
+        let mut underway = one.begin_migration(scene.name(), two, options)?;
+        underway.reaches(StopAndCopy)?;
+        let daemon = two.processes_named("libvirtd")?.pop().context("no daemon")?;
+        signal(&daemon, SIGSTOP)?;
+        drop(slow);
+        wait_until("the guest to be handed over", PATIENCE, || {
+            Ok(said(one, HANDED_OVER) > before)
+        })?;
+        Ok(HandedOver { underway, daemon })
+    }
+
+    /// Lets the daemon go on, and waits for the migration to fail.
+    fn fails(self) -> Result<String> {
+        signal(&self.daemon, SIGCONT)?;
+        let said = self.underway.fails()?;
+        println!("{said}");
+        Ok(said)
+    }
+}
+
+/// Judges what is told, managed and peer-to-peer.
+fn both_ways(name: &str, test: impl Fn(&Scene, &[&str]) -> Result<()>) -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::start(lab, lab.host(1), usual(name), 1)?;
+        for options in [&[][..], &["--p2p"]] {
+            test(&scene, options).with_context(|| format!("{options:?}"))?;
+            let (one, two) = (lab.host(1), lab.host(2));
+            lab.assert_clean(1)?;
+            lab.assert_clean(2)?;
+            scene.move_to(one, two, &[]).context("the next migration")?;
+            scene.move_to(two, one, &[])?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_late_finish_is_no_failure() -> Result<()> {
+    both_ways("late", |scene, options| {
+        let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+        let handed_over = HandedOver::new(scene, options)?;
+        signal(&handed_over.daemon, SIGCONT)?;
+        handed_over.underway.succeeds()?;
+        scene.lives_on(two)?;
+        scene.move_to(two, one, &[])
+    })
+}
+
+#[test]
+fn a_destination_that_dies_with_the_guest_gives_it_back() -> Result<()> {
+    both_ways("given-back", |scene, options| {
+        let handed_over = HandedOver::new(scene, options)?;
+        signal(&scene.lab.host(2).qemu("given-back")?, SIGKILL)?;
+        names(&handed_over.fails()?, &["QEMU", "host2"])?;
+        scene.is_unharmed(scene.lab.host(1))
+    })
+}
+
+/// Nobody knows any more whether the guest runs there: it stands still here, and the administrator is told to look.
+#[test]
+fn a_destination_that_cannot_say_leaves_the_guest_standing() -> Result<()> {
+    both_ways("unsaid", |scene, options| {
+        let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+        let handed_over = HandedOver::new(scene, options)?;
+        signal(&engine(two)?, SIGKILL)?;
+        names(&handed_over.fails()?, &["engine", "host2"])?;
+        ensure!(
+            two.state(scene.name())?.is_none(),
+            "the guest is still known to host2"
+        );
+        let state = one.state(scene.name())?;
+        ensure!(
+            state.as_deref().is_some_and(|state| state.starts_with("paused")),
+            "the guest is {state:?} on host1"
+        );
+        ensure!(
+            said(one, "virsh resume") > 0,
+            "host1's log does not say what to do"
+        );
+        one.virsh(&["resume", scene.name()])?;
+        scene.is_unharmed(one)
+    })
+}
+
+/// The destination resumes the guest and cannot tell anybody.
+#[test]
+fn a_guest_that_arrived_unseen_runs_once() -> Result<()> {
+    both_ways("unseen", |scene, options| {
+        let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+        let handed_over = HandedOver::new(scene, options)?;
+        let cut = Cut::off(scene.lab, two)?;
+        let said = handed_over.fails()?;
+        two.wait_for_state(scene.name(), "running")?;
+        let state = one.state(scene.name())?;
+        ensure!(
+            state.as_deref().is_some_and(|state| state.starts_with("paused")),
+            "the guest runs on host2 and is {state:?} on host1: {said}"
+        );
+        drop(cut);
+        one.virsh(&["destroy", scene.name()])?;
+        scene.lives_on(two)?;
+        wait_until("the hosts to reach each other", PATIENCE, || {
+            Ok(two.exec(&["ping", "-c1", "-W1", one.name()])?.status.success())
+        })?;
+        scene.move_to(two, one, &[])
+    })
+}
