@@ -135,8 +135,8 @@ fn what_a_migration_leaves_is_noticed() -> Result<()> {
             .command("/usr/lib/virt-ferry/virt-ferry-engine")
             .arg("infinity")
             .spawn()?;
-        fs::create_dir_all(host.path("/run/virt-ferry"))?;
-        fs::write(host.path("/run/virt-ferry/session"), "")?;
+        fs::create_dir_all(host.path("/run/libvirt/virt-ferry"))?;
+        fs::write(host.path("/run/libvirt/virt-ferry/session"), "")?;
         fs::create_dir(host.path("/var/lib/libvirt/qemu/ram/9-gone"))?;
         host.qmp(
             &guest,
@@ -149,7 +149,7 @@ fn what_a_migration_leaves_is_noticed() -> Result<()> {
             .to_string();
         for leftover in [
             "engine process",
-            "/run/virt-ferry/session",
+            "/run/libvirt/virt-ferry/session",
             "ram/9-gone",
             "x-ignore-shared",
         ] {
