@@ -1,0 +1,64 @@
+//! A guest that writes faster than the link takes it away never fits the agreed pause; what an operator does then.
+
+use anyhow::{ensure, Context, Result};
+use ferry_tests::guest::{Guest, Rate};
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::link::Slow;
+use ferry_tests::scene::{usual, Scene};
+use ferry_tests::timeline::Role;
+
+/// 25 MB/s: less than half of what the guest writes, and 2 s for its working set.
+const MBIT: u32 = 200;
+
+fn busy(name: &str) -> Guest {
+    usual(name).filled(16).working_set(48).rate(Rate::mib(60))
+}
+
+/// The engine has moved the guest, and not within the default pause: it was too busy for that.
+fn assert_long_pause(lab: &Lab) -> Result<()> {
+    lab.host(1).assert_moved_away(1)?;
+    let downtime = lab.host(1).last_timeline(Role::Source)?.downtime;
+    let ms = downtime.context("the timeline has no downtime")?.total_ms;
+    ensure!(ms > 300.0, "the guest stood still for {ms} ms only");
+    Ok(())
+}
+
+#[test]
+fn a_longer_pause_is_allowed_under_way() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, busy("patient"), 1)?;
+        let slow = Slow::to(lab, two, MBIT)?;
+        let mut moving = one.begin_migration(scene.name(), two, &[])?;
+        let job = moving.wait_for_job("the guest not to converge", |job| {
+            job.figure("memory_iteration") >= 3
+        })?;
+        ensure!(job.figure("memory_dirty_rate") > 0, "{job:?}");
+        one.virsh(&["migrate-setmaxdowntime", scene.name(), "30000"])?;
+        moving.succeeds()?;
+        drop(slow);
+        scene.lives_on(two)?;
+        assert_long_pause(lab)?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+/// `virsh migrate --timeout` suspends the guest where it is; libvirt resumes it where it arrives.
+#[test]
+fn a_timeout_suspends_the_guest() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, busy("hasty"), 1)?;
+        let slow = Slow::to(lab, two, MBIT)?;
+        let moving = one.begin_migration(scene.name(), two, &["--timeout", "8"])?;
+        moving.succeeds()?;
+        drop(slow);
+        scene.lives_on(two)?;
+        assert_long_pause(lab)?;
+        two.migrate(scene.name(), one, &["--p2p"])?;
+        scene.lives_on(one)?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
