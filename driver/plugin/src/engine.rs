@@ -4,6 +4,7 @@
 //! engine that has said nothing for [`SILENCE`] is taken for stuck and killed, which closes its sockets and so
 //! fails the migration on this host; QEMU and libvirt then do what they do when a network fails.
 
+use crate::mark;
 use ferry_contract::config::Config;
 use ferry_contract::control::{Failure, FailureKind, Message, Reply, Request, Statistics, MAX_LINE};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -149,9 +150,20 @@ impl Engine {
             .map_err(|error| self.failure(format!("the engine does not listen: {error}")))
     }
 
-    /// From now on, should the engine die, this QEMU is told not to ignore shared memory any more.
-    pub fn guard(&self, monitor: &Path) {
+    /// From now on, should the engine die, this QEMU is told not to ignore shared memory any more: by this daemon, or
+    /// where it dies too, by whoever finds the mark.
+    ///
+    /// # Errors
+    /// The mark cannot be made: the engine must not touch this QEMU.
+    pub fn guard(&self, monitor: &Path) -> Result<(), Failure> {
+        mark::set(monitor).map_err(|error| {
+            let place = monitor.parent().unwrap_or(monitor).display();
+            self.failure(format!(
+                "cannot make a file in the guest's directory {place}: {error}"
+            ))
+        })?;
         self.shared.lock().monitor = Some(monitor.to_owned());
+        Ok(())
     }
 
     /// How far the memory is.
@@ -234,16 +246,20 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, p
     let clean = status.is_some_and(|status| status.success());
     let how = status.map_or_else(|| "it cannot be killed".into(), |status| status.to_string());
     let monitor = shared.lock().monitor.take();
-    if let (false, Some(monitor)) = (clean, monitor) {
+    match (clean, &monitor) {
+        (true, Some(monitor)) => mark::clear(monitor),
         // Before anybody hears of the end: libvirt's next job on this guest may be a save.
-        let monitor_path = monitor.display();
-        match rescue(program, &monitor) {
-            Ok(()) => tracing::warn!("an engine died at work; x-ignore-shared is off on {monitor_path}"),
+        (false, Some(monitor)) => match rescue(program, monitor) {
+            Ok(()) => tracing::warn!(?monitor, "an engine died at work; x-ignore-shared is off"),
             // QEMU itself has gone, most likely; no save gets past the guard otherwise.
             Err(why) => {
-                tracing::warn!("an engine died at work; x-ignore-shared may be on: {monitor_path}: {why}")
+                tracing::warn!(
+                    ?monitor,
+                    "an engine died at work; x-ignore-shared may be on: {why}"
+                )
             }
-        }
+        },
+        (_, None) => {}
     }
     shared.lock().gone = Some(format!("{why} ({how}); see the daemon's log"));
     shared.changed.notify_all();
@@ -290,7 +306,10 @@ pub fn rescue(program: &Path, monitor: &Path) -> Result<(), String> {
         bury(&mut child)
     });
     match status {
-        Some(status) if status.success() => Ok(()),
+        Some(status) if status.success() => {
+            mark::clear(monitor);
+            Ok(())
+        }
         Some(status) => Err(format!("{status}; see the daemon's log")),
         None => Err("QEMU does not answer".into()),
     }

@@ -23,4 +23,5 @@ mod interpose;
 mod libvirt;
 mod live;
 mod load;
+mod mark;
 mod sessions;

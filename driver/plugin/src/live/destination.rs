@@ -196,7 +196,7 @@ impl Arrival {
                     self.host
                 ))
             })?;
-        session.engine.guard(&monitor);
+        session.engine.guard(&monitor)?;
         let attach = Request::Attach {
             monitor,
             incoming: self.incoming.clone(),

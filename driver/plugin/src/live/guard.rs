@@ -3,11 +3,12 @@
 //! x-ignore-shared is cleared by the engine that set it, and where that dies, by the daemon. Where both die (a crash of
 //! libvirtd while its engines are killed, memory running out), it stays on in a QEMU that runs on, and libvirt knows
 //! nothing of it: a save, a dump, a snapshot or a migration of libvirt's own would have no memory in it. So before any
-//! of them it is cleared once more.
+//! of them, a QEMU that still bears the mark of an engine at work has it cleared once more.
 
 use crate::engine;
 use crate::host;
 use crate::libvirt::{Domain, Error};
+use crate::mark;
 use crate::sessions::{self, Role};
 
 /// Makes sure that what QEMU is about to write of this guest has its memory in it.
@@ -21,7 +22,7 @@ pub fn with_its_memory(domain: Domain) -> Result<(), Error> {
     let (Some(guest), Some(id)) = (domain.guest(), domain.id()) else {
         return Ok(());
     };
-    let Some(monitor) = host::monitor(id, &guest.name) else {
+    let Some(monitor) = host::monitor(id, &guest.name).filter(|monitor| mark::is_set(monitor)) else {
         return Ok(());
     };
     let under_way =

@@ -80,7 +80,9 @@ impl Candidate {
         sessions::forget(Role::Source, self.guest.uuid);
         let name = domain.connection().hostname().unwrap_or_else(host::name);
         let engine = Engine::start(&self.config, "source", &name).map_err(|error| error.to_string())?;
-        engine.guard(&self.monitor);
+        engine
+            .guard(&self.monitor)
+            .map_err(|failure| failure.to_string())?;
         let inspect = Request::Inspect {
             guest: self.guest.clone(),
             host: name,
