@@ -43,6 +43,8 @@ pub struct Seen {
     pub resumed: Option<Instant>,
     /// MIGRATION failed or cancelled.
     pub failed: bool,
+    /// It has closed its monitor: it has ended, as a rule.
+    pub gone: bool,
 }
 
 #[derive(Default)]
@@ -185,12 +187,17 @@ impl Signals {
         }
     }
 
-    /// As [`next_request`](Self::next_request) without a deadline, but a migration that ends before its commitment is
-    /// an error at once: nobody may ask about it any more.
+    /// As [`next_request`](Self::next_request) without a deadline, but a migration that is over for good is an error at
+    /// once, for nobody may ask about it any more: one that ends before its commitment, or whose QEMU has gone. One whose
+    /// source is lost after its commitment is libvirt's to judge.
     pub fn next_request_or_failure(&self) -> Result<Option<Request>, Error> {
         let mut state = self.lock();
-        while state.requests.is_empty() && state.committed.is_none() && !state.abandoned {
-            state.check()?;
+        while state.requests.is_empty() && !state.abandoned {
+            if state.committed.is_none() || state.seen.gone {
+                state.check()?;
+            } else if state.end.is_some() {
+                break;
+            }
             state = self.sleep(state, None);
         }
         drop(state);
@@ -333,6 +340,24 @@ mod tests {
         signals.end(End::Abandoned);
         assert_eq!(signals.next_request(None), None);
         assert!(matches!(signals.check(), Err(Error::Elsewhere(_))));
+    }
+
+    #[test]
+    fn a_committed_guest_whose_qemu_has_gone_is_not_waited_for() {
+        let signals = Signals::default();
+        signals.commit();
+        signals.saw(|seen| seen.gone = true);
+        signals.end(End::Failed("QEMU has gone".into()));
+        assert!(matches!(
+            signals.next_request_or_failure(),
+            Err(Error::Elsewhere(_))
+        ));
+        // One whose source has gone may still be resumed.
+        let signals = Signals::default();
+        signals.commit();
+        signals.end(End::Lost("the source has gone".into()));
+        signals.request(Request::Finish);
+        assert_eq!(signals.next_request_or_failure().unwrap(), Some(Request::Finish));
     }
 
     #[test]

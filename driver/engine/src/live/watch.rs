@@ -38,6 +38,7 @@ impl Watch {
             while let Some(watch) = wait_readable(&descriptor).then(|| pump.upgrade()).flatten() {
                 if let Err(error) = watch.command(|_| Ok(())) {
                     // On the source after the guest has moved, and on either side when QEMU dies.
+                    watch.signals.saw(|seen| seen.gone = true);
                     watch.signals.end(End::Failed(error.to_string()));
                     return;
                 }
