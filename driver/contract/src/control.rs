@@ -35,6 +35,44 @@ pub struct Settings {
     pub log_directory: PathBuf,
 }
 
+/// What the operator asked of one migration, beyond the configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Options {
+    /// The guest stands still from the first byte on (`virsh migrate` without `--live`).
+    pub paused: bool,
+    /// Most bytes a second, all streams together (`--bandwidth`, `migrate-setspeed`); 0 is no limit. The last copy, of
+    /// a guest that stands still, is not held up by it, as in QEMU.
+    pub bandwidth: u64,
+    /// Streams for the memory, 1 to 16 (`--parallel`); without it, what the configuration says.
+    pub streams: Option<u16>,
+    /// zstd's level, 1 to 19, to compress memory with (`--compressed`); without it nothing is compressed.
+    pub compression: Option<i32>,
+    /// Slow the vCPUs down when rounds do not shrink (`--auto-converge`).
+    pub auto_converge: Option<AutoConverge>,
+    /// libvirt copies disks before it lets QEMU migrate (`--copy-storage-all`, `--copy-storage-inc`): long after the
+    /// switch-over has been offered.
+    pub storage: bool,
+}
+
+/// How much slower the vCPUs become, in percent of their time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AutoConverge {
+    /// At first, 1 to 99.
+    pub initial: u8,
+    /// More each time it does not help, 1 to 99.
+    pub increment: u8,
+}
+
+impl Default for AutoConverge {
+    /// QEMU's own (QEMU 10.0, `migration/options.c`).
+    fn default() -> Self {
+        Self {
+            initial: 20,
+            increment: 10,
+        }
+    }
+}
+
 /// What the plug-in asks of its engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
@@ -54,6 +92,14 @@ pub enum Request {
     Precopy {
         /// What the destination answered.
         answer: Answer,
+        /// What the operator asked of this migration.
+        options: Options,
+    },
+    /// Source, at any moment: from now on at most this many bytes a second go over all streams together; 0 is no limit.
+    /// Not answered.
+    Limit {
+        /// Bytes a second.
+        bandwidth: u64,
     },
     /// Source: libvirt's Perform has returned.
     Performed {

@@ -112,6 +112,7 @@ fn listen(mut lines: impl BufRead, signals: &Signals) {
         }
         match serde_json::from_slice(&line) {
             Ok(Request::Cancel) => signals.end(End::Cancelled),
+            Ok(Request::Limit { bandwidth }) => signals.pace.set(bandwidth),
             Ok(request) => signals.request(request),
             Err(error) => {
                 let cause = format!("the plug-in asked what this engine does not understand ({error})");

@@ -46,6 +46,12 @@ pub fn migration_address() -> Option<String> {
     qemu_conf("migration_address")
 }
 
+/// The address that stands for all of this host's: as libvirt listens (libvirt 11.3, `qemuMigrationDstPrepareAny`).
+pub fn any_address() -> String {
+    let six = Path::new("/proc/net/if_inet6").exists();
+    if six { "::" } else { "0.0.0.0" }.into()
+}
+
 /// The directory for guests' RAM files: `memory_backing_dir` in qemu.conf, with libvirt's own subdirectory where
 /// it is set (libvirt 11.3, `virQEMUDriverConfigLoadMemoryEntry`: `<memory_backing_dir>/libvirt/qemu`).
 pub fn memory_directory() -> PathBuf {

@@ -161,6 +161,7 @@ impl Lane {
                     share.meter.zero.fetch_add(part.zero, Relaxed);
                     // Rounds set it, lanes lower it: it never goes below zero.
                     share.meter.remaining.fetch_sub(piece.end - piece.start, Relaxed);
+                    share.signals.pace.spend(part.data, share.signals)?;
                 }
             }
         }

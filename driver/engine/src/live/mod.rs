@@ -28,6 +28,7 @@ pub mod destination;
 mod error;
 pub mod land;
 pub mod messages;
+pub mod pace;
 pub mod precopy;
 pub mod relay;
 pub mod reserve;

@@ -176,6 +176,8 @@ impl Precopy {
     /// The last copy, of a guest that stands still and whose block I/O has drained: what is pending, and what has
     /// been given back since the sweep. Then the streams end. It is no round: the timeline has it in the downtime.
     pub fn last(mut self) -> Result<Last, Error> {
+        // A guest that stands still is not kept waiting for the sake of the link.
+        self.signals.pace.set(0);
         self.scan()?;
         let mut pages = self.take(Deferral::Nothing);
         let dirty = copy::bytes(&pages) / PAGE;

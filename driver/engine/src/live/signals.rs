@@ -3,6 +3,7 @@
 //! The plug-in's requests, QEMU's events and anybody's failure come in; whoever waits for one of them wakes. The
 //! first [`End`] wins and breaks every connection of the session, so that no thread stays blocked on the network.
 
+use super::pace::Pace;
 use super::Error;
 use crate::wire::{Breaker, Stopper};
 use ferry_contract::control::Request;
@@ -33,6 +34,8 @@ pub enum End {
 /// When QEMU did what, as seen here.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Seen {
+    /// MIGRATION setup or active: QEMU's own part has begun.
+    pub migrating: bool,
     /// STOP: the vCPUs stand still.
     pub stopped: Option<Instant>,
     /// MIGRATION pre-switchover: block I/O is drained too.
@@ -64,6 +67,8 @@ struct State {
 /// The meeting place.
 #[derive(Default)]
 pub struct Signals {
+    /// The bandwidth the operator allows, at this moment.
+    pub pace: Pace,
     state: Mutex<State>,
     changed: Condvar,
 }

@@ -11,7 +11,7 @@ use super::messages::{downtime, Answer, Ask, SourcePause};
 use super::precopy::Precopy;
 use super::relay::{self, Door};
 use super::rounds::Decision;
-use super::signals::{End, Signals};
+use super::signals::{End, Seen, Signals};
 use super::verify;
 use super::watch::{deadline, Watch, COMMAND};
 use super::Error;
@@ -21,7 +21,7 @@ use crate::qemu::{discover, Process, RamBlock};
 use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::data::WINDOW;
 use crate::wire::{connect, message, Connection, DataSender, Identity, Protection, Purpose, Security};
-use ferry_contract::control::{Reply, Request, Settings};
+use ferry_contract::control::{Options, Reply, Request, Settings};
 use ferry_contract::cookie::{self, Offer};
 use ferry_contract::session::{Block, Encryption, Guest};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -45,6 +45,10 @@ const CLEAR: Duration = Duration::from_secs(20);
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Between rounds while libvirt prepares the switch-over.
 const STEP: Duration = Duration::from_millis(10);
+/// While libvirt copies disks, for which a guest may take hours: rounds rest for this many times as long as they work,
+const REST: u32 = 4;
+/// but not longer, so that the rest is small when libvirt is done.
+const LONGEST_STEP: Duration = Duration::from_millis(500);
 
 /// Serves one plug-in, from its first request to its end.
 ///
@@ -86,7 +90,10 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
     recorder.enter(Stage::Reservation);
     control.reply(Reply::Offer(inspected.offer.clone()));
     match signals.next_request(Some(deadline(UNTIL_PERFORM))) {
-        Some(Request::Precopy { answer }) => return inspected.migrate(&place, &answer, recorder),
+        Some(Request::Precopy { answer, options }) => {
+            signals.pace.set(options.bandwidth);
+            return inspected.migrate(&place, &answer, &options, recorder);
+        }
         Some(Request::Conclude { .. }) => control.reply(Reply::Concluded),
         _ => tracing::info!("libvirt did not come to its Perform; the engine ends"),
     }
@@ -174,14 +181,15 @@ impl Inspected {
         self,
         place: &Place<'_>,
         answer: &cookie::Answer,
+        options: &Options,
         mut recorder: Recorder,
     ) -> Result<(), Error> {
         recorder.peer(&answer.host);
         recorder.encryption((answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()));
         let watch = Arc::clone(&self.watch);
         let moved = self
-            .precopy(place, answer, &mut recorder)
-            .and_then(|converged| converged.stop_and_copy(place, &mut recorder))
+            .precopy(place, answer, options, &mut recorder)
+            .and_then(|converged| converged.stop_and_copy(place, options, &mut recorder))
             .and_then(|moved| moved.performed(place));
         match moved {
             Ok(handed_over) => handed_over.conclude(place, recorder),
@@ -202,6 +210,7 @@ impl Inspected {
         self,
         place: &Place<'_>,
         answer: &cookie::Answer,
+        options: &Options,
         recorder: &mut Recorder,
     ) -> Result<Converged, Error> {
         place
@@ -212,9 +221,16 @@ impl Inspected {
             self.offer.blocks.iter().map(|block| block.resident).sum(),
             Relaxed,
         );
-        let mut links = Links::connect(place, &self.offer, self.identity, answer)?;
+        let streams = options.streams.unwrap_or(place.settings.streams);
+        recorder.streams(u32::from(streams));
+        let mut links = Links::connect(place, &self.offer, self.identity, answer, streams)?;
         recorder.peer(links.peer);
         recorder.enter(Stage::PreCopy);
+        if options.paused {
+            // libvirt resumes it: at the destination, or here where the migration fails.
+            self.watch.command(|monitor| monitor.stop(deadline(COMMAND)))?;
+            recorder.note("the guest stands still from here on, as asked (no --live)");
+        }
         let mut precopy = Precopy::begin(
             &self.process,
             Arc::clone(&self.watch),
@@ -295,6 +311,7 @@ impl Links {
         offer: &Offer,
         identity: Identity,
         answer: &cookie::Answer,
+        streams: u16,
     ) -> Result<Self, Error> {
         let protection = match (place.settings.encryption, answer.encryption) {
             (_, Encryption::Always) => Protection::Encrypted {
@@ -336,7 +353,6 @@ impl Links {
             Ok(connection)
         };
         let mut control = open(Purpose::Control)?;
-        let streams = place.settings.streams;
         let greeting = Ask::Open {
             streams,
             host: place.host.clone(),
@@ -384,11 +400,16 @@ struct Ready {
 }
 
 impl Converged {
-    fn stop_and_copy(self, place: &Place<'_>, recorder: &mut Recorder) -> Result<Moved, Error> {
+    fn stop_and_copy(
+        self,
+        place: &Place<'_>,
+        options: &Options,
+        recorder: &mut Recorder,
+    ) -> Result<Moved, Error> {
         let Self { mut control, ready } = self;
         let watch = Arc::clone(&ready.watch);
         let (pause, tracker) = ready
-            .stop_and_copy(place, recorder, &mut control)
+            .stop_and_copy(place, options, recorder, &mut control)
             .map_err(|error| last_words(place, &mut control, error))?;
         Ok(Moved {
             watch,
@@ -405,6 +426,7 @@ impl Ready {
     fn stop_and_copy(
         self,
         place: &Place<'_>,
+        options: &Options,
         recorder: &mut Recorder,
         control: &mut Connection,
     ) -> Result<(SourcePause, WriteTracker), Error> {
@@ -423,19 +445,27 @@ impl Ready {
         )?;
         watch.ignore_shared()?;
         place.control.reply(Reply::Switchover { socket });
+        let mut step = STEP;
         loop {
-            let done = |seen: &super::signals::Seen| seen.drained.is_some() || seen.failed;
-            match place.signals.wait_for_qemu(deadline(STEP), done)? {
+            // While libvirt copies disks, rounds are rare: nobody waits for them.
+            let early = options.storage && !place.signals.seen().migrating;
+            let done = |seen: &Seen| seen.drained.is_some() || seen.failed || early && seen.migrating;
+            match place.signals.wait_for_qemu(deadline(step), done)? {
                 Some(true) if place.signals.seen().failed => return Err(Error::Libvirt),
-                Some(true) => break,
+                Some(true) if place.signals.seen().drained.is_some() => break,
                 // libvirt's Perform is over, and QEMU never came to its switch-over.
                 Some(false) => return Err(Error::Libvirt),
-                None => {
+                Some(true) | None => {
+                    let began = Instant::now();
                     let scan = precopy.scan()?;
                     // From the switch-over on QEMU may not answer before its device state is out.
                     if precopy.pending() > 0 && place.signals.seen().drained.is_none() {
                         precopy.send(recorder, scan)?;
                     }
+                    step = match early {
+                        true => (began.elapsed() * REST).clamp(STEP, LONGEST_STEP),
+                        false => STEP,
+                    };
                 }
             }
         }

@@ -121,6 +121,7 @@ impl Watch {
         self.signals.saw(|seen| match (event.name.as_str(), status) {
             ("STOP", _) => seen.stopped = seen.stopped.or(Some(now)),
             ("RESUME", _) => seen.resumed = Some(now),
+            ("MIGRATION", "setup" | "active") => seen.migrating = true,
             ("MIGRATION", "pre-switchover") => seen.drained = seen.drained.or(Some(now)),
             ("MIGRATION", "completed") => seen.completed = Some(now),
             ("MIGRATION", "failed" | "cancelled") => seen.failed = true,

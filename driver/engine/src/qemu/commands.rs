@@ -142,6 +142,14 @@ impl Monitor {
             .ok_or_else(|| self.protocol("no migration capability x-ignore-shared"))
     }
 
+    /// Stops the vCPUs and waits for the block I/O in flight, as QEMU does before it saves a guest.
+    ///
+    /// # Errors
+    /// As [`Monitor::execute`].
+    pub fn stop(&mut self, deadline: Instant) -> Result<(), MonitorError> {
+        self.execute("stop", json!({}), deadline).map(drop)
+    }
+
     /// State of QEMU's own migration, outgoing or incoming.
     ///
     /// # Errors

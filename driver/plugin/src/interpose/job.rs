@@ -1,10 +1,14 @@
-//! Job information and abort: while the engine copies, libvirt's own figures know nothing of the memory.
+//! Job information, abort and speed: while the engine copies, libvirt's own figures know nothing of the memory, and
+//! its QEMU nothing of the migration.
 
 use super::border;
 use crate::libvirt::{real, Domain, Error};
 use crate::live::job;
-use std::os::raw::{c_int, c_uint};
-use virt_sys::{virDomainJobInfoPtr, virDomainPtr, virTypedParameterPtr, VIR_DOMAIN_JOB_STATS_COMPLETED};
+use std::os::raw::{c_int, c_uint, c_ulong};
+use virt_sys::{
+    virDomainJobInfoPtr, virDomainPtr, virTypedParameterPtr, VIR_DOMAIN_JOB_STATS_COMPLETED,
+    VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY,
+};
 
 fn missing(name: &str) -> Error {
     Error::failed(format!("this libvirt has no {name}"))
@@ -75,6 +79,29 @@ pub unsafe extern "C" fn virDomainAbortJobFlags(domain: virDomainPtr, flags: c_u
         let real = real::abort_job_flags().ok_or_else(|| missing("virDomainAbortJobFlags"))?;
         // SAFETY: the dispatcher's arguments.
         unsafe { aborted(domain, real(domain, flags)) }
+    })
+}
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainMigrateSetMaxSpeed(
+    domain: virDomainPtr,
+    bandwidth: c_ulong,
+    flags: c_uint,
+) -> c_int {
+    border(-1, || {
+        let real = real::set_max_speed().ok_or_else(|| missing("virDomainMigrateSetMaxSpeed"))?;
+        // SAFETY: the dispatcher's arguments.
+        unsafe {
+            if real(domain, bandwidth, flags) < 0 {
+                return Err(Error::libvirt());
+            }
+            if flags & VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY == 0 {
+                job::limit(Domain::borrow(domain), bandwidth);
+            }
+        }
+        Ok(0)
     })
 }
 

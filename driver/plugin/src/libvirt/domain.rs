@@ -99,10 +99,14 @@ impl Domain {
     /// act before it has. Asking for the maximum speed is checked the same (not read-only, domain:migrate) and takes
     /// no job (libvirt 9.0 and 11.3).
     pub fn may_migrate(self) -> bool {
+        self.connection().is_qemu() && self.max_speed().is_some()
+    }
+
+    /// The most its migrations may take, in MiB/s (`virsh migrate-getspeed`).
+    pub fn max_speed(self) -> Option<u64> {
         let mut speed = 0;
         // SAFETY: a domain and a number to write.
-        self.connection().is_qemu()
-            && unsafe { virt_sys::virDomainMigrateGetMaxSpeed(self.0, &mut speed, 0) == 0 }
+        (unsafe { virt_sys::virDomainMigrateGetMaxSpeed(self.0, &mut speed, 0) } == 0).then_some(speed)
     }
 
     /// Its name and UUID; `None` for a pointer that is no domain.

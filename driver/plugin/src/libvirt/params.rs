@@ -3,7 +3,10 @@
 use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
 use std::os::raw::c_int;
-use virt_sys::{virTypedParameter, virTypedParameterPtr, VIR_TYPED_PARAM_STRING, VIR_TYPED_PARAM_ULLONG};
+use virt_sys::{
+    _virTypedParameter__bindgen_ty_1 as Value, virTypedParameter, virTypedParameterPtr, VIR_TYPED_PARAM_INT,
+    VIR_TYPED_PARAM_STRING, VIR_TYPED_PARAM_ULLONG,
+};
 
 /// A list of typed parameters. The caller's own list is never changed: it belongs to the dispatcher.
 pub struct Params<'a> {
@@ -71,6 +74,13 @@ impl<'a> Params<'a> {
         (entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int).then_some(unsafe { entry.value.ul })
     }
 
+    /// The first int parameter of this name.
+    pub fn integer(&self, name: &CStr) -> Option<i32> {
+        let entry = self.entries.iter().find(|entry| name_of(entry) == name)?;
+        // SAFETY: the type says that the value is an int.
+        (entry.type_ == VIR_TYPED_PARAM_INT as c_int).then_some(unsafe { entry.value.i })
+    }
+
     /// This list without the parameters of this name.
     pub fn without(mut self, name: &CStr) -> Self {
         self.entries.retain(|entry| name_of(entry) != name);
@@ -85,10 +95,29 @@ impl<'a> Params<'a> {
 
     /// This list with one string parameter of this name, in place of any it had.
     pub fn with(self, name: &CStr, value: &str) -> Self {
-        let mut list = self.without(name);
         let Ok(value) = CString::new(value) else {
-            return list;
+            return self.without(name);
         };
+        let s = value.as_ptr().cast_mut();
+        let mut list = self.with_value(name, VIR_TYPED_PARAM_STRING, Value { s });
+        list.strings.push(value);
+        list
+    }
+
+    /// [`Self::with`] for an unsigned 64-bit parameter.
+    #[cfg(test)]
+    pub fn with_number(self, name: &CStr, ul: u64) -> Self {
+        self.with_value(name, VIR_TYPED_PARAM_ULLONG, Value { ul })
+    }
+
+    /// [`Self::with`] for an int parameter.
+    #[cfg(test)]
+    pub fn with_integer(self, name: &CStr, i: i32) -> Self {
+        self.with_value(name, VIR_TYPED_PARAM_INT, Value { i })
+    }
+
+    fn with_value(self, name: &CStr, type_: u32, value: Value) -> Self {
+        let mut list = self.without(name);
         let mut field = [0; 80];
         let name = name.to_bytes_with_nul();
         assert!(
@@ -100,12 +129,9 @@ impl<'a> Params<'a> {
         }
         list.entries.push(virTypedParameter {
             field,
-            type_: VIR_TYPED_PARAM_STRING as c_int,
-            value: virt_sys::_virTypedParameter__bindgen_ty_1 {
-                s: value.as_ptr().cast_mut(),
-            },
+            type_: type_ as c_int,
+            value,
         });
-        list.strings.push(value);
         list
     }
 

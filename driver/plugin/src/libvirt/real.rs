@@ -2,7 +2,7 @@
 //! release (LIBVIRT_PRIVATE_11.3.0), their prototypes have not (libvirt 9.0 and 11.3).
 
 use std::ffi::CStr;
-use std::os::raw::{c_char, c_int, c_uint, c_void};
+use std::os::raw::{c_char, c_int, c_uint, c_ulong, c_void};
 use std::sync::OnceLock;
 use virt_sys::{
     virConnectPtr, virDomainJobInfoPtr, virDomainPtr, virDomainSnapshotPtr, virErrorPtr, virTypedParameterPtr,
@@ -83,6 +83,8 @@ pub type GetJobStats =
 pub type AbortJob = unsafe extern "C" fn(virDomainPtr) -> c_int;
 /// `virDomainAbortJobFlags`.
 pub type AbortJobFlags = unsafe extern "C" fn(virDomainPtr, c_uint) -> c_int;
+/// `virDomainMigrateSetMaxSpeed`.
+pub type SetMaxSpeed = unsafe extern "C" fn(virDomainPtr, c_ulong, c_uint) -> c_int;
 /// `virDomainSave`.
 pub type Save = unsafe extern "C" fn(virDomainPtr, *const c_char) -> c_int;
 /// `virDomainSaveFlags`.
@@ -119,6 +121,8 @@ real! {
     abort_job = c"virDomainAbortJob": AbortJob;
     #[doc = "libvirt's own abort with flags; absent before libvirt 8.5."]
     abort_job_flags = c"virDomainAbortJobFlags": AbortJobFlags;
+    #[doc = "libvirt's own limit of migrations' bandwidth."]
+    set_max_speed = c"virDomainMigrateSetMaxSpeed": SetMaxSpeed;
     #[doc = "libvirt's own save."]
     save = c"virDomainSave": Save;
     #[doc = "libvirt's own save with flags."]

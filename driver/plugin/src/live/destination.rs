@@ -1,7 +1,7 @@
 //! The host the guest comes to: Prepare, Finish.
 
 use super::uri::{self, DataAddress};
-use super::{eligible, unexpected, DISABLED, LOADED, LOCAL};
+use super::{options, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, MallocString, Prepared};
@@ -14,7 +14,10 @@ use ferry_contract::session::Guest;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
-use virt_sys::{VIR_MIGRATE_PARAM_DEST_NAME, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI};
+use virt_sys::{
+    VIR_MIGRATE_PARAM_DEST_NAME, VIR_MIGRATE_PARAM_DISKS_PORT, VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
+    VIR_MIGRATE_PARAM_URI,
+};
 
 /// The longest path a unix socket can have, in bytes.
 const SUN_PATH: usize = 107;
@@ -87,9 +90,9 @@ impl Arrival {
         if !config.enabled {
             return Err(DISABLED.into());
         }
-        if let Some(reason) = eligible::refusal(params, flags) {
-            return Err(reason);
-        }
+        // What the engines do is between them; a client also drops some of these flags and not their parameters.
+        let (params, flags) = options::for_libvirt(params, flags);
+        options::read(&params, flags)?;
         let (name, uuid) = identity(cookie).ok_or("libvirt's cookie names no guest")?;
         let name = params
             .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
@@ -159,14 +162,23 @@ impl Arrival {
         promise: Promise,
     ) -> Result<Prepared, Error> {
         let uri = format!("unix://{}", self.incoming.display());
-        let rewritten = params
+        let (params, native) = options::for_libvirt(params, flags);
+        let mut rewritten = params
             .share()
             .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
             .with(VIR_MIGRATE_PARAM_URI, &uri);
-        let prepared = phase::prepare(connection, &rewritten, cookie, flags)?;
+        if flags & options::STORAGE != 0 {
+            let port = params.integer(VIR_MIGRATE_PARAM_DISKS_PORT);
+            let port = port
+                .and_then(|port| u16::try_from(port).ok())
+                .filter(|port| *port != 0);
+            let listen = listen_address(&params).unwrap_or_else(host::any_address);
+            rewritten = uri::with_disks(rewritten, &uri::disks(&listen, port));
+        }
+        let prepared = phase::prepare(connection, &rewritten, cookie, native)?;
         let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
         let session = sessions::add(session.arriving(promise, self.incoming.clone()));
-        self.attach(connection, params, &session, prepared)
+        self.attach(connection, &params, &session, prepared)
             .inspect_err(|_| {
                 sessions::remove(&session);
                 let name = params
@@ -201,10 +213,7 @@ impl Arrival {
             monitor,
             incoming: self.incoming.clone(),
             host: self.data.host.clone(),
-            listen: params
-                .utf8(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
-                .map(str::to_owned)
-                .or_else(host::migration_address),
+            listen: listen_address(params),
         };
         let answer = match session.engine.ask(&attach, Some(LOCAL))? {
             Reply::Listening(answer) => answer,
@@ -222,6 +231,12 @@ impl Arrival {
             uri: Some(MallocString::copy_of(&uri)),
         })
     }
+}
+
+/// Where to listen, where anybody has said so.
+fn listen_address(params: &Params) -> Option<String> {
+    let given = params.utf8(VIR_MIGRATE_PARAM_LISTEN_ADDRESS);
+    given.map(str::to_owned).or_else(host::migration_address)
 }
 
 /// Where the incoming QEMU binds. The name's end is one that libvirt's AppArmor profiles let every guest create

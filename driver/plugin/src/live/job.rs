@@ -1,8 +1,9 @@
 //! The job as users see it: the engine's figures in libvirt's fields.
 
+use super::options;
 use crate::libvirt::Domain;
 use crate::sessions::{self, Role};
-use ferry_contract::control::Statistics;
+use ferry_contract::control::{Request, Statistics};
 use ferry_contract::session::PAGE;
 use std::ffi::CStr;
 use std::os::raw::c_int;
@@ -26,6 +27,19 @@ pub fn cancel(domain: Domain) {
         .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid))
     {
         session.cancel();
+    }
+}
+
+/// Limits the bandwidth of a guest's migration away from here, in libvirt's MiB/s.
+pub fn limit(domain: Domain, mib: u64) {
+    let session = domain
+        .guest()
+        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid));
+    // libvirt has refused what is out of range.
+    if let (Some(session), Ok(bandwidth)) = (session, options::bandwidth(mib)) {
+        if let Err(failure) = session.engine.tell(&Request::Limit { bandwidth }) {
+            tracing::warn!(%failure, guest = session.guest.name, "the engine was not told of the new speed");
+        }
     }
 }
 

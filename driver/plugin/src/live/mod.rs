@@ -16,9 +16,9 @@
 //! A phase that finds no session, or a flag, parameter or guest that is not ours, is libvirt's own.
 
 pub mod destination;
-mod eligible;
 pub mod guard;
 pub mod job;
+pub mod options;
 pub mod p2p;
 pub mod source;
 pub mod uri;

@@ -18,12 +18,20 @@ use virt_sys::*;
 
 /// What libvirt's own peer-to-peer code passes on to the destination (libvirt 11.3, qemuMigrationSrcPeer2Peer3);
 /// an older one refuses names it does not know.
-const DESTINATION: [&CStr; 5] = [
+const DESTINATION: [&CStr; 13] = [
     VIR_MIGRATE_PARAM_DEST_XML,
     VIR_MIGRATE_PARAM_DEST_NAME,
     VIR_MIGRATE_PARAM_URI,
     VIR_MIGRATE_PARAM_GRAPHICS_URI,
     VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
+    VIR_MIGRATE_PARAM_BANDWIDTH,
+    VIR_MIGRATE_PARAM_MIGRATE_DISKS,
+    VIR_MIGRATE_PARAM_MIGRATE_DISKS_DETECT_ZEROES,
+    VIR_MIGRATE_PARAM_DISKS_PORT,
+    VIR_MIGRATE_PARAM_DISKS_URI,
+    VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS,
+    VIR_MIGRATE_PARAM_COMPRESSION,
+    VIR_MIGRATE_PARAM_COMPRESSION_ZSTD_LEVEL,
 ];
 
 /// Perform with VIR_MIGRATE_PEER2PEER: through the engine, or libvirt's own.

@@ -1,13 +1,13 @@
 //! The host the guest leaves: Begin, Perform, Confirm.
 
-use super::{eligible, guard, unexpected, DISABLED, LOADED, LOCAL};
+use super::{guard, options, unexpected, uri, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
 use crate::sessions::{self, Role, Session};
 use ferry_contract::config::Config;
-use ferry_contract::control::{FailureKind, Reply, Request};
+use ferry_contract::control::{FailureKind, Options, Reply, Request};
 use ferry_contract::cookie::{self, Answer};
 use ferry_contract::session::Guest;
 use std::path::{Path, PathBuf};
@@ -55,9 +55,7 @@ impl Candidate {
         if !config.enabled {
             return Err(DISABLED.into());
         }
-        if let Some(reason) = eligible::refusal(params, flags) {
-            return Err(reason);
-        }
+        options::read(params, flags)?;
         if flags & VIR_MIGRATE_CHANGE_PROTECTION == 0 {
             return Err("the client holds no job across the phases (no change protection)".into());
         }
@@ -161,22 +159,24 @@ fn through_engine(
         );
         return Err(give_up(domain, params, flags, Error::failed(cause)));
     }
-    let socket = match session.engine.ask(&Request::Precopy { answer }, None) {
+    let options = match asked(domain, params, flags) {
+        Ok(options) => options,
+        Err(changed) => return Err(give_up(domain, params, flags, Error::failed(changed))),
+    };
+    let disks = options.storage.then(|| uri::disks(&answer.host, None));
+    let (params, native) = options::for_libvirt(params, flags);
+    let towards = |socket: &Path| towards(&params, socket, disks.as_deref());
+    let give_up = |error| give_up(domain, &params, flags, error);
+    let socket = match session.engine.ask(&Request::Precopy { answer, options }, None) {
         Ok(Reply::Switchover { socket }) => socket,
-        Ok(reply) => return Err(give_up(domain, params, flags, unexpected(&reply))),
+        Ok(reply) => return Err(give_up(unexpected(&reply))),
         // libvirt knows of the abort: its own Perform ends the job with its own error, before QEMU does anything.
         Err(failure) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
-            return phase::perform(
-                domain,
-                None,
-                &towards(params, Path::new("/nonexistent")),
-                cookie,
-                flags,
-            )
+            return phase::perform(domain, None, &towards(Path::new("/nonexistent")), cookie, native)
         }
-        Err(failure) => return Err(give_up(domain, params, flags, failure.into())),
+        Err(failure) => return Err(give_up(failure.into())),
     };
-    let performed = phase::perform(domain, None, &towards(params, &socket), cookie, flags);
+    let performed = phase::perform(domain, None, &towards(&socket), cookie, native);
     let engine = session.engine.ask(
         &Request::Performed {
             success: performed.is_ok(),
@@ -204,13 +204,27 @@ fn through_engine(
     }
 }
 
-/// The parameters for a Perform into the engine's socket (libvirt 11.3 refuses a listen address with it).
-fn towards<'a>(params: &'a Params<'_>, socket: &Path) -> Params<'a> {
+/// What the operator asks of this migration, in its call or before it (`virsh migrate-setspeed`).
+fn asked(domain: Domain, params: &Params, flags: u32) -> Result<Options, String> {
+    let mut asked = options::read(params, flags)?;
+    if asked.bandwidth == 0 {
+        asked.bandwidth = options::bandwidth(domain.max_speed().unwrap_or(0))?;
+    }
+    Ok(asked)
+}
+
+/// The parameters for a Perform into the engine's socket. With it, libvirt 11.3 refuses a listen address and wants to
+/// be told where disks go: to the destination's host, at the port that is in libvirt's cookie.
+fn towards<'a>(params: &'a Params<'_>, socket: &Path, disks: Option<&str>) -> Params<'a> {
     let uri = format!("unix://{}", socket.display());
-    params
+    let params = params
         .share()
         .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
-        .with(VIR_MIGRATE_PARAM_URI, &uri)
+        .with(VIR_MIGRATE_PARAM_URI, &uri);
+    match disks {
+        Some(disks) => uri::with_disks(params, disks),
+        None => params,
+    }
 }
 
 /// Ends libvirt's job after a Perform that libvirt never saw: nobody else will (a failed Perform is not followed

@@ -1,5 +1,8 @@
 //! Migration URIs: where the operator wants the data to go. Pure.
 
+use crate::libvirt::Params;
+use virt_sys::{VIR_MIGRATE_PARAM_DISKS_PORT, VIR_MIGRATE_PARAM_DISKS_URI};
+
 /// The destination's data address as a client's URI has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataAddress {
@@ -46,6 +49,28 @@ pub fn of(host: &str, port: u16) -> String {
     match host.contains(':') {
         true => format!("tcp:[{host}]:{port}"),
         false => format!("tcp:{host}:{port}"),
+    }
+}
+
+/// The URI of an NBD server for disks at this host, or listening at this address.
+pub fn disks(host: &str, port: Option<u16>) -> String {
+    let host = match host.contains(':') {
+        true => format!("[{host}]"),
+        false => host.to_owned(),
+    };
+    match port {
+        Some(port) => format!("tcp://{host}:{port}"),
+        None => format!("tcp://{host}"),
+    }
+}
+
+/// Parameters that say where disks go; where the operator has said so, that stands. libvirt refuses a port beside it.
+pub fn with_disks<'a>(params: Params<'a>, uri: &str) -> Params<'a> {
+    match params.utf8(VIR_MIGRATE_PARAM_DISKS_URI) {
+        Some(_) => params,
+        None => params
+            .without(VIR_MIGRATE_PARAM_DISKS_PORT)
+            .with(VIR_MIGRATE_PARAM_DISKS_URI, uri),
     }
 }
 
