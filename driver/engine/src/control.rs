@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// How often the engine reports, which is also its sign of life.
-const REPORT: Duration = Duration::from_millis(500);
+const REPORT: Duration = Duration::from_millis(200);
 /// A daemon that does not read for this long is as good as gone.
 const WRITE: Duration = Duration::from_secs(30);
 
@@ -86,7 +86,8 @@ impl Control {
         self.say(&Message::Reply(reply));
     }
 
-    fn report(&self) {
+    /// Tells how far the memory is, out of turn.
+    pub fn report(&self) {
         self.say(&Message::Progress(self.meter.read()));
     }
 

@@ -221,6 +221,7 @@ impl Inspected {
             self.offer.blocks.iter().map(|block| block.resident).sum(),
             Relaxed,
         );
+        place.control.report();
         let streams = options.streams.unwrap_or(place.settings.streams);
         recorder.streams(u32::from(streams));
         let mut links = Links::connect(place, &self.offer, self.identity, answer, streams)?;

@@ -1,0 +1,154 @@
+//! What an operator may ask of a migration, asked for: the engine moves the guest, and does as it is told.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use ferry_tests::guest::Rate;
+use ferry_tests::host::Host;
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::link::Slow;
+use ferry_tests::scene::{usual, Scene, PATIENCE};
+use ferry_tests::timeline::Role;
+use ferry_tests::wait::wait_until;
+
+const MIB: u64 = 1 << 20;
+
+/// A lab, and a usual guest on host1.
+fn with_guest(name: &str, test: impl FnOnce(&Lab, &Scene) -> Result<()>) -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::start(lab, lab.host(1), usual(name), 1)?;
+        test(lab, &scene)?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+#[test]
+fn without_live_the_guest_stands_still() -> Result<()> {
+    with_guest("still", |lab, scene| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        for (from, to, options) in [(one, two, &[][..]), (two, one, &["--p2p"])] {
+            let slow = Slow::to(lab, to, 400)?;
+            let uri = to.uri();
+            let migrate = [&["migrate", "still", &uri], options].concat();
+            let mut moving = from.command("virsh").args(migrate).spawn().context("virsh")?;
+            wait_until("the guest to be paused", PATIENCE, || {
+                Ok(from
+                    .state("still")?
+                    .is_some_and(|state| state.starts_with("paused")))
+            })?;
+            wait_until("memory to be on its way", PATIENCE, || {
+                let job = from.job("still")?;
+                ensure!(moving.try_wait()?.is_none(), "the pause came late: {job:?}");
+                Ok(job.figure("memory_remaining") > 0 && job.figure("memory_processed") > 0)
+            })?;
+            ensure!(moving.wait()?.success(), "virsh migrate failed");
+            drop(slow);
+            scene.lives_on(to)?;
+            from.assert_moved_away(1)?;
+            let timeline = from.last_timeline(Role::Source)?;
+            // Nothing is written while the guest stands still.
+            ensure!(timeline.rounds.len() == 1, "{:?}", timeline.rounds);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn bandwidth_is_kept_to_and_may_change_under_way() -> Result<()> {
+    with_guest("slowly", |lab, scene| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let mut moving = one.begin_migration("slowly", two, &["--bandwidth", "4"])?;
+        let job = moving.wait_for_job("20 MiB to be sent", |job| {
+            job.figure("memory_normal_bytes") > 20 * MIB
+        })?;
+        let (bytes, ms) = (job.figure("memory_normal_bytes"), job.figure("time_elapsed"));
+        // The first bytes of the elapsed time are spent on preparing the destination: that is not counted for much.
+        ensure!(
+            bytes <= 5 * MIB * ms / 1000,
+            "{bytes} bytes in {ms} ms at 4 MiB/s"
+        );
+        one.virsh(&["migrate-setspeed", "slowly", "2000"])?;
+        moving.succeeds()?;
+        scene.lives_on(two)?;
+        one.assert_moved_away(1)?;
+        // What is set before holds as well.
+        two.virsh(&["migrate-setspeed", "slowly", "4"])?;
+        ensure!(two.virsh(&["migrate-getspeed", "slowly"])?.trim() == "4");
+        let mut moving = two.begin_migration("slowly", one, &["--p2p"])?;
+        let job = moving.wait_for_job("20 MiB to be sent", |job| {
+            job.figure("memory_normal_bytes") > 20 * MIB
+        })?;
+        let (bytes, ms) = (job.figure("memory_normal_bytes"), job.figure("time_elapsed"));
+        ensure!(
+            bytes <= 5 * MIB * ms / 1000,
+            "{bytes} bytes in {ms} ms at 4 MiB/s"
+        );
+        two.virsh(&["migrate-setspeed", "slowly", "2000"])?;
+        moving.succeeds()?;
+        scene.lives_on(one)?;
+        two.assert_moved_away(1)
+    })
+}
+
+#[test]
+fn parallel_streams_are_as_many_as_asked() -> Result<()> {
+    with_guest("wide", |lab, scene| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let streams = |host: &Host| {
+            host.last_timeline(Role::Source)
+                .map(|timeline| timeline.streams())
+        };
+        scene.move_to(one, two, &["--parallel"])?;
+        ensure!(streams(one)? == 2, "{} streams", streams(one)?);
+        scene.move_to(two, one, &["--p2p", "--parallel", "--parallel-connections", "5"])?;
+        ensure!(streams(two)? == 5, "{} streams", streams(two)?);
+        one.assert_moved_away(1)?;
+        two.assert_moved_away(1)
+    })
+}
+
+/// An image of this size on a host's own disk.
+fn image(host: &Host, path: &str, mib: u64) -> Result<()> {
+    let file = host.path(path);
+    fs::create_dir_all(file.parent().context("a directory")?)?;
+    File::create(&file)?.set_len(mib * MIB)?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
+    Ok(())
+}
+
+/// libvirt copies the disk, which the guest reads, writes and compares all the while; the engine the memory.
+#[test]
+fn disks_go_along() -> Result<()> {
+    const DISK: &str = "/var/lib/libvirt/images/along.raw";
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        image(one, DISK, 64)?;
+        image(two, DISK, 64)?;
+        let guest = usual("along").disk(DISK, "raw").disk_load(16, Rate(40));
+        let scene = Scene::start(lab, one, guest, 1)?;
+        let blocks = scene.remote().status(PATIENCE)?.disk;
+        let options: [&[&str]; 3] = [
+            &["--copy-storage-all"],
+            &["--p2p", "--copy-storage-all", "--migrate-disks", "vda"],
+            &["--copy-storage-all", "--disks-port", "49300"],
+        ];
+        for (turn, options) in options.into_iter().enumerate() {
+            let (from, to) = if turn % 2 == 0 { (one, two) } else { (two, one) };
+            // What an earlier turn left must not be taken for what this one copied.
+            image(to, DISK, 64)?;
+            scene
+                .move_to(from, to, options)
+                .with_context(|| format!("{options:?}"))?;
+            from.assert_moved_away(turn / 2 + 1)?;
+            wait_until("the guest to use its disk", Duration::from_secs(60), || {
+                Ok(scene.remote().status(PATIENCE)?.disk > blocks)
+            })?;
+            scene.check()?;
+        }
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
