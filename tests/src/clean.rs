@@ -62,12 +62,14 @@ fn leftovers(host: &Host) -> Result<Vec<String>> {
     }
     let running = host.running()?;
     for domain in &running {
-        let job = host.virsh(&["domjobinfo", domain])?;
-        if job.split_whitespace().collect::<Vec<_>>() != ["Job", "type:", "None"] {
-            found.push(format!("{domain} still has a job: {job}"));
-        }
-        if ignores_shared(host, domain)? {
-            found.push(format!("x-ignore-shared is left on in {domain}"));
+        // A guest that is going away now does not count, one that stays and does not answer does.
+        match (host.virsh(&["domjobinfo", domain]), ignores_shared(host, domain)) {
+            (Ok(job), _) if job.split_whitespace().collect::<Vec<_>>() != ["Job", "type:", "None"] => {
+                found.push(format!("{domain} still has a job: {job}"));
+            }
+            (Ok(_), Ok(true)) => found.push(format!("x-ignore-shared is left on in {domain}")),
+            (Ok(_), Ok(false)) => {}
+            (Err(error), _) | (_, Err(error)) => found.push(format!("{domain} does not answer: {error:#}")),
         }
     }
     // libvirt names them <id>-<name>, the name possibly shortened.

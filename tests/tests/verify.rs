@@ -1,6 +1,9 @@
 //! Both hosts' RAM files, compared byte for byte at the commitment (`verify_memory`), while the guest writes, gives
 //! memory back and takes it again; and what is no data at the source takes no memory at the destination.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
 use anyhow::{ensure, Context, Result};
 use ferry_guest::page::Page;
 use ferry_tests::guest::{Guest, Order, Rate};
@@ -137,6 +140,52 @@ fn memory_freed_while_the_guest_moves() -> Result<()> {
                 to.name()
             );
         }
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+/// libvirt copies disks for as long as it takes, after the memory has gone over once: what the guest gives back then is no
+/// write that a scan would find.
+#[test]
+fn memory_freed_while_disks_are_copied() -> Result<()> {
+    const DISK: &str = "/var/lib/libvirt/images/freeing.raw";
+    const DISK_MIB: u64 = 400;
+    lab(|lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        for host in lab.hosts() {
+            let image = host.path(DISK);
+            fs::create_dir_all(image.parent().context("a directory")?)?;
+            // Nothing that NBD could leave out.
+            fs::write(&image, vec![0xa5; (DISK_MIB * MIB) as usize])?;
+            fs::set_permissions(&image, fs::Permissions::from_mode(0o666))?;
+        }
+        let guest = usual("keeper")
+            .memory_mib(384)
+            .rate(Rate::mib(1))
+            .free_page_reporting()
+            .disk(DISK, "raw");
+        let scene = Scene::start(lab, one, guest, 1)?;
+        let ram = one.ram_file(scene.name())?;
+        let idle = settled(&ram, scene.name())?;
+        let slow = Slow::to(lab, two, 160)?;
+        let mut moving = one.begin_migration(scene.name(), two, &["--copy-storage-all"])?;
+        moving.wait_for_job("libvirt to copy the disk", |job| job.figure("disk_processed") > 0)?;
+        scene.remote().spend(SPENT / 2, "once", PATIENCE)?;
+        ensure!(
+            ram.resident()? > idle + SPENT / 4 * MIB,
+            "it was given back at once"
+        );
+        moving.wait_for_job("free pages to be given back", |job| {
+            job.figure("disk_processed") < DISK_MIB * MIB
+                && ram.resident().is_ok_and(|now| now <= idle + 8 * MIB)
+        })?;
+        moving.succeeds()?;
+        drop(slow);
+        scene.lives_on(two)?;
+        assert_compared(one)?;
+        let after = two.ram_file(scene.name())?.resident()?;
+        ensure!(after <= idle + 8 * MIB, "{after} bytes, {idle} before");
         lab.assert_clean(1)?;
         lab.assert_clean(2)
     })

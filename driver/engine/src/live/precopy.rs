@@ -173,6 +173,14 @@ impl Precopy {
         Ok(())
     }
 
+    /// [`sweep`](Precopy::sweep), where anything has been given back since the last one.
+    pub fn sweep_again(&mut self) -> Result<(), Error> {
+        match &self.swept {
+            Some(watch) if watch.punched() => self.sweep(),
+            _ => Ok(()),
+        }
+    }
+
     /// The last copy, of a guest that stands still and whose block I/O has drained: what is pending, and what has
     /// been given back since the sweep. Then the streams end. It is no round: the timeline has it in the downtime.
     pub fn last(mut self) -> Result<Last, Error> {

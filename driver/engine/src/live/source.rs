@@ -458,6 +458,9 @@ impl Ready {
                 Some(false) => return Err(Error::Libvirt),
                 Some(true) | None => {
                     let began = Instant::now();
+                    if early {
+                        precopy.sweep_again()?;
+                    }
                     let scan = precopy.scan()?;
                     // From the switch-over on QEMU may not answer before its device state is out.
                     if precopy.pending() > 0 && place.signals.seen().drained.is_none() {
