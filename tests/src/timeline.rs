@@ -92,6 +92,10 @@ pub struct Downtime {
 /// Sums over all rounds.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Totals {
+    /// Bytes of page data.
+    pub data_bytes: u64,
+    /// Bytes of the frames that carried them.
+    pub wire_bytes: u64,
     /// What both ends compared: one digest a stream, joined by `+`.
     pub digest: Option<String>,
 }

@@ -110,6 +110,32 @@ fn parallel_streams_are_as_many_as_asked() -> Result<()> {
     })
 }
 
+#[test]
+fn compressed_memory_takes_less_of_the_link() -> Result<()> {
+    with_guest("packed", |lab, scene| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        scene.move_to(one, two, &["--compressed"])?;
+        let timeline = one.last_timeline(Role::Source)?;
+        ensure!(timeline.notes("zstd, level 1"), "{timeline:?}");
+        let level = [
+            "--p2p",
+            "--compressed",
+            "--comp-methods",
+            "zstd",
+            "--comp-zstd-level",
+            "9",
+        ];
+        scene.move_to(two, one, &level)?;
+        ensure!(two.last_timeline(Role::Source)?.notes("zstd, level 9"));
+        for timeline in [timeline, two.last_timeline(Role::Source)?] {
+            let (data, wire) = (timeline.totals.data_bytes, timeline.totals.wire_bytes);
+            ensure!(wire < data, "{wire} bytes on the wire for {data} of memory");
+        }
+        one.assert_moved_away(1)?;
+        two.assert_moved_away(1)
+    })
+}
+
 /// An image of this size on a host's own disk.
 fn image(host: &Host, path: &str, mib: u64) -> Result<()> {
     let file = host.path(path);

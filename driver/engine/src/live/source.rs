@@ -225,6 +225,12 @@ impl Inspected {
         let streams = options.streams.unwrap_or(place.settings.streams);
         recorder.streams(u32::from(streams));
         let mut links = Links::connect(place, &self.offer, self.identity, answer, streams)?;
+        if let Some(level) = options.compression {
+            for stream in &mut links.data {
+                stream.pack(level).map_err(Error::system("prepare to compress"))?;
+            }
+            recorder.note(format!("memory is compressed: zstd, level {level}"));
+        }
         recorder.peer(links.peer);
         recorder.enter(Stage::PreCopy);
         if options.paused {

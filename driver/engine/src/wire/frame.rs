@@ -1,20 +1,20 @@
 //! The frames of a data stream, and the checks on each before it is believed.
 //!
 //! ```text
-//! header, 40 bytes, little-endian          Data    Zero    Barrier  End     Ack      Reject
+//! header, 40 bytes, little-endian          Data    Packed  Zero    Barrier  End     Ack      Reject
 //!  0  magic     2  0x4644 "DF"
-//!  2  kind      1                          1       2       3        4       5        6
+//!  2  kind      1                          1       7       2       3        4       5        6
 //!  3  zero      1
-//!  4  block     2  RAM block number        block   block   0        0       0        reason
+//!  4  block     2  RAM block number        block   block   block   0        0       0        reason
 //!  6  zero      2
-//!  8  length    4  payload bytes           bytes   0       0        48      0        0
+//!  8  length    4  payload bytes           bytes   bytes   0       0        48      0        0
 //! 12  zero      4
-//! 16  offset    8                          offset  offset  round    0       0        errno
-//! 24  span      8                          bytes   bytes   0        0       applied  0
-//! 32  sequence  8  from 1, without gaps    ------- of this frame -------    -- last applied --
-//! 40  payload                              pages                    totals
+//! 16  offset    8                          offset  offset  offset  round    0       0        errno
+//! 24  span      8  bytes of guest memory   bytes   bytes   bytes   0        0       applied  0
+//! 32  sequence  8  from 1, without gaps    ----------- of this frame -----------    -- last applied --
+//! 40  payload                              pages   zstd                     totals
 //! ```
-//! Data, Zero, Barrier and End go from sender to receiver; Ack and Reject come back. Offsets and spans are multiples
+//! Data, Packed, Zero, Barrier and End go from sender to receiver; Ack and Reject come back. Offsets and spans are multiples
 //! of 4096. Every valid header has one encoding only. Parsing is total: any bytes give a frame or an [`Invalid`].
 
 #[cfg(test)]
@@ -47,6 +47,17 @@ pub enum Frame {
         offset: u64,
         /// How many bytes, 4096 to [`MAX_PAYLOAD`].
         length: u32,
+    },
+    /// `length` bytes follow: one zstd frame that unpacks to `span` bytes of guest memory, for `offset` in `block`.
+    Packed {
+        /// RAM block number.
+        block: u16,
+        /// Where in the block, bytes.
+        offset: u64,
+        /// How many bytes follow, fewer than `span`.
+        length: u32,
+        /// How many bytes they unpack to, 4096 to [`MAX_PAYLOAD`].
+        span: u32,
     },
     /// `span` bytes at `offset` of `block` are zeros.
     Zero {
@@ -113,6 +124,14 @@ pub enum Invalid {
     /// The span is not the length of the payload, or empty.
     #[error("a span of {0} bytes is not allowed")]
     Span(u64),
+    /// What follows does not unpack to what the header says.
+    #[error("{length} packed bytes do not unpack to {span}")]
+    Packed {
+        /// Payload bytes.
+        length: u32,
+        /// What they were to be.
+        span: u32,
+    },
     /// Not a multiple of 4096.
     #[error("{0:#x} is not a multiple of 4096")]
     Alignment(u64),
@@ -183,7 +202,7 @@ impl Frame {
     /// Payload bytes that follow the header.
     pub fn payload_length(&self) -> usize {
         match *self {
-            Frame::Data { length, .. } => length as usize,
+            Frame::Data { length, .. } | Frame::Packed { length, .. } => length as usize,
             Frame::End => END_PAYLOAD,
             Frame::Zero { .. } | Frame::Barrier { .. } | Frame::Ack { .. } | Frame::Reject(_) => 0,
         }
@@ -198,6 +217,9 @@ impl Frame {
                 length,
             } => (1, block, offset, u64::from(length)),
             Frame::Zero { block, offset, span } => (2, block, offset, span),
+            Frame::Packed {
+                block, offset, span, ..
+            } => (7, block, offset, span.into()),
             Frame::Barrier { round } => (3, 0, round, 0),
             Frame::End => (4, 0, 0, 0),
             Frame::Ack { bytes } => (5, 0, 0, bytes),
@@ -246,6 +268,12 @@ impl Frame {
             3 => Frame::Barrier { round: offset },
             4 => Frame::End,
             5 => Frame::Ack { bytes: span },
+            7 => Frame::Packed {
+                block,
+                offset,
+                length,
+                span: u32::try_from(span).map_err(|_| Invalid::Span(span))?,
+            },
             6 => Frame::Reject(Rejection::from_fields(block, offset)?),
             other => return Err(Invalid::Kind(other)),
         };
@@ -262,7 +290,8 @@ impl Frame {
         if length as usize != self.payload_length() {
             return Err(Invalid::Length(length.into()));
         }
-        if let Frame::Data { offset, .. } | Frame::Zero { offset, .. } = *self {
+        if let Frame::Data { offset, .. } | Frame::Packed { offset, .. } | Frame::Zero { offset, .. } = *self
+        {
             for value in [offset, span] {
                 if value % PAGE != 0 {
                     return Err(Invalid::Alignment(value));
@@ -280,6 +309,14 @@ impl Frame {
                 return Err(Invalid::Span(span));
             }
         }
+        if matches!(self, Frame::Packed { .. }) {
+            if span > MAX_PAYLOAD as u64 {
+                return Err(Invalid::Span(span));
+            }
+            if length == 0 || u64::from(length) >= span {
+                return Err(Invalid::Length(length.into()));
+            }
+        }
         Ok(())
     }
 
@@ -290,6 +327,7 @@ impl Frame {
     pub(super) fn check_own(&self) -> Result<(), Invalid> {
         match *self {
             Frame::Data { length, .. } => self.check(length, length.into()),
+            Frame::Packed { length, span, .. } => self.check(length, span.into()),
             Frame::Zero { span, .. } => self.check(0, span),
             _ => Ok(()),
         }
@@ -335,6 +373,9 @@ impl Checker {
                 offset,
                 length,
             } => (block, offset, u64::from(length)),
+            Frame::Packed {
+                block, offset, span, ..
+            } => (block, offset, u64::from(span)),
             Frame::Zero { block, offset, span } => (block, offset, span),
             Frame::Barrier { .. } | Frame::End => (0, 0, 0),
             Frame::Ack { .. } | Frame::Reject(_) => return Err(Invalid::Direction),

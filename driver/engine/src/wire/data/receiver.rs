@@ -7,7 +7,7 @@ use tracing::{debug, warn};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{Apply, Progress, Totals, ACK_INTERVAL};
-use crate::wire::frame::{Checker, Frame, Rejection, HEADER_LENGTH, MAX_PAYLOAD};
+use crate::wire::frame::{Checker, Frame, Invalid, Rejection, HEADER_LENGTH, MAX_PAYLOAD};
 use crate::wire::{Breaker, Connection, Error, Result};
 
 /// Small frames are read together, up to this many bytes: it stays in a processor's cache.
@@ -33,6 +33,27 @@ pub struct DataReceiver {
     digest: Box<Xxh3>,
     acknowledged: u64,
     progress: Arc<Progress>,
+    unpacker: Unpacker,
+}
+
+/// Unpacks payloads, made when the first one comes.
+#[derive(Default)]
+struct Unpacker {
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+    pages: Vec<u8>,
+}
+
+impl Unpacker {
+    /// Exactly `span` bytes, or nothing: a payload that unpacks to more is not unpacked further.
+    fn unpack(&mut self, payload: &[u8], span: usize) -> Option<&[u8]> {
+        let zstd = match &mut self.zstd {
+            Some(zstd) => zstd,
+            none => none.insert(zstd::bulk::Decompressor::new().ok()?),
+        };
+        self.pages.resize(span, 0);
+        let length = zstd.decompress_to_buffer(payload, &mut self.pages[..]).ok()?;
+        (length == span).then_some(&self.pages[..])
+    }
 }
 
 impl DataReceiver {
@@ -49,6 +70,7 @@ impl DataReceiver {
             digest: Box::new(Xxh3::new()),
             acknowledged: 0,
             progress: Arc::default(),
+            unpacker: Unpacker::default(),
         }
     }
 
@@ -105,6 +127,20 @@ impl DataReceiver {
                 Frame::Data { block, offset, .. } => {
                     applied(block, offset, apply.data(block, offset, payload))?;
                     self.totals.data_bytes += payload.len() as u64;
+                }
+                Frame::Packed {
+                    block,
+                    offset,
+                    length,
+                    span,
+                } => {
+                    let bad = || Error::BadFrame {
+                        peer,
+                        what: Invalid::Packed { length, span },
+                    };
+                    let pages = self.unpacker.unpack(payload, span as usize).ok_or_else(bad)?;
+                    applied(block, offset, apply.data(block, offset, pages))?;
+                    self.totals.data_bytes += pages.len() as u64;
                 }
                 Frame::Zero { block, offset, span } => {
                     applied(block, offset, apply.zero(block, offset, span))?;

@@ -113,6 +113,68 @@ fn memory_arrives_whole_in_frames_of_all_sizes() {
 }
 
 #[test]
+fn what_can_be_packed_is_and_arrives_as_it_was() {
+    for encrypted in [false, true] {
+        // Text packs well, noise does not: both kinds of frames go over one stream.
+        let mut guest = noise(LAYOUT[0] as usize, 5);
+        for (index, page) in guest
+            .chunks_mut(64 << 10)
+            .enumerate()
+            .filter(|(index, _)| index % 3 > 0)
+        {
+            let text = format!("page {index} of a guest that stores text. ");
+            page.iter_mut()
+                .zip(text.bytes().cycle())
+                .for_each(|(to, from)| *to = from);
+        }
+        let (sent, received, memory) = transfer(encrypted, |mut sender| {
+            sender.pack(1).unwrap();
+            for (index, piece) in guest.chunks(256 << 10).enumerate() {
+                sender.data(0, (index * (256 << 10)) as u64, piece)?;
+            }
+            sender.data(1, 0, &guest[64 << 10..68 << 10])?;
+            sender.barrier(1)?;
+            sender.finish()
+        });
+        let (sent, received) = (sent.unwrap(), received.unwrap());
+        assert_eq!(sent, received);
+        assert_eq!(sent.data_bytes, LAYOUT[0] + 4096);
+        assert!(sent.wire_bytes < sent.data_bytes / 2, "{sent}");
+        assert!(memory.blocks[0] == guest);
+        assert!(memory.blocks[1][..4096] == guest[64 << 10..68 << 10]);
+    }
+}
+
+#[test]
+fn packed_bytes_that_are_not_what_they_say_are_refused() {
+    let packed = |bytes: &[u8]| zstd::bulk::compress(bytes, 1).unwrap();
+    let two_pages = packed(&[7; 8192]);
+    // A bomb, too little, cut off, and noise: each claims to be one page.
+    let payloads = [
+        packed(&vec![0; 64 << 20]),
+        packed(&[7; 100]),
+        two_pages[..two_pages.len() - 1].to_vec(),
+        noise(500, 9),
+    ];
+    for payload in payloads.into_iter().chain([two_pages]) {
+        let length = payload.len() as u32;
+        let frame = Frame::Packed {
+            block: 0,
+            offset: 0,
+            length,
+            span: 4096,
+        };
+        let (error, answer) = receive(&[&frame.encode(1)[..], &payload].concat());
+        let what = Invalid::Packed { length, span: 4096 };
+        assert!(
+            matches!(error, Error::BadFrame { what: found, .. } if found == what),
+            "{error:?}"
+        );
+        assert_eq!(answer, Frame::Reject(Rejection::Protocol).encode(1));
+    }
+}
+
+#[test]
 fn scattered_pages_and_many_zero_frames_arrive() {
     for encrypted in [false, true] {
         let guest = noise(LAYOUT[0] as usize, 3);

@@ -15,6 +15,21 @@ fn any_frame() -> impl Strategy<Value = Frame> {
             offset,
             length: (pages * PAGE) as u32,
         }),
+        (
+            any::<u16>(),
+            offset.clone(),
+            1..=(MAX_PAYLOAD as u64 / PAGE),
+            any::<u32>()
+        )
+            .prop_map(|(block, offset, pages, length)| {
+                let span = (pages * PAGE) as u32;
+                Frame::Packed {
+                    block,
+                    offset,
+                    length: 1 + length % (span - 1),
+                    span,
+                }
+            }),
         (any::<u16>(), offset, 1..=u64::MAX / PAGE).prop_map(|(block, offset, pages)| Frame::Zero {
             block,
             offset,
@@ -70,6 +85,7 @@ proptest! {
             let (block, offset, span) = match checker.admit(header) {
                 Ok(Frame::Data { block, offset, length }) => (block, offset, u64::from(length)),
                 Ok(Frame::Zero { block, offset, span }) => (block, offset, span),
+                Ok(Frame::Packed { block, offset, span, .. }) => (block, offset, u64::from(span)),
                 _ => continue,
             };
             prop_assert!(u128::from(offset) + u128::from(span) <= u128::from(LAYOUT[usize::from(block)]));
