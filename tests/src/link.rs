@@ -18,14 +18,26 @@ impl<'a> Slow<'a> {
     /// # Errors
     /// What tc said.
     pub fn to(lab: &'a Lab, host: &'a Host, mbit: u32) -> Result<Self> {
-        let device = host.name();
-        let rate = format!("{mbit}mbit");
+        let slow = Slow {
+            lab,
+            device: host.name(),
+        };
+        slow.set(mbit)?;
+        Ok(slow)
+    }
+
+    /// The same at another rate.
+    ///
+    /// # Errors
+    /// What tc said.
+    pub fn set(&self, mbit: u32) -> Result<()> {
         // The burst takes the largest segment a veth passes on in one piece, 64 KiB.
-        lab.switch().run(&[
-            "tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", &rate, "burst", "256kb",
-            "latency", "50ms",
-        ])?;
-        Ok(Slow { lab, device })
+        let command = format!(
+            "tc qdisc replace dev {} root tbf rate {mbit}mbit burst 256kb latency 50ms",
+            self.device
+        );
+        self.lab.switch().run(&command.split(' ').collect::<Vec<_>>())?;
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@ use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
 use ferry_tests::scene::{usual, Scene};
 use ferry_tests::timeline::Role;
+use ferry_tests::underway::Job;
 
 /// 25 MB/s: less than half of what the guest writes, and 2 s for its working set.
 const MBIT: u32 = 200;
@@ -39,6 +40,51 @@ fn a_longer_pause_is_allowed_under_way() -> Result<()> {
         drop(slow);
         scene.lives_on(two)?;
         assert_long_pause(lab)?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+/// Auto-converge slows it down until it fits, and lets it go: where it arrives, and where it stays.
+#[test]
+fn the_guest_is_slowed_down() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, busy("braked"), 1)?;
+        let slow = Slow::to(lab, two, MBIT)?;
+        let options = [
+            "--auto-converge",
+            "--auto-converge-initial",
+            "40",
+            "--auto-converge-increment",
+            "20",
+        ];
+        let braked = |job: &Job| job.figure("auto_converge_throttle") >= 40;
+        let mut moving = one.begin_migration(scene.name(), two, &options)?;
+        moving.wait_for_job("the guest to be slowed down", braked)?;
+        one.virsh(&["domjobabort", scene.name()])?;
+        moving.fails()?;
+        scene.lives_on(one)?;
+        lab.assert_clean(1)?;
+
+        let moving = one.begin_migration(scene.name(), two, &options)?;
+        moving.succeeds()?;
+        drop(slow);
+        scene.lives_on(two)?;
+        one.assert_moved_away(1)?;
+        let timeline = one.last_timeline(Role::Source)?;
+        ensure!(
+            timeline.notes("of their time"),
+            "it was never slowed down: {timeline:?}"
+        );
+        let ms = timeline
+            .downtime
+            .context("the timeline has no downtime")?
+            .total_ms;
+        ensure!(
+            ms < 2000.0,
+            "the guest stood still for {ms} ms: it was not slowed down enough"
+        );
         lab.assert_clean(1)?;
         lab.assert_clean(2)
     })

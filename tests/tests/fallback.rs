@@ -89,7 +89,7 @@ fn options_that_are_not_taken() -> Result<()> {
         // Not --postcopy: QEMU's own needs vm.unprivileged_userfaultfd, which is off where it runs as libvirt's user.
         let cases: [(&[&str], &str); 3] = [
             (&["--p2p", "--tunnelled"], "tunnelled"),
-            (&["--auto-converge"], "auto-converge"),
+            (&["--parallel", "--compressed", "--comp-methods", "zlib"], "zlib"),
             (&["--p2p", "--compressed", "--comp-methods", "xbzrle"], "xbzrle"),
         ];
         let mut places = [(one, two), (two, one)].into_iter().cycle();

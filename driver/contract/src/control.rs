@@ -47,9 +47,30 @@ pub struct Options {
     pub streams: Option<u16>,
     /// zstd's level, 1 to 19, to compress memory with (`--compressed`); without it nothing is compressed.
     pub compression: Option<i32>,
+    /// Slow the vCPUs down when rounds do not get anywhere (`--auto-converge`).
+    pub auto_converge: Option<AutoConverge>,
     /// libvirt copies disks before it lets QEMU migrate (`--copy-storage-all`, `--copy-storage-inc`): long after the
     /// switch-over has been offered.
     pub storage: bool,
+}
+
+/// How much slower the vCPUs become, in percent of their time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AutoConverge {
+    /// At first, 1 to 99.
+    pub initial: u8,
+    /// More each time it does not help, 1 to 99.
+    pub increment: u8,
+}
+
+impl Default for AutoConverge {
+    /// QEMU's own (QEMU 10.0, `migration/options.c`).
+    fn default() -> Self {
+        Self {
+            initial: 20,
+            increment: 10,
+        }
+    }
 }
 
 /// What the plug-in asks of its engine.
@@ -209,6 +230,8 @@ pub struct Statistics {
     pub dirty_rate: u64,
     /// Bytes a second sent in the last round.
     pub bandwidth: u64,
+    /// How much of their time the vCPUs are held, in percent.
+    pub throttle: u64,
 }
 
 #[cfg(test)]

@@ -32,6 +32,8 @@ pub struct Meter {
     pub dirty_rate: AtomicU64,
     /// Bytes a second.
     pub bandwidth: AtomicU64,
+    /// Percent.
+    pub throttle: AtomicU64,
 }
 
 impl Meter {
@@ -46,6 +48,7 @@ impl Meter {
             iteration: of(&self.iteration),
             dirty_rate: of(&self.dirty_rate),
             bandwidth: of(&self.bandwidth),
+            throttle: of(&self.throttle),
         }
     }
 }

@@ -23,6 +23,8 @@
 //!
 //! [`source`] and [`destination`] mirror each other; [`copy`] and [`land`] too.
 
+mod auto_converge;
+mod brake;
 pub mod copy;
 pub mod destination;
 mod error;

@@ -206,6 +206,11 @@ impl Precopy {
         })
     }
 
+    /// Bytes of page data the last round sent.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent.data
+    }
+
     /// Pages that would have to be sent if the guest stopped now.
     pub fn pending(&self) -> u64 {
         self.working.iter().map(WorkingSet::pending_pages).sum()
@@ -271,6 +276,11 @@ fn files(blocks: &[RamBlock]) -> Vec<&RamFile> {
 }
 
 impl Scan {
+    /// Bytes of memory the guest has written since the scan before.
+    pub fn bytes(&self) -> u64 {
+        self.pages * PAGE
+    }
+
     /// Pages a second.
     fn dirty_rate(&self) -> f64 {
         match self.span.as_secs_f64() {

@@ -7,6 +7,7 @@
 //!       └──────────┴───────────────┴── error ──▶ everything undone, the guest runs on
 //! ```
 
+use super::brake::Brake;
 use super::messages::{downtime, Answer, Ask, SourcePause};
 use super::precopy::Precopy;
 use super::relay::{self, Door};
@@ -246,7 +247,16 @@ impl Inspected {
             self.blocks,
             links.data,
         )?;
-        converge(place, recorder, &mut precopy)
+        let mut brake = match options.auto_converge {
+            Some(wanted) => Some(Brake::new(
+                wanted,
+                &self.watch,
+                &self.process,
+                Arc::clone(place.meter),
+            )?),
+            None => None,
+        };
+        converge(place, recorder, &mut precopy, brake.as_mut())
             .map_err(|error| last_words(place, &mut links.control, error))?;
         Ok(Converged {
             control: links.control,
@@ -254,6 +264,7 @@ impl Inspected {
                 session: self.offer.session,
                 watch: self.watch,
                 precopy,
+                brake,
                 device_state: links.device_state,
                 return_path: links.return_path,
             },
@@ -262,7 +273,12 @@ impl Inspected {
 }
 
 /// The first pass, and rounds until what is left fits the pause.
-fn converge(place: &Place<'_>, recorder: &mut Recorder, precopy: &mut Precopy) -> Result<(), Error> {
+fn converge(
+    place: &Place<'_>,
+    recorder: &mut Recorder,
+    precopy: &mut Precopy,
+    mut brake: Option<&mut Brake>,
+) -> Result<(), Error> {
     precopy.first(recorder)?;
     loop {
         let scan = precopy.scan()?;
@@ -277,6 +293,14 @@ fn converge(place: &Place<'_>, recorder: &mut Recorder, precopy: &mut Precopy) -
                 return Ok(());
             }
             Decision::Continue { wait, .. } => {
+                let slower = brake
+                    .as_mut()
+                    .and_then(|brake| brake.after_round(scan.bytes(), precopy.sent_bytes()));
+                if let Some(percent) = slower {
+                    recorder.note(format!(
+                        "the vCPUs stand still for {percent} % of their time from here on"
+                    ));
+                }
                 precopy.send(recorder, scan)?;
                 if !wait.is_zero() {
                     place.signals.wait_for_qemu(deadline(wait), |_| false)?;
@@ -402,6 +426,7 @@ struct Ready {
     session: Uuid,
     watch: Arc<Watch>,
     precopy: Precopy,
+    brake: Option<Brake>,
     device_state: Connection,
     return_path: Connection,
 }
@@ -438,7 +463,10 @@ impl Ready {
         control: &mut Connection,
     ) -> Result<(SourcePause, WriteTracker), Error> {
         let Self {
-            mut precopy, watch, ..
+            mut precopy,
+            mut brake,
+            watch,
+            ..
         } = self;
         precopy.sweep()?;
         let door = Door::open(&place.settings.runtime_directory, self.session)?;
@@ -455,8 +483,13 @@ impl Ready {
         let mut step = STEP;
         loop {
             // While libvirt copies disks, rounds are rare: nobody waits for them.
-            let early = options.storage && !place.signals.seen().migrating;
-            let done = |seen: &Seen| seen.drained.is_some() || seen.failed || early && seen.migrating;
+            let begun = place.signals.seen().migrating;
+            let early = options.storage && !begun;
+            if begun {
+                // QEMU is about to stop the vCPUs, which is not to wait for them to be let go.
+                brake = None;
+            }
+            let done = |seen: &Seen| seen.drained.is_some() || seen.failed || !begun && seen.migrating;
             match place.signals.wait_for_qemu(deadline(step), done)? {
                 Some(true) if place.signals.seen().failed => return Err(Error::Libvirt),
                 Some(true) if place.signals.seen().drained.is_some() => break,
@@ -479,6 +512,7 @@ impl Ready {
                 }
             }
         }
+        drop(brake);
         recorder.enter(Stage::StopAndCopy);
         let seen = place.signals.seen();
         let drained = seen.drained.unwrap_or_else(Instant::now);

@@ -7,6 +7,9 @@ use serde_json::{json, Value};
 
 use super::monitor::{Monitor, MonitorError};
 
+/// More than any machine type of QEMU 10.0 has.
+const MAX_VCPUS: usize = 4096;
+
 /// A QEMU version. Compares as versions do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
@@ -169,6 +172,20 @@ impl Monitor {
         let answer = self.execute("query-migrate-parameters", json!({}), deadline)?;
         let limit = answer.get("downtime-limit").and_then(Value::as_u64);
         limit.ok_or_else(|| self.protocol("no downtime-limit among the migration parameters"))
+    }
+
+    /// The threads of the vCPUs, as QEMU says; at most as many as QEMU has vCPUs at all.
+    ///
+    /// # Errors
+    /// As [`Monitor::execute`].
+    pub fn vcpu_threads(&mut self, deadline: Instant) -> Result<Vec<i32>, MonitorError> {
+        let answer = self.execute("query-cpus-fast", json!({}), deadline)?;
+        let cpus = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+        let threads = cpus.iter().take(MAX_VCPUS).filter_map(|cpu| {
+            let thread = cpu.get("thread-id").and_then(Value::as_i64)?;
+            i32::try_from(thread).ok().filter(|thread| *thread > 0)
+        });
+        Ok(threads.collect())
     }
 
     /// Whether the guest runs, and what it is up to.

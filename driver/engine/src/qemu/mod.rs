@@ -1,5 +1,5 @@
 //! A running QEMU that we did not start: asking it (monitor), looking at it (process, RAM), and the one thing that has
-//! to be done inside of it (inject).
+//! to be done inside of it (inject), or to it (throttle).
 //!
 //! ```text
 //!   private QMP socket ──▶ Monitor ──┬─▶ ram::discover ──▶ Vec<RamBlock> or the reason why not
@@ -16,8 +16,10 @@ pub mod inject;
 pub mod monitor;
 pub mod process;
 pub mod ram;
+pub mod throttle;
 
 pub use commands::{MigrationStatus, RunState, Version};
 pub use monitor::{Event, Monitor, MonitorError};
 pub use process::{Process, ProcessError, Vma};
 pub use ram::{discover, tracked_ranges, DiscoverError, Ineligible, RamBlock};
+pub use throttle::Throttle;

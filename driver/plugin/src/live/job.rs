@@ -79,6 +79,9 @@ impl Progress {
         for (name, value) in added {
             list.add(name, value);
         }
+        if self.0.throttle > 0 && list.find(VIR_DOMAIN_JOB_AUTO_CONVERGE_THROTTLE).is_none() {
+            list.add_integer(VIR_DOMAIN_JOB_AUTO_CONVERGE_THROTTLE, self.0.throttle as c_int);
+        }
         if list.find(VIR_DOMAIN_JOB_MEMORY_PAGE_SIZE).is_none() {
             list.add(VIR_DOMAIN_JOB_MEMORY_PAGE_SIZE, PAGE);
         }
@@ -125,6 +128,20 @@ impl List {
                     value,
                 );
             },
+        }
+    }
+
+    /// Adds an int parameter to the list.
+    fn add_integer(&mut self, name: &CStr, value: c_int) {
+        // SAFETY: as with `add`.
+        unsafe {
+            virTypedParamsAddInt(
+                &mut self.entries,
+                &mut self.count,
+                &mut self.room,
+                name.as_ptr(),
+                value,
+            );
         }
     }
 

@@ -5,7 +5,7 @@
 //! it and the phases do not see it ([`for_libvirt`]), or the whole migration is libvirt's own.
 
 use crate::libvirt::Params;
-use ferry_contract::control::Options;
+use ferry_contract::control::{AutoConverge, Options};
 use std::ffi::CStr;
 use virt_sys::*;
 
@@ -26,14 +26,13 @@ const TAKEN: u32 = VIR_MIGRATE_LIVE
 pub const STORAGE: u32 = VIR_MIGRATE_NON_SHARED_DISK | VIR_MIGRATE_NON_SHARED_INC;
 
 /// What the engine does in QEMU's place: QEMU's part of the move is too small for any of it.
-const DONE_BY_ENGINE: u32 = VIR_MIGRATE_PARALLEL | VIR_MIGRATE_COMPRESSED;
+const DONE_BY_ENGINE: u32 = VIR_MIGRATE_PARALLEL | VIR_MIGRATE_COMPRESSED | VIR_MIGRATE_AUTO_CONVERGE;
 
 /// Flags whose name tells an operator why libvirt's own way was taken.
 const NAMES: &[(u32, &str)] = &[
     (VIR_MIGRATE_TUNNELLED, "tunnelled"),
     (VIR_MIGRATE_OFFLINE, "offline"),
     (VIR_MIGRATE_RDMA_PIN_ALL, "rdma-pin-all"),
-    (VIR_MIGRATE_AUTO_CONVERGE, "auto-converge"),
     (VIR_MIGRATE_POSTCOPY, "postcopy"),
     (VIR_MIGRATE_TLS, "tls"),
     (VIR_MIGRATE_POSTCOPY_RESUME, "postcopy-resume"),
@@ -56,10 +55,15 @@ const DONE_BY_LIBVIRT: [&CStr; 11] = [
 ];
 
 /// Parameters of what the engine does: each with the flag it belongs to, without which libvirt refuses it.
-const TUNING: [(&CStr, u32); 3] = [
+const TUNING: [(&CStr, u32); 5] = [
     (VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS, VIR_MIGRATE_PARALLEL),
     (VIR_MIGRATE_PARAM_COMPRESSION, VIR_MIGRATE_COMPRESSED),
     (VIR_MIGRATE_PARAM_COMPRESSION_ZSTD_LEVEL, VIR_MIGRATE_COMPRESSED),
+    (VIR_MIGRATE_PARAM_AUTO_CONVERGE_INITIAL, VIR_MIGRATE_AUTO_CONVERGE),
+    (
+        VIR_MIGRATE_PARAM_AUTO_CONVERGE_INCREMENT,
+        VIR_MIGRATE_AUTO_CONVERGE,
+    ),
 ];
 
 /// QEMU's channels where nobody says how many (QEMU 10.0, `DEFAULT_MIGRATE_MULTIFD_CHANNELS`).
@@ -100,6 +104,7 @@ pub fn read(params: &Params, flags: u32) -> Result<Options, String> {
         bandwidth: bandwidth(params.number(VIR_MIGRATE_PARAM_BANDWIDTH).unwrap_or(0))?,
         streams: streams(params, flags)?,
         compression: compression(params, flags)?,
+        auto_converge: auto_converge(params, flags)?,
         storage,
     })
 }
@@ -142,6 +147,22 @@ fn compression(params: &Params, flags: u32) -> Result<Option<i32>, String> {
         Some(level @ 1..=19) => Ok(Some(level)),
         Some(level) => Err(format!("the engine does not compress with zstd's level {level}")),
     }
+}
+
+fn auto_converge(params: &Params, flags: u32) -> Result<Option<AutoConverge>, String> {
+    if flags & VIR_MIGRATE_AUTO_CONVERGE == 0 {
+        return Ok(None);
+    }
+    let percent = |name, default| match params.integer(name) {
+        None => Ok(default),
+        Some(percent @ 1..=99) => Ok(percent as u8),
+        Some(other) => Err(format!("slowing the vCPUs down by {other} % is out of range")),
+    };
+    let usual = AutoConverge::default();
+    Ok(Some(AutoConverge {
+        initial: percent(VIR_MIGRATE_PARAM_AUTO_CONVERGE_INITIAL, usual.initial)?,
+        increment: percent(VIR_MIGRATE_PARAM_AUTO_CONVERGE_INCREMENT, usual.increment)?,
+    }))
 }
 
 /// Flags and parameters without what the engine does: for libvirt's phases of a migration that goes through it.
@@ -192,9 +213,15 @@ mod tests {
             .with_integer(VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS, 4)
             .with_integer(VIR_MIGRATE_PARAM_COMPRESSION_ZSTD_LEVEL, 5)
             .with(VIR_MIGRATE_PARAM_COMPRESSION, "zstd")
+            .with_integer(VIR_MIGRATE_PARAM_AUTO_CONVERGE_INITIAL, 30)
             .with(VIR_MIGRATE_PARAM_DEST_NAME, "new");
         let asked = read(&params, LIVE | DONE_BY_ENGINE).unwrap();
         assert_eq!((asked.streams, asked.compression), (Some(4), Some(5)));
+        let slower = AutoConverge {
+            initial: 30,
+            increment: 10,
+        };
+        assert_eq!(asked.auto_converge, Some(slower));
         let (left, flags) = for_libvirt(&params, LIVE | DONE_BY_ENGINE);
         assert_eq!(flags, LIVE);
         assert_eq!(left.names().collect::<Vec<_>>(), [VIR_MIGRATE_PARAM_DEST_NAME]);
@@ -204,6 +231,7 @@ mod tests {
     fn defaults_are_qemus() {
         let asked = read(&Params::none(), LIVE | DONE_BY_ENGINE).unwrap();
         assert_eq!((asked.streams, asked.compression), (Some(2), Some(1)));
+        assert_eq!(asked.auto_converge, Some(AutoConverge::default()));
     }
 
     #[test]
