@@ -170,7 +170,7 @@ impl Lab {
     ///
     /// # Errors
     /// Those of [`Lab::up`] and of `test`.
-    pub fn with(options: Options, test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
+    pub fn with<T>(options: Options, test: impl FnOnce(&Lab) -> Result<T>) -> Result<T> {
         let lab = Lab::up(options)?;
         let result = test(&lab);
         if result.is_err() {

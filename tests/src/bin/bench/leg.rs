@@ -1,0 +1,144 @@
+//! One migration, watched from all sides.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use ferry_tests::guest::beat::Listener;
+use ferry_tests::host::Host;
+use ferry_tests::scene::{address, Scene, PATIENCE};
+use ferry_tests::timeline::Role;
+
+use crate::case::Route;
+use crate::usage::{cpu_seconds, link_bytes};
+use crate::NUMBER;
+
+/// How long the guest's pace is looked at before and after.
+const PACE: Duration = Duration::from_secs(2);
+/// Heartbeats, one a millisecond, between a move's end and the last look at the longest silence.
+const BEATS: u64 = 500;
+
+/// What was seen of one migration.
+#[derive(Clone, Debug)]
+pub struct Leg {
+    /// Who did it.
+    pub route: Route,
+    /// False where it was called off at the limit; the figures are those up to then.
+    pub finished: bool,
+    /// Wall time of `virsh migrate`.
+    pub total_ms: f64,
+    /// The longest silence of the guest's heartbeat.
+    pub stall_ms: f64,
+    /// Both ways.
+    pub wire_bytes: u64,
+    /// CPU seconds of all processes of the source while it lasted, the guest's own included.
+    pub source_cpu_s: f64,
+    /// The same of the destination.
+    pub destination_cpu_s: f64,
+    /// Guest memory resident at the source before.
+    pub resident_source_kib: u64,
+    /// Guest memory resident at the destination after.
+    pub resident_destination_kib: u64,
+    /// The guest's work a second before, while it lasted, and after: pages written, or heartbeats where it writes none.
+    pub work: [f64; 3],
+}
+
+/// The guest's work so far.
+fn work(scene: &Scene<'_>) -> Result<(Instant, u64, u64)> {
+    let status = scene.remote().status(PATIENCE)?;
+    Ok((Instant::now(), status.seq, status.beats))
+}
+
+fn pace(from: (Instant, u64, u64), to: (Instant, u64, u64)) -> f64 {
+    let done = match to.1 - from.1 {
+        0 => to.2 - from.2,
+        pages => pages,
+    };
+    done as f64 / (to.0 - from.0).as_secs_f64()
+}
+
+/// Moves the guest.
+///
+/// # Errors
+/// If it does not arrive whole, goes another way than told, or cannot be watched.
+pub fn run(
+    scene: &Scene<'_>,
+    listener: &Listener,
+    from: &Host,
+    to: &Host,
+    route: Route,
+    limit: Duration,
+) -> Result<Leg> {
+    for host in [from, to] {
+        host.configure(route.configuration())?;
+    }
+    let moved = from.moved_away()?;
+    let ip = address(NUMBER).ip;
+    let first = work(scene)?;
+    std::thread::sleep(PACE);
+    let resident_source_kib = from.ram_file(scene.name())?.resident()? >> 10;
+    listener.reset();
+    listener.wait(ip, 1, PATIENCE)?;
+    let bytes = link_bytes(scene.lab, to)?;
+    let (source, destination) = (cpu_seconds(from)?, cpu_seconds(to)?);
+    let before = work(scene)?;
+
+    let start = Instant::now();
+    let finished = migrate(scene, from, to, route, limit)?;
+    let total_ms = start.elapsed().as_secs_f64() * 1000.0;
+
+    let (source, destination) = (cpu_seconds(from)? - source, cpu_seconds(to)? - destination);
+    let wire_bytes = link_bytes(scene.lab, to)? - bytes;
+    let after = work(scene)?;
+    let place = if finished { to } else { from };
+    let resident = place.ram_file(scene.name())?.resident()? >> 10;
+    let heard = listener.heard(ip).received;
+    let heard = listener.wait(ip, heard + BEATS, PATIENCE)?;
+    std::thread::sleep(PACE);
+    let last = work(scene)?;
+
+    ensure!(
+        heard.repeated == 0,
+        "heartbeats came twice: the guest ran in two places"
+    );
+    scene.lives_on(place)?;
+    if finished {
+        from.assert_moved_away(moved + usize::from(route == Route::Ferry))?;
+    }
+    let encrypted = from
+        .last_timeline(Role::Source)
+        .is_ok_and(|timeline| timeline.encryption.is_some());
+    ensure!(route != Route::Ferry || encrypted, "virt-ferry did not encrypt");
+    Ok(Leg {
+        route,
+        finished,
+        total_ms,
+        stall_ms: heard.longest.length.as_secs_f64() * 1000.0,
+        wire_bytes,
+        source_cpu_s: source,
+        destination_cpu_s: destination,
+        resident_source_kib,
+        resident_destination_kib: resident,
+        work: [pace(first, before), pace(before, after), pace(after, last)],
+    })
+}
+
+/// `virsh migrate --live`, interrupted as by Ctrl-C at the limit. Whether it came to its end by itself.
+fn migrate(scene: &Scene<'_>, from: &Host, to: &Host, route: Route, limit: Duration) -> Result<bool> {
+    let output = from
+        .command("timeout")
+        .args(["--signal=INT", "--kill-after=30", &limit.as_secs().to_string()])
+        .args(["virsh", "--connect", "qemu:///system", "migrate", "--live"])
+        .args(route.options())
+        .args([scene.name(), &to.uri()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()
+        .context("virsh")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    match output.status.code() {
+        Some(0) => Ok(true),
+        Some(124) => Ok(false),
+        _ => anyhow::bail!("virsh failed ({}): {}", output.status, said.trim()),
+    }
+}
