@@ -4,9 +4,10 @@ use anyhow::{ensure, Context, Result};
 use ferry_tests::guest::{Guest, Rate};
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
-use ferry_tests::scene::{usual, Scene};
+use ferry_tests::scene::{usual, Scene, PATIENCE};
 use ferry_tests::timeline::Role;
 use ferry_tests::underway::Job;
+use ferry_tests::wait::wait_until;
 
 /// 25 MB/s: less than half of what the guest writes, and 2 s for its working set.
 const MBIT: u32 = 200;
@@ -84,6 +85,47 @@ fn the_guest_is_slowed_down() -> Result<()> {
         ensure!(
             ms < 2000.0,
             "the guest stood still for {ms} ms: it was not slowed down enough"
+        );
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+/// Nobody asked for it, but nothing else would end it; unless the host's configuration says not to.
+#[test]
+fn a_guest_that_never_fits_is_slowed_down_in_the_end() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        // Short rounds, of which many fit a test.
+        let scene = Scene::start(lab, one, busy("restless").working_set(8), 1)?;
+        let begin = || -> Result<_> {
+            let moving = one.begin_migration(scene.name(), two, &[])?;
+            wait_until("a shorter pause to be asked for", PATIENCE, || {
+                Ok(one.virsh(&["migrate-setmaxdowntime", scene.name(), "50"]).is_ok())
+            })?;
+            Ok(moving)
+        };
+        one.configure("auto_converge = false\n")?;
+        let slow = Slow::to(lab, two, MBIT)?;
+        let mut moving = begin()?;
+        // 30 rounds of the working set, and some.
+        moving.wait_for_job("more rounds than that", |job| job.figure("memory_iteration") > 36)?;
+        ensure!(
+            one.job(scene.name())?.figure("auto_converge_throttle") == 0,
+            "the guest is slowed down though it is not to be"
+        );
+        one.virsh(&["domjobabort", scene.name()])?;
+        moving.fails()?;
+        scene.lives_on(one)?;
+
+        one.configure("")?;
+        begin()?.succeeds()?;
+        drop(slow);
+        scene.lives_on(two)?;
+        let timeline = one.last_timeline(Role::Source)?;
+        ensure!(
+            timeline.notes("of their time") && timeline.rounds.len() > 30,
+            "it was slowed down too soon, or not at all: {timeline:?}"
         );
         lab.assert_clean(1)?;
         lab.assert_clean(2)

@@ -20,6 +20,9 @@ pub struct Config {
     pub streams: u16,
     /// First and last TCP port to listen on for incoming guests: libvirt's own range, which firewalls know.
     pub ports: [u16; 2],
+    /// Slow down guests that write faster than their link, also where nobody asked (`virsh migrate --auto-converge`):
+    /// after 30 rounds that did not get anywhere.
+    pub auto_converge: bool,
     /// Compare all of the guest's memory on both hosts, byte for byte, before each commitment. A test mode: it
     /// lengthens the pause by reading all of the memory on both hosts.
     pub verify_memory: bool,
@@ -38,6 +41,7 @@ impl Default for Config {
             encryption: Encryption::Always,
             streams: 1,
             ports: [49152, 49215],
+            auto_converge: true,
             verify_memory: false,
             engine: "/usr/lib/virt-ferry/virt-ferry-engine".into(),
             runtime_directory: "/run/libvirt/virt-ferry".into(),
@@ -94,6 +98,7 @@ impl Config {
             encryption: self.encryption,
             streams: self.streams,
             ports: (self.ports[0], self.ports[1]),
+            auto_converge: self.auto_converge,
             verify_memory: self.verify_memory,
             runtime_directory: self.runtime_directory.clone(),
             log_directory: self.log_directory.clone(),
@@ -112,10 +117,10 @@ mod tests {
 
     #[test]
     fn each_key_is_heard() {
-        let text = "enabled = false\nencryption = \"never\"\nstreams = 4\nports = [50000, 50010]\nverify_memory = true\n\
-                    engine = \"/e\"\nruntime_directory = \"/r\"\nlog_directory = \"/l\"\n";
+        let text = "enabled = false\nencryption = \"never\"\nstreams = 4\nports = [50000, 50010]\nauto_converge = false\n\
+                    verify_memory = true\nengine = \"/e\"\nruntime_directory = \"/r\"\nlog_directory = \"/l\"\n";
         let config = Config::parse(text).unwrap();
-        assert!(!config.enabled && config.verify_memory);
+        assert!(!config.enabled && !config.auto_converge && config.verify_memory);
         assert_eq!(
             (config.encryption, config.streams, config.ports),
             (Encryption::Never, 4, [50000, 50010])

@@ -27,6 +27,8 @@ pub struct Settings {
     pub streams: u16,
     /// First and last TCP port the destination may listen on.
     pub ports: (u16, u16),
+    /// Slow the vCPUs down where nothing else helps, also unasked.
+    pub auto_converge: bool,
     /// Compare all of the guest's memory on both hosts, byte for byte, before the commitment (a test mode).
     pub verify_memory: bool,
     /// Where the engine makes its sockets.

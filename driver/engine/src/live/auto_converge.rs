@@ -29,6 +29,11 @@ impl AutoConverge {
         }
     }
 
+    /// They stand still as long as they ever will.
+    pub fn is_spent(&self) -> bool {
+        self.percent == MOST
+    }
+
     /// After a round: how much of their time the vCPUs are to stand still from now on, in percent, where that changes.
     pub fn next(&mut self, dirty_bytes: u64, sent_bytes: u64) -> Option<u8> {
         if u128::from(dirty_bytes) * 100 <= u128::from(sent_bytes) * TRIGGER {
@@ -36,7 +41,7 @@ impl AutoConverge {
             return None;
         }
         self.futile += 1;
-        if self.futile < ROUNDS || self.percent == MOST {
+        if self.futile < ROUNDS || self.is_spent() {
             return None;
         }
         self.futile = 0;

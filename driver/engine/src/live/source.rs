@@ -7,7 +7,7 @@
 //!       └──────────┴───────────────┴── error ──▶ everything undone, the guest runs on
 //! ```
 
-use super::brake::Brake;
+use super::brake::{Brake, Use};
 use super::messages::{downtime, Answer, Ask, SourcePause};
 use super::precopy::Precopy;
 use super::relay::{self, Door};
@@ -247,15 +247,12 @@ impl Inspected {
             self.blocks,
             links.data,
         )?;
-        let mut brake = match options.auto_converge {
-            Some(wanted) => Some(Brake::new(
-                wanted,
-                &self.watch,
-                &self.process,
-                Arc::clone(place.meter),
-            )?),
-            None => None,
+        let allowed = match options.auto_converge {
+            Some(wanted) => Use::Asked(wanted),
+            None if place.settings.auto_converge => Use::LastResort,
+            None => Use::Never,
         };
+        let mut brake = Brake::new(allowed, &self.process, &self.watch, place.meter);
         converge(place, recorder, &mut precopy, brake.as_mut())
             .map_err(|error| last_words(place, &mut links.control, error))?;
         Ok(Converged {
@@ -293,16 +290,20 @@ fn converge(
                 return Ok(());
             }
             Decision::Continue { wait, .. } => {
-                let slower = brake
-                    .as_mut()
-                    .and_then(|brake| brake.after_round(scan.bytes(), precopy.sent_bytes()));
+                // A rest is what the policy asks for once it has given up.
+                let hopeless = !wait.is_zero();
+                let slower = match &mut brake {
+                    Some(brake) => brake.after_round(hopeless, scan.bytes(), precopy.sent_bytes())?,
+                    None => None,
+                };
                 if let Some(percent) = slower {
                     recorder.note(format!(
-                        "the vCPUs stand still for {percent} % of their time from here on"
+                        "the guest writes faster than its memory is sent: its vCPUs stand still for {percent} % of their \
+                         time from here on"
                     ));
                 }
                 precopy.send(recorder, scan)?;
-                if !wait.is_zero() {
+                if hopeless && brake.as_ref().is_none_or(|brake| brake.is_spent()) {
                     place.signals.wait_for_qemu(deadline(wait), |_| false)?;
                 }
             }
