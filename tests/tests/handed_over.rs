@@ -3,12 +3,13 @@
 //!
 //! The destination's daemon is made to stand still while the guest is handed over, so that its Finish comes late.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Context, Error, Result};
 use ferry_tests::fault::Disturbed::StopAndCopy;
 use ferry_tests::fault::{engine, names, signal, Cut};
 use ferry_tests::host::Process;
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
+use ferry_tests::phases::{Phases, LIVE, PROTECTED};
 use ferry_tests::scene::{said, usual, Scene, PATIENCE};
 use ferry_tests::underway::Underway;
 use ferry_tests::wait::wait_until;
@@ -128,11 +129,59 @@ fn a_guest_that_arrived_unseen_runs_once() -> Result<()> {
             "the guest runs on host2 and is {state:?} on host1: {said}"
         );
         drop(cut);
-        one.virsh(&["destroy", scene.name()])?;
+        // Peer-to-peer, by hand; else host1 may have asked again once its client had gone.
+        one.remove(scene.name())?;
         scene.lives_on(two)?;
         wait_until("the hosts to reach each other", PATIENCE, || {
             Ok(two.exec(&["ping", "-c1", "-W1", one.name()])?.status.success())
         })?;
         scene.move_to(two, one, &[])
+    })
+}
+
+/// Whoever runs the phases dies between two of them: nobody will confirm, and the guest runs in one place all the same.
+#[test]
+fn a_client_that_goes_leaves_no_guest_standing() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("abandoned"), 1)?;
+        for finished in [false, true] {
+            let context = || format!("after {}", if finished { "Finish" } else { "Perform" });
+            let mut client = Phases::new(&scene, one, two, LIVE | PROTECTED)?;
+            let (xml, cookie) = client.begin()?;
+            let (cookie, uri) = client.prepare(&xml, &cookie)?.map_err(Error::msg)?;
+            let cookie = client.perform(&uri, &cookie)?.map_err(Error::msg)?;
+            if finished {
+                client.finish(Some(&cookie), false)?.map_err(Error::msg)?;
+            }
+            drop(client);
+            let (here, there) = if finished { (two, one) } else { (one, two) };
+            here.wait_for_state(scene.name(), "running")
+                .with_context(context)?;
+            wait_until("the other host to forget the guest", PATIENCE, || {
+                Ok(there.state(scene.name())?.is_none())
+            })
+            .with_context(context)?;
+            scene.is_unharmed(here).with_context(context)?;
+        }
+        scene.move_to(two, one, &[])
+    })
+}
+
+/// Before Perform, nothing has been promised to anybody.
+#[test]
+fn a_client_that_goes_early_leaves_nothing() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("early"), 1)?;
+        let mut client = Phases::new(&scene, one, two, LIVE | PROTECTED)?;
+        let (xml, cookie) = client.begin()?;
+        client.prepare(&xml, &cookie)?.map_err(Error::msg)?;
+        drop(client);
+        wait_until("host2 to forget the guest", PATIENCE, || {
+            Ok(two.state(scene.name())?.is_none())
+        })?;
+        scene.is_unharmed(one)?;
+        scene.move_to(one, two, &[])
     })
 }

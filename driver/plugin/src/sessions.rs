@@ -73,6 +73,16 @@ pub struct Session {
     _incoming: Option<SocketFile>,
     cancelled: AtomicBool,
     handed_over: AtomicBool,
+    claimed: AtomicBool,
+}
+
+/// The right to end a session, until this is dropped.
+pub struct Claim<'a>(&'a AtomicBool);
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 /// The socket of an incoming QEMU. Ended before anybody has connected, QEMU leaves it behind.
@@ -97,6 +107,7 @@ impl Session {
             _incoming: None,
             cancelled: AtomicBool::new(false),
             handed_over: AtomicBool::new(false),
+            claimed: AtomicBool::new(false),
         }
     }
 
@@ -105,6 +116,12 @@ impl Session {
         self.promise = Some(promise);
         self._incoming = Some(SocketFile(incoming));
         self
+    }
+
+    /// The right to end it, unless somebody else has it.
+    pub fn claim(&self) -> Option<Claim<'_>> {
+        let taken = self.claimed.swap(true, Ordering::Acquire);
+        (!taken).then_some(Claim(&self.claimed))
     }
 
     /// Notes that the operator gave it up, and tells the engine.
@@ -178,6 +195,11 @@ pub fn forget(role: Role, uuid: Uuid) {
     while let Some(session) = by_uuid(role, uuid) {
         remove(&session);
     }
+}
+
+/// Whether a session has not been forgotten.
+pub fn is_listed(session: &Arc<Session>) -> bool {
+    sessions().iter().any(|other| Arc::ptr_eq(other, session))
 }
 
 /// Forgets a session; its engine is let go with the last reference.

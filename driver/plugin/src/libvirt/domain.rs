@@ -47,19 +47,16 @@ impl Connection {
         unsafe { virt_sys::virNodeSetMemoryParameters(self.0, &mut none, 0, 0) == 0 }
     }
 
+    /// Its URI.
+    pub fn uri(self) -> Option<String> {
+        // SAFETY: an open connection; the string is from malloc and ours.
+        unsafe { taken(virt_sys::virConnectGetURI(self.0)) }
+    }
+
     /// This host's name as libvirt has it, canonical where it can be.
     pub fn hostname(self) -> Option<String> {
         // SAFETY: an open connection; the string is from malloc and ours.
-        let name = unsafe { virt_sys::virConnectGetHostname(self.0) };
-        if name.is_null() {
-            return None;
-        }
-        // SAFETY: as above; copied before it is freed.
-        unsafe {
-            let text = CStr::from_ptr(name).to_string_lossy().into_owned();
-            libc::free(name.cast());
-            Some(text)
-        }
+        unsafe { taken(virt_sys::virConnectGetHostname(self.0)) }
     }
 
     /// The domain of this UUID.
@@ -67,6 +64,22 @@ impl Connection {
         // SAFETY: an open connection and 16 bytes.
         let domain = unsafe { virt_sys::virDomainLookupByUUID(self.0, uuid.as_bytes().as_ptr()) };
         OwnedDomain::from(domain)
+    }
+}
+
+/// A string that libvirt gave away.
+///
+/// # Safety
+/// NULL, or a string from malloc that nobody else frees.
+unsafe fn taken(text: *mut std::os::raw::c_char) -> Option<String> {
+    if text.is_null() {
+        return None;
+    }
+    // SAFETY: as the caller says; copied before it is freed.
+    unsafe {
+        let copy = CStr::from_ptr(text).to_string_lossy().into_owned();
+        libc::free(text.cast());
+        Some(copy)
     }
 }
 
@@ -138,6 +151,36 @@ impl Domain {
         // SAFETY: a valid domain; (unsigned)-1 means not running.
         let id = unsafe { virt_sys::virDomainGetID(self.0) };
         (id != u32::MAX).then_some(id)
+    }
+
+    /// Whether libvirt has a job under way for it; a domain that cannot be asked has one.
+    pub fn has_job(self) -> bool {
+        let Some(ask) = super::real::get_job_info() else {
+            return true;
+        };
+        // SAFETY: a structure of integers, all of which may be 0.
+        let mut info: virt_sys::virDomainJobInfo = unsafe { std::mem::zeroed() };
+        // SAFETY: a valid domain and a structure to write.
+        let asked = unsafe { ask(self.0, &mut info) };
+        asked < 0 || info.type_ != virt_sys::VIR_DOMAIN_JOB_NONE as c_int
+    }
+
+    /// Lets its vCPUs go on.
+    pub fn resume(self) -> Result<(), Error> {
+        // SAFETY: a valid domain.
+        match unsafe { virt_sys::virDomainResume(self.0) } {
+            0 => Ok(()),
+            _ => Err(Error::libvirt()),
+        }
+    }
+
+    /// Ends it.
+    pub fn destroy(self) -> Result<(), Error> {
+        // SAFETY: a valid domain.
+        match unsafe { virt_sys::virDomainDestroy(self.0) } {
+            0 => Ok(()),
+            _ => Err(Error::libvirt()),
+        }
     }
 
     /// Whether its vCPUs are stopped.

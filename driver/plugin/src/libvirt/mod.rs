@@ -11,6 +11,6 @@ pub mod phase;
 pub mod real;
 
 pub use cookie::Cookie;
-pub use domain::{Connection, Domain, OwnedConnection, OwnedDomain};
+pub use domain::{c_string, Connection, Domain, OwnedConnection, OwnedDomain};
 pub use error::Error;
 pub use params::Params;

@@ -19,6 +19,7 @@ pub mod destination;
 pub mod guard;
 pub mod job;
 pub mod options;
+mod orphan;
 pub mod p2p;
 pub mod source;
 pub mod uri;

@@ -1,6 +1,6 @@
 //! The host the guest leaves: Begin, Perform, Confirm.
 
-use super::{guard, options, unexpected, uri, DISABLED, LOADED, LOCAL};
+use super::{guard, options, orphan, unexpected, uri, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::host;
 use crate::libvirt::phase::{self, Begun};
@@ -18,7 +18,10 @@ use virt_sys::{VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, 
 pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error> {
     let begun = phase::begin(domain, params, flags)?;
     match Candidate::of(domain, params, flags).and_then(|candidate| candidate.open(domain)) {
-        Ok(session) => Ok(offer(begun, &session)),
+        Ok(session) => {
+            orphan::watch(&session, domain);
+            Ok(offer(begun, &session))
+        }
         Err(reason) => {
             native(domain, &reason);
             Ok(begun)
@@ -254,6 +257,13 @@ pub fn confirm(
     let Some(session) = session.filter(|_| domain.may_migrate()) else {
         return phase::confirm(domain, params, cookie, flags, cancelled);
     };
+    // Taken only where the client was thought to have gone, which then is not so.
+    let Some(_claim) = session.claim() else {
+        return Err(Error::failed(format!(
+            "host {} is ending this migration, whose client had no job any more",
+            host::name()
+        )));
+    };
     if !(cancelled && session.is_handed_over()) {
         phase::confirm(domain, params, cookie, flags, cancelled)?;
         conclude(&session, !cancelled);
@@ -282,7 +292,8 @@ pub fn confirm(
     phase::confirm(domain, params, cookie, flags, go_on)
 }
 
-fn conclude(session: &Session, success: bool) -> Option<Reply> {
+/// Tells the engine how it ended; `None` where it does not answer.
+pub fn conclude(session: &Session, success: bool) -> Option<Reply> {
     let concluded = session.engine.ask(&Request::Conclude { success }, Some(LOADED));
     concluded
         .inspect_err(|failure| {
