@@ -67,8 +67,10 @@ pub enum Backing {
     PrivateFile,
     /// A shared file without a name.
     Memfd,
-    /// Anonymous memory, libvirt's default.
+    /// Anonymous memory, by name.
     Anonymous,
+    /// What the host chooses: the definition says nothing.
+    Unsaid,
 }
 
 /// A virtio NIC.

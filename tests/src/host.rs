@@ -164,11 +164,19 @@ impl Host {
     /// # Errors
     /// What virsh said.
     pub fn define_and_start(&self, xml: &str) -> Result<String> {
-        let file = self.xml_file(xml)?;
-        self.virsh(&["define", &file])?;
-        let name = domain_name(xml)?;
+        let name = self.define(xml)?;
         self.virsh(&["start", &name])?;
         Ok(name)
+    }
+
+    /// Defines a persistent guest from its XML and returns its name.
+    ///
+    /// # Errors
+    /// What virsh said.
+    pub fn define(&self, xml: &str) -> Result<String> {
+        let file = self.xml_file(xml)?;
+        self.virsh(&["define", &file])?;
+        domain_name(xml)
     }
 
     /// The guest's state and its reason as `virsh domstate --reason` puts it, e.g. `running (migrated)`;

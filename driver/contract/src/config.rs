@@ -20,6 +20,8 @@ pub struct Config {
     pub streams: u16,
     /// First and last TCP port to listen on for incoming guests: libvirt's own range, which firewalls know.
     pub ports: [u16; 2],
+    /// What becomes of guests that do not choose their memory.
+    pub guest_memory: GuestMemory,
     /// Slow down guests that write faster than their link, also where nobody asked (`virsh migrate --auto-converge`):
     /// after 30 rounds that did not get anywhere.
     pub auto_converge: bool,
@@ -41,6 +43,7 @@ impl Default for Config {
             encryption: Encryption::Always,
             streams: 1,
             ports: [49152, 49215],
+            guest_memory: GuestMemory::Shared,
             auto_converge: true,
             verify_memory: false,
             engine: "/usr/lib/virt-ferry/virt-ferry-engine".into(),
@@ -48,6 +51,16 @@ impl Default for Config {
             log_directory: "/var/log/virt-ferry".into(),
         }
     }
+}
+
+/// The memory of guests whose definition does not choose one (`<memoryBacking>`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestMemory {
+    /// A shared file, where the host's directory for such files is on a tmpfs: the engine can move it.
+    Shared,
+    /// libvirt's choice: anonymous memory, which only libvirt's own migration moves.
+    AsDefined,
 }
 
 /// A configuration that cannot be used.
@@ -117,7 +130,7 @@ mod tests {
 
     #[test]
     fn each_key_is_heard() {
-        let text = "enabled = false\nencryption = \"never\"\nstreams = 4\nports = [50000, 50010]\nauto_converge = false\n\
+        let text = "enabled = false\nencryption = \"never\"\nstreams = 4\nports = [50000, 50010]\nguest_memory = \"as-defined\"\nauto_converge = false\n\
                     verify_memory = true\nengine = \"/e\"\nruntime_directory = \"/r\"\nlog_directory = \"/l\"\n";
         let config = Config::parse(text).unwrap();
         assert!(!config.enabled && !config.auto_converge && config.verify_memory);
@@ -125,6 +138,7 @@ mod tests {
             (config.encryption, config.streams, config.ports),
             (Encryption::Never, 4, [50000, 50010])
         );
+        assert_eq!(config.guest_memory, GuestMemory::AsDefined);
         assert_eq!(config.engine, PathBuf::from("/e"));
         let settings = config.settings();
         assert_eq!(

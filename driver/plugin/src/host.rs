@@ -61,6 +61,35 @@ pub fn memory_directory() -> PathBuf {
     }
 }
 
+/// Room in a tmpfs, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// All there is; as good as endless where the tmpfs has no limit.
+    pub size: u64,
+    /// What nobody has taken.
+    pub free: u64,
+}
+
+/// The room of the tmpfs a directory is on, or would be made on; `None` on any other file system.
+pub fn tmpfs(directory: &Path) -> Option<Room> {
+    let there = directory.ancestors().find(|ancestor| ancestor.exists())?;
+    let found = nix::sys::statfs::statfs(there).ok()?;
+    let block = u64::try_from(found.block_size()).ok()?;
+    let room = Room {
+        size: found.blocks().saturating_mul(block),
+        free: found.blocks_available().saturating_mul(block),
+    };
+    let endless = Room {
+        size: u64::MAX,
+        free: u64::MAX,
+    };
+    (found.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC).then_some(if room.size == 0 {
+        endless
+    } else {
+        room
+    })
+}
+
 fn qemu_conf(key: &str) -> Option<String> {
     string_setting(&read(Path::new(QEMU_CONF)).ok()?, key)
 }
@@ -124,6 +153,13 @@ pub fn make_incoming_directory(config: &Config) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_tmpfs_has_room() {
+        assert_eq!(tmpfs(Path::new("/proc/self")), None);
+        let room = tmpfs(Path::new("/dev/shm/not/there")).unwrap();
+        assert!(room.size >= room.free && room.size > 0);
+    }
 
     #[test]
     fn settings_are_found_as_libvirt_finds_them() {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  libvirt's dispatcher
-//!        │ virDomainMigrate…3Params, virDomainGetJob…, execve
+//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainDefineXML…, execve
 //!  ┌─────▼──────┐   not ours    ┌─────────────────┐
 //!  │ interpose/ │ ────────────▶ │ the real libvirt│
 //!  └─────┬──────┘               └────────▲────────┘
@@ -18,6 +18,7 @@
 //! through when in doubt. The plug-in decides and delegates; it never copies a page.
 
 mod engine;
+mod guest_memory;
 mod host;
 mod interpose;
 mod libvirt;

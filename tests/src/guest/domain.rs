@@ -82,7 +82,8 @@ impl Guest {
             Backing::File => "<source type='file'/><access mode='shared'/>",
             Backing::PrivateFile => "<source type='file'/>",
             Backing::Memfd => "<source type='memfd'/><access mode='shared'/>",
-            Backing::Anonymous => return String::new(),
+            Backing::Anonymous => "<source type='anonymous'/>",
+            Backing::Unsaid => return String::new(),
         };
         format!("  <memoryBacking>{inner}</memoryBacking>\n")
     }
@@ -163,7 +164,7 @@ mod tests {
             .xml()
             .contains("<source type='file'/><access mode='shared'/>"));
         assert!(!Guest::linux("g")
-            .backing(Backing::Anonymous)
+            .backing(Backing::Unsaid)
             .xml()
             .contains("memoryBacking"));
     }

@@ -3,6 +3,7 @@
 //! Each body converts pointers, asks the room that decides, and converts back. A panic behind the border becomes
 //! a libvirt error of this one call.
 
+mod define;
 mod exec;
 mod job;
 mod migration;

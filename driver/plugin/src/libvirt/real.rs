@@ -99,10 +99,25 @@ pub type CoreDump = unsafe extern "C" fn(virDomainPtr, *const c_char, c_uint) ->
 pub type CoreDumpWithFormat = unsafe extern "C" fn(virDomainPtr, *const c_char, c_uint, c_uint) -> c_int;
 /// `virDomainSnapshotCreateXML`.
 pub type SnapshotCreate = unsafe extern "C" fn(virDomainPtr, *const c_char, c_uint) -> virDomainSnapshotPtr;
+/// `virDomainDefineXML`.
+pub type Define = unsafe extern "C" fn(virConnectPtr, *const c_char) -> virDomainPtr;
+/// `virDomainDefineXMLFlags` and `virDomainCreateXML`.
+pub type DefineFlags = unsafe extern "C" fn(virConnectPtr, *const c_char, c_uint) -> virDomainPtr;
+/// `virDomainCreateXMLWithFiles`.
+pub type CreateWithFiles =
+    unsafe extern "C" fn(virConnectPtr, *const c_char, c_uint, *mut c_int, c_uint) -> virDomainPtr;
 /// `virSetError`, private to libvirt but in every release since 0.8: takes a public structure and copies it.
 pub type SetError = unsafe extern "C" fn(virErrorPtr);
 
 real! {
+    #[doc = "libvirt's own definition of a guest."]
+    define = c"virDomainDefineXML": Define;
+    #[doc = "libvirt's own definition of a guest, with flags."]
+    define_flags = c"virDomainDefineXMLFlags": DefineFlags;
+    #[doc = "libvirt's own start of a transient guest."]
+    create = c"virDomainCreateXML": DefineFlags;
+    #[doc = "libvirt's own start of a transient guest with open files."]
+    create_with_files = c"virDomainCreateXMLWithFiles": CreateWithFiles;
     #[doc = "libvirt's own Begin."]
     begin = c"virDomainMigrateBegin3Params": Begin;
     #[doc = "libvirt's own Prepare."]

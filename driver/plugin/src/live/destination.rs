@@ -3,6 +3,7 @@
 use super::uri::{self, DataAddress};
 use super::{options, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
+use crate::guest_memory;
 use crate::host;
 use crate::libvirt::phase::{self, MallocString, Prepared};
 use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
@@ -15,8 +16,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_sys::{
-    VIR_MIGRATE_PARAM_DEST_NAME, VIR_MIGRATE_PARAM_DISKS_PORT, VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
-    VIR_MIGRATE_PARAM_URI,
+    VIR_MIGRATE_PARAM_DEST_NAME, VIR_MIGRATE_PARAM_DEST_XML, VIR_MIGRATE_PARAM_DISKS_PORT,
+    VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI,
 };
 
 /// The longest path a unix socket can have, in bytes.
@@ -30,7 +31,7 @@ pub fn prepare(
     flags: u32,
 ) -> Result<Prepared, Error> {
     let own = || {
-        let prepared = phase::prepare(connection, params, cookie, flags)?;
+        let prepared = natively(connection, params, cookie, flags)?;
         // What an earlier attempt left must not be taken for this one at Finish.
         if let Some((_, uuid)) = identity(cookie) {
             sessions::forget(Role::Destination, uuid);
@@ -59,6 +60,18 @@ pub fn prepare(
             arrival.start(connection, params, cookie, flags, engine, promise)
         }
         Reservation::Declined(reason) => declined(&reason),
+    }
+}
+
+/// libvirt's own; a guest that chooses no memory gets some that the engine can move next time.
+fn natively(connection: Connection, params: &Params, cookie: &[u8], flags: u32) -> Result<Prepared, Error> {
+    let xml = params.utf8(VIR_MIGRATE_PARAM_DEST_XML);
+    match xml.and_then(|xml| guest_memory::shared(xml, guest_memory::Start::Now)) {
+        Some(xml) if connection.is_qemu() => {
+            let params = params.share().with(VIR_MIGRATE_PARAM_DEST_XML, &xml);
+            phase::prepare(connection, &params, cookie, flags)
+        }
+        _ => phase::prepare(connection, params, cookie, flags),
     }
 }
 

@@ -1,0 +1,92 @@
+//! Guests that leave the choice of their memory to the host get some that virt-ferry can move; whoever has chosen keeps it.
+
+use anyhow::{ensure, Result};
+use ferry_tests::guest::Backing;
+use ferry_tests::host::Host;
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::scene::{address, said, usual, Scene};
+
+const SHARED: &str = "<source type='file'/>";
+
+fn definition(host: &Host, domain: &str, options: &[&str]) -> Result<String> {
+    host.virsh(&[&["dumpxml", domain], options].concat())
+}
+
+#[test]
+fn a_guest_without_a_choice_is_eligible() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("unsaid").backing(Backing::Unsaid), 1)?;
+        ensure!(
+            definition(one, "unsaid", &[])?.contains(SHARED),
+            "the guest's memory is not chosen"
+        );
+        scene.move_to(one, two, &[])?;
+        one.assert_moved_away(1)?;
+
+        // Defined as well as created, and kept as it is where somebody has chosen.
+        for (name, backing, given) in [
+            ("defined", Backing::Unsaid, true),
+            ("chosen", Backing::Anonymous, false),
+        ] {
+            let guest = usual(name).backing(backing).network("labbr0", address(2));
+            guest.install(&lab.share().join("guests"))?;
+            one.define(&guest.xml())?;
+            ensure!(
+                definition(one, name, &["--inactive"])?.contains(SHARED) == given,
+                "{name}: {}",
+                definition(one, name, &["--inactive"])?
+            );
+        }
+        one.configure("guest_memory = \"as-defined\"\n")?;
+        let guest = usual("left")
+            .backing(Backing::Unsaid)
+            .network("labbr0", address(2));
+        one.define(&guest.xml())?;
+        ensure!(
+            !definition(one, "left", &["--inactive"])?.contains("memoryBacking"),
+            "guest_memory = \"as-defined\" does not keep it so"
+        );
+        Ok(())
+    })
+}
+
+/// A guest that started before virt-ferry cared for it needs one move of libvirt's own, not a restart.
+#[test]
+fn a_native_arrival_makes_it_eligible() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        one.configure("guest_memory = \"as-defined\"\n")?;
+        let scene = Scene::start(lab, one, usual("elder").backing(Backing::Unsaid), 1)?;
+        ensure!(
+            !definition(one, "elder", &[])?.contains("memoryBacking"),
+            "it is not anonymous"
+        );
+        scene.move_to(one, two, &["--p2p"])?;
+        one.assert_moved_away(0)?;
+        ensure!(
+            definition(two, "elder", &[])?.contains(SHARED),
+            "host2 has not chosen its memory"
+        );
+        scene.move_to(two, one, &[])?;
+        two.assert_moved_away(1)?;
+        scene.move_to(one, two, &[])?;
+        one.assert_moved_away(1)?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+#[test]
+fn no_guest_is_given_more_than_there_is() -> Result<()> {
+    Lab::with(Options::default().ram_size("128m"), |lab| {
+        let one = lab.host(1);
+        let scene = Scene::start(lab, one, usual("large").backing(Backing::Unsaid), 1)?;
+        ensure!(
+            !definition(one, scene.name(), &[])?.contains("memoryBacking"),
+            "256 MiB are to fit into a tmpfs of 128 MiB"
+        );
+        ensure!(said(one, "has room for") == 1, "host1's log does not say why");
+        scene.lives_on(one)
+    })
+}
