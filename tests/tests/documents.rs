@@ -267,7 +267,7 @@ fn manual_pages_are_sound() -> Result<()> {
     if !there_is("groff", "groff-base") {
         return Ok(());
     }
-    for page in ["virt-ferry.toml.5", "virt-ferry-engine.8"] {
+    for page in ["virt-ferry.1", "virt-ferry.toml.5", "virt-ferry-engine.8"] {
         let output = Command::new("groff")
             .args(["-ww", "-man", "-Tutf8"])
             .arg(checkout().join("packaging/man").join(page))
@@ -302,7 +302,7 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let (built, root) = (directory.path().join("built"), directory.path().join("root"));
     fs::create_dir(&built)?;
-    for name in ["libvirt_driver_ferry.so", "virt-ferry-engine"] {
+    for name in ["libvirt_driver_ferry.so", "virt-ferry-engine", "virt-ferry"] {
         fs::write(built.join(name), name)?;
     }
     let local = root.join("etc/apparmor.d/local/usr.sbin.libvirtd");
@@ -335,6 +335,7 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
     for path in [
         default.engine.strip_prefix("/")?.to_string_lossy().as_ref(),
         "usr/lib/virt-ferry/libvirt_driver_ferry.so",
+        "usr/bin/virt-ferry",
         "usr/lib/systemd/system/libvirtd.service.d/virt-ferry.conf",
         "usr/lib/systemd/system/virtqemud.service.d/virt-ferry.conf",
         ferry_contract::config::PATH.trim_start_matches('/'),

@@ -75,6 +75,24 @@ impl Default for AutoConverge {
     }
 }
 
+/// What an engine finds when it is only asked to look (`virt-ferry-engine check`): one JSON object on standard output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verdict", rename_all = "kebab-case")]
+pub enum Verdict {
+    /// The guest can be moved; or, where no guest was asked about, this host's kernel can track writes.
+    Eligible {
+        /// The guest's memory, bytes.
+        bytes: u64,
+        /// Of it, what is no hole.
+        resident: u64,
+    },
+    /// It cannot.
+    NotEligible {
+        /// Why, and where it helps, what to do.
+        reason: String,
+    },
+}
+
 /// What the plug-in asks of its engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]

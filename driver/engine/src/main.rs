@@ -30,6 +30,11 @@ enum Command {
     Source,
     /// Serve the plug-in of the host a guest comes to; requests come on standard input, a socket
     Destination,
+    /// Say whether a guest can be moved, as one JSON object; without a monitor, whether this kernel can track writes
+    Check {
+        /// The private monitor of the guest's QEMU
+        monitor: Option<PathBuf>,
+    },
     /// Clear x-ignore-shared on a QEMU whose engine died
     Rescue {
         /// The QEMU's private monitor
@@ -56,6 +61,11 @@ fn main() -> anyhow::Result<()> {
     match arguments.command {
         Command::Source => serve(source::run),
         Command::Destination => serve(destination::run),
+        Command::Check { monitor } => {
+            let verdict = ferry_engine::live::inspect::verdict(monitor.as_deref());
+            println!("{}", serde_json::to_string(&verdict)?);
+            Ok(())
+        }
         Command::Rescue { monitor } => rescue(&monitor),
         Command::Report { file, svg } => Ok(ferry_engine::report::command(
             &file,

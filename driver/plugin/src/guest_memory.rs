@@ -7,8 +7,8 @@
 //! `<source type='file'/><access mode='shared'/>`; whoever writes any choice keeps it, `<source type='anonymous'/>`
 //! among them.
 
-use crate::host;
 use ferry_contract::config::GuestMemory;
+use ferry_host as host;
 use quick_xml::events::{BytesStart, Event};
 use quick_xml::Reader;
 use std::path::Path;

@@ -19,7 +19,6 @@
 
 mod engine;
 mod guest_memory;
-mod host;
 mod interpose;
 mod libvirt;
 mod live;

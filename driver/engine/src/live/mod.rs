@@ -28,6 +28,7 @@ mod brake;
 pub mod copy;
 pub mod destination;
 mod error;
+pub mod inspect;
 pub mod land;
 pub mod messages;
 pub mod pace;

@@ -8,6 +8,7 @@
 //! ```
 
 use super::brake::{Brake, Use};
+use super::inspect::{self, Looked};
 use super::messages::{downtime, Answer, Ask, SourcePause};
 use super::precopy::Precopy;
 use super::relay::{self, Door};
@@ -17,8 +18,8 @@ use super::verify;
 use super::watch::{deadline, Watch, COMMAND};
 use super::Error;
 use crate::control::{Control, Meter};
-use crate::memory::{probe, Backing, WriteTracker};
-use crate::qemu::{discover, Process, RamBlock};
+use crate::memory::WriteTracker;
+use crate::qemu::{Process, RamBlock};
 use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::data::WINDOW;
 use crate::wire::{connect, message, Connection, DataSender, Identity, Protection, Purpose, Security};
@@ -140,17 +141,11 @@ struct Inspected {
 
 impl Inspected {
     fn look(place: &Place<'_>, monitor: PathBuf, session: Uuid) -> Result<Self, Error> {
-        probe().map_err(|unsupported| Error::Elsewhere(unsupported.to_string()))?;
-        let watch = Watch::open(&monitor, Arc::clone(place.signals))?;
-        let pid = watch.command(|monitor| monitor.peer_pid())?;
-        let process = Process::open(pid)?;
-        let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
-        if let Some(huge) = blocks.iter().find(|block| block.file.backing() != Backing::Tmpfs) {
-            return Err(Error::Elsewhere(format!(
-                "RAM block {} lies on huge pages",
-                huge.name
-            )));
-        }
+        let Looked {
+            watch,
+            process,
+            blocks,
+        } = inspect::look(&monitor, Arc::clone(place.signals))?;
         let identity = Identity::generate(session)?;
         let token = ferry_contract::session::Token::new(*crate::wire::Token::generate()?.expose());
         let offered = |block: &RamBlock| {

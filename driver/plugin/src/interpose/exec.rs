@@ -4,7 +4,7 @@
 //! called in a forked child, already as QEMU's user and confined as QEMU will be (libvirt 9.0 and 11.3,
 //! virCommandExec), so this does nothing but read arguments and make new ones.
 
-use crate::host::MONITOR;
+use ferry_host::MONITOR;
 use std::ffi::{CStr, CString};
 use std::os::raw::{c_char, c_int};
 use std::panic::catch_unwind;
@@ -54,7 +54,7 @@ unsafe fn with_monitor(argv: *const *const c_char) -> Option<Vec<CString>> {
         if argument.is_null() {
             let directory = private_directory(&arguments)?;
             // Read as QEMU's user, who may not be allowed to: only a clear no is one.
-            if crate::host::config().is_ok_and(|config| !config.enabled) {
+            if ferry_host::config().is_ok_and(|config| !config.enabled) {
                 return None;
             }
             arguments.extend(monitor(&directory)?);

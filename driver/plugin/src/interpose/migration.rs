@@ -1,11 +1,11 @@
 //! The five phases of libvirt's version 3 migration protocol with typed parameters.
 
 use super::border;
-use crate::host;
 use crate::libvirt::phase;
 use crate::libvirt::{Connection, Cookie, Domain, Params};
 use crate::live::{destination, p2p, source, DISABLED};
 use ferry_contract::cookie;
+use ferry_host as host;
 use std::ffi::CStr;
 use std::os::raw::{c_char, c_int, c_uint};
 use virt_sys::{virConnectPtr, virDomainPtr, virTypedParameterPtr, VIR_MIGRATE_PEER2PEER};

@@ -6,10 +6,10 @@
 //! of them, a QEMU that still bears the mark of an engine at work has it cleared once more.
 
 use crate::engine;
-use crate::host;
 use crate::libvirt::{Domain, Error};
 use crate::mark;
 use crate::sessions::{self, Role};
+use ferry_host as host;
 
 /// Makes sure that what QEMU is about to write of this guest has its memory in it.
 ///

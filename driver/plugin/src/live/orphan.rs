@@ -5,11 +5,11 @@
 //! started on destination or not" (libvirt 11.3, `qemuMigrationAnyConnectionClosed`). We can know: the destination's
 //! engine is asked, and the guest goes on here where it never ran there, and ends here where it does.
 
-use crate::host;
 use crate::libvirt::{c_string, Domain, OwnedConnection};
 use crate::live::source::conclude;
 use crate::sessions::{self, Session};
 use ferry_contract::control::Reply;
+use ferry_host as host;
 use std::ffi::CString;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Weak};

@@ -2,7 +2,6 @@
 
 use super::{guard, options, orphan, unexpected, uri, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
-use crate::host;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
 use crate::sessions::{self, Role, Session};
@@ -10,6 +9,7 @@ use ferry_contract::config::Config;
 use ferry_contract::control::{FailureKind, Options, Reply, Request};
 use ferry_contract::cookie::{self, Answer};
 use ferry_contract::session::Guest;
+use ferry_host as host;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_sys::{VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI};

@@ -25,7 +25,7 @@ pub const CASES: [Case; 3] = [
     Case {
         name: "sparse-idle",
         what: "4 GiB, about a tenth of it in use, idle",
-        guest: || load(4096, 300, 16, Rate(0)),
+        guest: || load(4096, 140, 16, Rate(0)),
         link_mbit: None,
         turns: 7,
         limit: Duration::from_secs(120),

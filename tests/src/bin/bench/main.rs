@@ -63,7 +63,7 @@ fn main() -> Result<()> {
     let cases = CASES.iter().take(if cli.quick { 1 } else { CASES.len() });
     let mut summaries = Vec::new();
     for case in cases.filter(|case| case.name.contains(wanted)) {
-        let turns = cli.turns.unwrap_or(if cli.quick { 3 } else { case.turns });
+        let turns = cli.turns.unwrap_or(if cli.quick { 2 } else { case.turns });
         summaries.push(Lab::with(Options::default(), |lab| run(lab, case, turns))?);
     }
 

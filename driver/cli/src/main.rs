@@ -1,0 +1,70 @@
+//! `virt-ferry`: what an administrator asks on the command line.
+
+mod check;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Live migration of libvirt's guests with a memory path of its own.
+#[derive(Parser)]
+#[command(
+    version,
+    about,
+    after_help = "Examples:\n  virt-ferry check\n  virt-ferry check web db && echo both can be moved"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Say for each guest whether virt-ferry can move it, and if not, why and what to do; nothing is changed
+    ///
+    /// Ends with 0 if this host and all guests that were looked at and run are eligible, 1 if not, 2 if that cannot be
+    /// known.
+    Check {
+        /// Guests, by name; without any, all of this host's
+        guests: Vec<String>,
+        /// libvirt's URI
+        #[arg(short, long, default_value = "qemu:///system")]
+        connect: String,
+    },
+}
+
+fn main() -> ExitCode {
+    let Arguments {
+        command: Command::Check { guests, connect },
+    } = Arguments::parse();
+    match run(&connect, &guests) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("virt-ferry: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(connect: &str, guests: &[String]) -> Result<bool> {
+    let host = check::host();
+    println!("host");
+    for finding in &host {
+        println!("  {finding}");
+    }
+    let found = check::guests(connect, guests)?;
+    println!("guests");
+    let width = found
+        .iter()
+        .map(|(name, _)| name.chars().count())
+        .max()
+        .unwrap_or(0);
+    for (name, finding) in &found {
+        println!("  {name:width$}  {finding}");
+    }
+    let all = host.iter().chain(found.iter().map(|(_, finding)| finding));
+    Ok(!all
+        .into_iter()
+        .any(|finding| matches!(finding, check::Finding::No(_))))
+}

@@ -1,0 +1,69 @@
+//! Pre-migration: can this guest be moved by us? Nothing about it changes.
+
+use super::signals::Signals;
+use super::watch::{deadline, Watch, COMMAND};
+use super::Error;
+use crate::memory::{probe, Backing};
+use crate::qemu::{discover, Process, RamBlock};
+use ferry_contract::control::Verdict;
+use std::path::Path;
+use std::sync::Arc;
+
+/// An eligible guest.
+pub struct Looked {
+    /// Its QEMU's private monitor.
+    pub watch: Arc<Watch>,
+    /// Its QEMU.
+    pub process: Process,
+    /// Its memory, all of which can be moved.
+    pub blocks: Vec<RamBlock>,
+}
+
+/// Looks at the guest behind a private monitor.
+///
+/// # Errors
+/// Why it is not eligible, for an administrator.
+pub fn look(monitor: &Path, signals: Arc<Signals>) -> Result<Looked, Error> {
+    kernel()?;
+    let watch = Watch::open(monitor, signals)?;
+    let pid = watch.command(|monitor| monitor.peer_pid())?;
+    let process = Process::open(pid)?;
+    let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
+    if let Some(huge) = blocks.iter().find(|block| block.file.backing() != Backing::Tmpfs) {
+        return Err(Error::Elsewhere(format!(
+            "RAM block {} lies on huge pages",
+            huge.name
+        )));
+    }
+    Ok(Looked {
+        watch,
+        process,
+        blocks,
+    })
+}
+
+fn kernel() -> Result<(), Error> {
+    probe().map_err(|unsupported| Error::Elsewhere(unsupported.to_string()))
+}
+
+/// The same for a person; without a monitor, only whether this host's kernel can do it.
+pub fn verdict(monitor: Option<&Path>) -> Verdict {
+    let sums = || match monitor {
+        None => kernel().map(|()| (0, 0)),
+        Some(monitor) => {
+            let looked = look(monitor, Arc::default())?;
+            looked.blocks.iter().try_fold((0, 0), |(bytes, resident), block| {
+                Ok((
+                    bytes + block.size,
+                    resident + block.file.resident()?.min(block.size),
+                ))
+            })
+        }
+    };
+    match sums() {
+        Ok((bytes, resident)) => Verdict::Eligible { bytes, resident },
+        Err(error) => Verdict::NotEligible {
+            reason: error.to_string(),
+        },
+    }
+}

@@ -1,0 +1,56 @@
+//! `virt-ferry check` says beforehand which way a guest would go, and what to do about it.
+
+use anyhow::{ensure, Result};
+use ferry_tests::guest::Backing;
+use ferry_tests::host::Host;
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::scene::{usual, Scene};
+
+/// What it says of all guests, or this one, and its exit status.
+fn check(host: &Host, guests: &[&str]) -> Result<(String, Option<i32>)> {
+    let output = host.exec(&[&["virt-ferry", "check"], guests].concat())?;
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    Ok((said.into_owned(), output.status.code()))
+}
+
+#[test]
+fn each_guest_is_judged_as_its_migration_would_be() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("able"), 1)?;
+        let (said, status) = check(one, &[])?;
+        ensure!(
+            status == Some(0) && said.contains("able  yes  256 MiB"),
+            "{status:?}: {said}"
+        );
+        ensure!(said.matches("yes").count() == 5, "host1 is not ready: {said}");
+
+        let unable = Scene::start(lab, one, usual("unable").backing(Backing::Anonymous), 2)?;
+        let (said, status) = check(one, &[])?;
+        ensure!(
+            status == Some(1) && said.contains("unable  no   ") && said.contains("<source type='file'/>"),
+            "{status:?}: {said}"
+        );
+        let (said, status) = check(one, &["able"])?;
+        ensure!(
+            status == Some(0) && !said.contains("unable"),
+            "{status:?}: {said}"
+        );
+        let (said, status) = check(one, &["nobody"])?;
+        ensure!(status == Some(2) && said.contains("nobody"), "{status:?}: {said}");
+
+        // Its word holds, and looking has left nothing.
+        scene.move_to(one, two, &[])?;
+        one.assert_moved_away(1)?;
+        unable.move_to(one, two, &[])?;
+        one.assert_moved_away(1)?;
+
+        one.configure("enabled = false\n")?;
+        let (said, status) = check(one, &[])?;
+        ensure!(
+            status == Some(1) && said.contains("enabled = false"),
+            "{status:?}: {said}"
+        );
+        lab.assert_clean(1)
+    })
+}
