@@ -10,7 +10,7 @@
 use super::brake::{Brake, Use};
 use super::inspect::{self, Looked};
 use super::messages::{downtime, Answer, Ask, SourcePause};
-use super::precopy::Precopy;
+use super::precopy::{Precopy, Spent};
 use super::relay::{self, Door};
 use super::rounds::Decision;
 use super::signals::{End, Seen, Signals};
@@ -18,7 +18,6 @@ use super::verify;
 use super::watch::{deadline, Watch, COMMAND};
 use super::Error;
 use crate::control::{Control, Meter};
-use crate::memory::WriteTracker;
 use crate::qemu::{Process, RamBlock};
 use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::data::WINDOW;
@@ -47,6 +46,9 @@ const CLEAR: Duration = Duration::from_secs(20);
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Between rounds while libvirt prepares the switch-over.
 const STEP: Duration = Duration::from_millis(10);
+/// Between rounds once QEMU's migration has begun: it has nothing to send but device state, and comes to its
+/// switch-over within milliseconds.
+const IMMINENT: Duration = Duration::from_millis(100);
 /// While libvirt copies disks, for which a guest may take hours: rounds rest for this many times as long as they work,
 const REST: u32 = 4;
 /// but not longer, so that the rest is small when libvirt is done.
@@ -436,14 +438,14 @@ impl Converged {
     ) -> Result<Moved, Error> {
         let Self { mut control, ready } = self;
         let watch = Arc::clone(&ready.watch);
-        let (pause, tracker) = ready
+        let (pause, spent) = ready
             .stop_and_copy(place, options, recorder, &mut control)
             .map_err(|error| last_words(place, &mut control, error))?;
         Ok(Moved {
             watch,
             control,
             pause,
-            tracker,
+            spent,
         })
     }
 }
@@ -457,7 +459,7 @@ impl Ready {
         options: &Options,
         recorder: &mut Recorder,
         control: &mut Connection,
-    ) -> Result<(SourcePause, WriteTracker), Error> {
+    ) -> Result<(SourcePause, Spent), Error> {
         let Self {
             mut precopy,
             mut brake,
@@ -478,20 +480,26 @@ impl Ready {
         place.control.reply(Reply::Switchover { socket });
         let mut step = STEP;
         loop {
-            // While libvirt copies disks, rounds are rare: nobody waits for them.
             let begun = place.signals.seen().migrating;
+            // While libvirt copies disks, rounds are rare: nobody waits for them.
             let early = options.storage && !begun;
             if begun {
                 // QEMU is about to stop the vCPUs, which is not to wait for them to be let go.
                 brake = None;
+                // A drain asked for now would be answered only once they have stopped, and hold up the last copy.
+                step = IMMINENT;
             }
             let done = |seen: &Seen| seen.drained.is_some() || seen.failed || !begun && seen.migrating;
-            match place.signals.wait_for_qemu(deadline(step), done)? {
-                Some(true) if place.signals.seen().failed => return Err(Error::Libvirt),
-                Some(true) if place.signals.seen().drained.is_some() => break,
+            let waited = place.signals.wait_for_qemu(deadline(step), done)?;
+            let seen = place.signals.seen();
+            match waited {
+                Some(true) if seen.failed => return Err(Error::Libvirt),
+                Some(true) if seen.drained.is_some() => break,
+                // It has just begun.
+                Some(true) => {}
                 // libvirt's Perform is over, and QEMU never came to its switch-over.
                 Some(false) => return Err(Error::Libvirt),
-                Some(true) | None => {
+                None => {
                     let began = Instant::now();
                     if early {
                         precopy.sweep_again()?;
@@ -543,7 +551,7 @@ impl Ready {
             bytes: last.sent.data,
         };
         recorder.totals(report::Totals::from_streams(&last.totals));
-        Ok((pause, last.tracker))
+        Ok((pause, last.spent))
     }
 }
 
@@ -552,7 +560,7 @@ struct Moved {
     watch: Arc<Watch>,
     control: Connection,
     pause: SourcePause,
-    tracker: WriteTracker,
+    spent: Spent,
 }
 
 impl Moved {
@@ -571,11 +579,10 @@ impl Moved {
             Some(Request::Performed { success: true }) => {
                 self.watch.honour_shared(CLEAR)?;
                 place.control.reply(Reply::Committed);
-                // Only now: the guest stands still no longer for it.
-                drop(self.tracker);
                 Ok(HandedOver {
                     control: self.control,
                     pause: self.pause,
+                    _spent: self.spent,
                 })
             }
             Some(Request::Performed { success: false }) => {
@@ -592,6 +599,8 @@ impl Moved {
 struct HandedOver {
     control: Connection,
     pause: SourcePause,
+    /// Let go of in the end: as a rule libvirt has ended this QEMU by then, and nothing is left to lift.
+    _spent: Spent,
 }
 
 impl HandedOver {
