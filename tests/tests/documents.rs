@@ -162,10 +162,12 @@ fn inventories() -> Vec<Inventory> {
         target: target.into(),
         layer,
         format: "qcow2".into(),
+        relative: layer > 0,
     };
     let data = Part::Data {
         target: "vda".into(),
         layer: 255,
+        relative: true,
     };
     let plain = Inventory {
         guest: Guest {

@@ -88,6 +88,8 @@ pub enum Part {
         layer: u16,
         /// What QEMU takes it for.
         format: String,
+        /// The image above names it relative to its own directory.
+        relative: bool,
     },
     /// The external data file of a qcow2 image.
     Data {
@@ -95,6 +97,8 @@ pub enum Part {
         target: String,
         /// The image's layer.
         layer: u16,
+        /// The image names it relative to its own directory.
+        relative: bool,
     },
     /// UEFI variables.
     Nvram,
@@ -222,15 +226,24 @@ impl Inventory {
                     target,
                     layer,
                     format,
+                    relative,
                 } => write!(
                     xml,
-                    " part='disk' target='{}' layer='{layer}' format='{}'",
+                    " part='disk' target='{}' layer='{layer}' format='{}' relative='{}'",
                     escape(target),
-                    escape(format)
+                    escape(format),
+                    yes(*relative)
                 ),
-                Part::Data { target, layer } => {
-                    write!(xml, " part='data' target='{}' layer='{layer}'", escape(target))
-                }
+                Part::Data {
+                    target,
+                    layer,
+                    relative,
+                } => write!(
+                    xml,
+                    " part='data' target='{}' layer='{layer}' relative='{}'",
+                    escape(target),
+                    yes(*relative)
+                ),
                 Part::Nvram => write!(xml, " part='nvram'"),
                 Part::Tpm => write!(xml, " part='tpm'"),
                 Part::Log => write!(xml, " part='log'"),
@@ -413,10 +426,12 @@ impl File {
                 target: target()?,
                 layer: layer()?,
                 format: attributes.name("format")?,
+                relative: attributes.flag("relative")?,
             },
             "data" => Part::Data {
                 target: target()?,
                 layer: layer()?,
+                relative: attributes.flag("relative")?,
             },
             "nvram" => Part::Nvram,
             "tpm" => Part::Tpm,
@@ -548,6 +563,7 @@ mod tests {
             target: target.into(),
             layer,
             format: "qcow2".into(),
+            relative: layer > 0,
         };
         Inventory {
             guest: Guest {
@@ -621,6 +637,7 @@ mod tests {
             ("layer='1'", "layer='256'"),
             ("layer='1'", ""),
             ("part='nvram'", "part='firmware'"),
+            ("relative='yes'", "relative='perhaps'"),
             ("kind='block'", "kind='char'"),
             ("size='10737418240'", "size='-1'"),
             ("size='10737418240'", "size='1125899906842625'"),
