@@ -16,6 +16,7 @@
 //!   wait             waiting for a condition, never for a time
 //! ```
 
+pub mod authority;
 pub mod clean;
 pub mod fault;
 pub mod guest;

@@ -41,7 +41,7 @@ pub struct Offer {
     pub token: Token,
     /// What the source wants; the destination's answer decides.
     pub encryption: Encryption,
-    /// The source's certificate for this session, DER.
+    /// The source's certificate for this session, DER; empty where libvirt's own are used.
     pub certificate: Vec<u8>,
     /// What will be moved.
     pub blocks: Vec<Block>,
@@ -52,9 +52,10 @@ pub struct Offer {
 pub struct Answer {
     /// The session of the offer.
     pub session: Uuid,
-    /// Whether this session is encrypted: always, unless both hosts say never.
+    /// Whether this session is encrypted: with libvirt's certificates where the migration asks for them; else always,
+    /// unless both hosts say never.
     pub encryption: Encryption,
-    /// The destination's certificate for this session, DER.
+    /// The destination's certificate for this session, DER; empty where libvirt's own are used.
     pub certificate: Vec<u8>,
     /// The host to connect to, a name or an address as in the migration URI.
     pub host: String,
@@ -261,6 +262,7 @@ impl Attributes {
         match self.text("encryption")? {
             "always" => Ok(Encryption::Always),
             "never" => Ok(Encryption::Never),
+            "certificates" => Ok(Encryption::Certificates),
             _ => Err(Error::Element("attribute encryption cannot be read".into())),
         }
     }
@@ -405,6 +407,15 @@ mod tests {
         assert_eq!(answer(&cookie), Ok(None));
         let cookie = with_answer(COOKIE, &an_answer()).unwrap();
         assert_eq!(answer(&cookie), Ok(Some(an_answer())));
+        for encryption in [Encryption::Always, Encryption::Never, Encryption::Certificates] {
+            let protected = Offer {
+                encryption,
+                certificate: Vec::new(),
+                ..an_offer()
+            };
+            let cookie = with_offer(COOKIE, &protected).unwrap();
+            assert_eq!(offer(&cookie), Ok(Some(protected)));
+        }
     }
 
     #[test]

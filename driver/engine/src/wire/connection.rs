@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
+use super::certified;
 use super::error::{Error, Result};
 use super::hello::{self, Purpose, Refusal};
-use super::identity::{Protection, Security};
+use super::identity::Security;
 use super::socket::{Breaker, Socket, PATIENCE};
 use super::tls;
 
@@ -74,15 +75,12 @@ fn connect_one(
     let stream =
         TcpStream::connect_timeout(&peer, left).map_err(|error| Error::from_io(peer, doing, false, error))?;
     let round_trip = began.elapsed();
-    let session = match &security.protection {
-        Protection::Encrypted {
-            identity,
-            peer: certificate,
-        } => Some(tls::client(identity, certificate, peer.ip())?),
-        Protection::Plain => None,
-    };
-    let mut connection = Connection::open(stream, peer, session, deadline)?;
-    connection.greet(security, purpose)?;
+    let session = security.protection.client(peer.ip())?;
+    let opened = Connection::open(stream, peer, session, deadline).and_then(|mut connection| {
+        connection.greet(security, purpose)?;
+        Ok(connection)
+    });
+    let mut connection = opened.map_err(|error| security.protection.explain(error))?;
     connection.socket.fit_to(round_trip);
     connection.set_deadline(None)?;
     Ok(connection)
@@ -95,14 +93,9 @@ pub(super) fn admit(
     security: &Security,
     deadline: Instant,
 ) -> Result<(Purpose, Connection)> {
-    let session = match &security.protection {
-        Protection::Encrypted {
-            identity,
-            peer: certificate,
-        } => Some(tls::server(identity, certificate)?),
-        Protection::Plain => None,
-    };
-    let mut connection = Connection::open(stream, peer, session, deadline)?;
+    let session = security.protection.server()?;
+    let opened = Connection::open(stream, peer, session, deadline);
+    let mut connection = opened.map_err(|error| security.protection.explain(error))?;
     let purpose = connection.be_greeted(security)?;
     connection.set_deadline(None)?;
     Ok((purpose, connection))
@@ -209,6 +202,11 @@ impl Connection {
     /// Whether TLS protects it.
     pub fn is_encrypted(&self) -> bool {
         self.tls.is_some()
+    }
+
+    /// Whose certificate the other end has shown, for people; `None` where it has shown none.
+    pub fn peer_certificate(&self) -> Option<String> {
+        self.tls.as_ref()?.shown().map(certified::owner)
     }
 
     /// A handle to break this connection off from another thread.

@@ -1,18 +1,21 @@
 //! The host the guest leaves: Begin, Perform, Confirm.
 
-use super::{guard, options, orphan, unexpected, uri, DISABLED, LOADED, LOCAL};
+use super::{guard, options, orphan, settings, unexpected, uri, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
 use crate::sessions::{self, Role, Session};
 use ferry_contract::config::Config;
-use ferry_contract::control::{FailureKind, Options, Reply, Request};
+use ferry_contract::control::{FailureKind, Options, Reply, Request, Settings};
 use ferry_contract::cookie::{self, Answer};
 use ferry_contract::session::Guest;
 use ferry_host as host;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use virt_sys::{VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI};
+use virt_sys::{
+    VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_TLS_DESTINATION,
+    VIR_MIGRATE_PARAM_URI, VIR_MIGRATE_TLS,
+};
 
 /// Begin: libvirt's own, and where the guest is eligible, our offer in its cookie.
 pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error> {
@@ -44,6 +47,7 @@ pub fn offer(mut begun: Begun, session: &Arc<Session>) -> Begun {
 /// A guest that the engine may be asked about: nothing has been started and nothing touched.
 pub struct Candidate {
     config: Config,
+    settings: Settings,
     guest: Guest,
     monitor: PathBuf,
 }
@@ -59,6 +63,7 @@ impl Candidate {
             return Err(DISABLED.into());
         }
         options::read(params, flags)?;
+        let settings = settings(&config, flags)?;
         if flags & VIR_MIGRATE_CHANGE_PROTECTION == 0 {
             return Err("the client holds no job across the phases (no change protection)".into());
         }
@@ -69,6 +74,7 @@ impl Candidate {
         )?;
         Ok(Self {
             config,
+            settings,
             guest,
             monitor,
         })
@@ -88,7 +94,7 @@ impl Candidate {
             guest: self.guest.clone(),
             host: name,
             monitor: self.monitor,
-            settings: self.config.settings(),
+            settings: self.settings,
         };
         match engine.ask(&inspect, Some(LOCAL)) {
             Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::new(
@@ -167,8 +173,9 @@ fn through_engine(
         Err(changed) => return Err(give_up(domain, params, flags, Error::failed(changed))),
     };
     let disks = options.storage.then(|| uri::disks(&answer.host, None));
+    let host = answer.host.clone();
     let (params, native) = options::for_libvirt(params, flags);
-    let towards = |socket: &Path| towards(&params, socket, disks.as_deref());
+    let towards = |socket: &Path| towards(&params, native, socket, &host, disks.as_deref());
     let give_up = |error| give_up(domain, &params, flags, error);
     let socket = match session.engine.ask(&Request::Precopy { answer, options }, None) {
         Ok(Reply::Switchover { socket }) => socket,
@@ -217,13 +224,23 @@ fn asked(domain: Domain, params: &Params, flags: u32) -> Result<Options, String>
 }
 
 /// The parameters for a Perform into the engine's socket. With it, libvirt 11.3 refuses a listen address and wants to
-/// be told where disks go: to the destination's host, at the port that is in libvirt's cookie.
-fn towards<'a>(params: &'a Params<'_>, socket: &Path, disks: Option<&str>) -> Params<'a> {
+/// be told what it would take from the host in the URI: whose certificate TLS is to find, and where disks go: to the
+/// destination's host, at the port that is in libvirt's cookie.
+fn towards<'a>(
+    params: &'a Params<'_>,
+    flags: u32,
+    socket: &Path,
+    host: &str,
+    disks: Option<&str>,
+) -> Params<'a> {
     let uri = format!("unix://{}", socket.display());
-    let params = params
+    let mut params = params
         .share()
         .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
         .with(VIR_MIGRATE_PARAM_URI, &uri);
+    if flags & VIR_MIGRATE_TLS != 0 && options::tls_name(&params).is_none() {
+        params = params.with(VIR_MIGRATE_PARAM_TLS_DESTINATION, host);
+    }
     match disks {
         Some(disks) => uri::with_disks(params, disks),
         None => params,
