@@ -106,7 +106,7 @@ impl<'a> Scene<'a> {
         {
             let state = other.state(&self.name)?;
             ensure!(
-                state.as_deref().is_none_or(|state| state == "shut off"),
+                state.as_deref().is_none_or(|state| state.starts_with("shut off")),
                 "the guest is {state:?} on {} too",
                 other.name()
             );

@@ -24,6 +24,19 @@ pub struct Underway<'a> {
 pub struct Job(BTreeMap<String, String>);
 
 impl Job {
+    /// From lines of a name, a colon and a value.
+    pub fn parse(text: &str) -> Self {
+        let words = text.lines().filter_map(|line| line.split_once(':'));
+        Job(words
+            .map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
+            .collect())
+    }
+
+    /// Whether there was no job.
+    pub fn is_none(&self) -> bool {
+        self.0.get("Job type").is_some_and(|kind| kind == "0")
+    }
+
     /// A figure, 0 where the job does not have it.
     pub fn figure(&self, name: &str) -> u64 {
         self.0.get(name).and_then(|text| text.parse().ok()).unwrap_or(0)
@@ -57,11 +70,19 @@ impl Host {
     /// # Errors
     /// What virsh said.
     pub fn job(&self, domain: &str) -> Result<Job> {
-        let text = self.virsh(&["domjobinfo", domain, "--rawstats"])?;
-        let words = text.lines().filter_map(|line| line.split_once(':'));
-        Ok(Job(words
-            .map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
-            .collect()))
+        Ok(Job::parse(&self.virsh(&["domjobinfo", domain, "--rawstats"])?))
+    }
+
+    /// The guest's last job, which libvirt forgets once somebody has asked, unless it is to `keep` it.
+    ///
+    /// # Errors
+    /// What virsh said.
+    pub fn completed_job(&self, domain: &str, keep: bool) -> Result<Job> {
+        let options = ["--rawstats", "--completed", "--keep-completed"];
+        let options = &options[..2 + usize::from(keep)];
+        Ok(Job::parse(
+            &self.virsh(&[&["domjobinfo", domain], options].concat())?,
+        ))
     }
 }
 

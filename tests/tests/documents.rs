@@ -102,7 +102,11 @@ fn written() -> Result<Vec<String>> {
             vec![block("pc.ram", 1 << 30, 1 << 20)],
         ),
         (Encryption::Never, Vec::new(), vec![block("pc.ram", PAGE, 0)]),
-        (Encryption::Certificates, Vec::new(), vec![block("pc.ram", PAGE, 0)]),
+        (
+            Encryption::Certificates,
+            Vec::new(),
+            vec![block("pc.ram", PAGE, 0)],
+        ),
         (Encryption::Always, vec![0xff; 8190], many.collect()),
         (
             Encryption::Always,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  libvirt's dispatcher
-//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainDefineXML…, execve
+//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainDefineXML…, …, execve
 //!  ┌─────▼──────┐   not ours    ┌─────────────────┐
 //!  │ interpose/ │ ────────────▶ │ the real libvirt│
 //!  └─────┬──────┘               └────────▲────────┘
@@ -25,3 +25,4 @@ mod live;
 mod load;
 mod mark;
 mod sessions;
+mod workers;

@@ -4,6 +4,7 @@
 //! a libvirt error of this one call.
 
 mod define;
+mod event;
 mod exec;
 mod job;
 mod migration;

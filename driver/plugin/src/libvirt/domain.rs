@@ -185,10 +185,24 @@ impl Domain {
 
     /// Whether its vCPUs are stopped.
     pub fn is_paused(self) -> Result<bool, Error> {
+        Ok(self.state()?.0 == virt_sys::VIR_DOMAIN_PAUSED as c_int)
+    }
+
+    /// Whether they are stopped because it could not read or write a disk.
+    pub fn failed_at_io(self) -> bool {
+        let failed = (
+            virt_sys::VIR_DOMAIN_PAUSED as c_int,
+            virt_sys::VIR_DOMAIN_PAUSED_IOERROR as c_int,
+        );
+        self.state().is_ok_and(|state| state == failed)
+    }
+
+    /// Its state and the reason.
+    fn state(self) -> Result<(c_int, c_int), Error> {
         let (mut state, mut reason): (c_int, c_int) = (0, 0);
         // SAFETY: a valid domain and two integers to write.
         match unsafe { virt_sys::virDomainGetState(self.0, &mut state, &mut reason, 0) } {
-            0 => Ok(state == virt_sys::VIR_DOMAIN_PAUSED as c_int),
+            0 => Ok((state, reason)),
             _ => Err(Error::libvirt()),
         }
     }

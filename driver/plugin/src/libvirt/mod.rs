@@ -13,4 +13,4 @@ pub mod real;
 pub use cookie::Cookie;
 pub use domain::{c_string, Connection, Domain, OwnedConnection, OwnedDomain};
 pub use error::Error;
-pub use params::Params;
+pub use params::{entries, Params};

@@ -5,7 +5,8 @@ use std::ffi::CStr;
 use std::os::raw::{c_char, c_int, c_uint, c_ulong, c_void};
 use std::sync::OnceLock;
 use virt_sys::{
-    virConnectPtr, virDomainJobInfoPtr, virDomainPtr, virDomainSnapshotPtr, virErrorPtr, virTypedParameterPtr,
+    virConnectDomainEventGenericCallback, virConnectPtr, virDomainJobInfoPtr, virDomainPtr,
+    virDomainSnapshotPtr, virErrorPtr, virFreeCallback, virTypedParameterPtr,
 };
 
 /// The next definition of a symbol after ours.
@@ -85,6 +86,15 @@ pub type AbortJob = unsafe extern "C" fn(virDomainPtr) -> c_int;
 pub type AbortJobFlags = unsafe extern "C" fn(virDomainPtr, c_uint) -> c_int;
 /// `virDomainMigrateSetMaxSpeed`.
 pub type SetMaxSpeed = unsafe extern "C" fn(virDomainPtr, c_ulong, c_uint) -> c_int;
+/// `virConnectDomainEventRegisterAny`.
+pub type RegisterEvent = unsafe extern "C" fn(
+    virConnectPtr,
+    virDomainPtr,
+    c_int,
+    virConnectDomainEventGenericCallback,
+    *mut c_void,
+    virFreeCallback,
+) -> c_int;
 /// `virDomainSave`.
 pub type Save = unsafe extern "C" fn(virDomainPtr, *const c_char) -> c_int;
 /// `virDomainSaveFlags`.
@@ -138,6 +148,8 @@ real! {
     abort_job_flags = c"virDomainAbortJobFlags": AbortJobFlags;
     #[doc = "libvirt's own limit of migrations' bandwidth."]
     set_max_speed = c"virDomainMigrateSetMaxSpeed": SetMaxSpeed;
+    #[doc = "libvirt's own registration for events."]
+    register_event = c"virConnectDomainEventRegisterAny": RegisterEvent;
     #[doc = "libvirt's own save."]
     save = c"virDomainSave": Save;
     #[doc = "libvirt's own save with flags."]

@@ -18,6 +18,7 @@
 pub mod destination;
 pub mod guard;
 pub mod job;
+mod moved;
 pub mod options;
 mod orphan;
 pub mod p2p;

@@ -1,10 +1,10 @@
 //! The host the guest leaves: Begin, Perform, Confirm.
 
-use super::{guard, options, orphan, settings, unexpected, uri, DISABLED, LOADED, LOCAL};
+use super::{guard, job, moved, options, orphan, settings, unexpected, uri, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
-use crate::sessions::{self, Role, Session};
+use crate::sessions::{self, Opening, Role, Session};
 use ferry_contract::config::Config;
 use ferry_contract::control::{FailureKind, Options, Reply, Request, Settings};
 use ferry_contract::cookie::{self, Answer};
@@ -13,14 +13,17 @@ use ferry_host as host;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_sys::{
-    VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_TLS_DESTINATION,
-    VIR_MIGRATE_PARAM_URI, VIR_MIGRATE_TLS,
+    VIR_MIGRATE_ABORT_ON_ERROR, VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
+    VIR_MIGRATE_PARAM_TLS_DESTINATION, VIR_MIGRATE_PARAM_URI, VIR_MIGRATE_TLS,
 };
 
 /// Begin: libvirt's own, and where the guest is eligible, our offer in its cookie.
 pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error> {
+    let opening = domain.guest().map(|guest| Opening::of(guest.uuid));
     let begun = phase::begin(domain, params, flags)?;
-    match Candidate::of(domain, params, flags).and_then(|candidate| candidate.open(domain)) {
+    job::forget(domain);
+    match Candidate::of(domain, params, flags).and_then(|candidate| candidate.open(domain, opening.as_ref()))
+    {
         Ok(session) => {
             orphan::watch(&session, domain);
             Ok(offer(begun, &session))
@@ -82,7 +85,7 @@ impl Candidate {
 
     /// Opens a session if the engine finds the guest eligible. libvirt's job must be held: a device that is plugged
     /// in after this look would be missed.
-    pub fn open(self, domain: Domain) -> Result<Arc<Session>, String> {
+    pub fn open(self, domain: Domain, opening: Option<&Opening>) -> Result<Arc<Session>, String> {
         // Its engine would hold the monitor, which serves one client.
         sessions::forget(Role::Source, self.guest.uuid);
         let name = domain.connection().hostname().unwrap_or_else(host::name);
@@ -97,12 +100,13 @@ impl Candidate {
             settings: self.settings,
         };
         match engine.ask(&inspect, Some(LOCAL)) {
-            Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::new(
-                Role::Source,
-                self.guest,
-                offer,
-                engine,
-            ))),
+            Ok(Reply::Offer(offer)) => {
+                let session = sessions::add(Session::new(Role::Source, self.guest, offer, engine));
+                if opening.is_some_and(Opening::is_cancelled) {
+                    session.cancel();
+                }
+                Ok(session)
+            }
             Ok(Reply::NotEligible { reason }) => Err(reason),
             Ok(_) => Err("the engine answered out of turn".into()),
             Err(failure) => Err(failure.to_string()),
@@ -194,20 +198,22 @@ fn through_engine(
         Some(LOADED),
     );
     match (performed, engine) {
-        (Ok(cookie), Ok(Reply::Committed)) => {
+        (Ok(cookie), committed) => {
             session.hand_over();
-            Ok(cookie)
+            // QEMU has handed everything over, which it could only after the commitment. The destination's engine
+            // is asked again before the guest is resumed there.
+            if !matches!(committed, Ok(Reply::Committed)) {
+                tracing::warn!(
+                    guest = session.guest.name,
+                    "the engine could not confirm the commitment"
+                );
+            }
+            let statistics = session.engine.statistics();
+            moved::remember(session.guest.uuid, statistics);
+            Ok(job::in_cookie(cookie, statistics))
         }
-        // QEMU has handed everything over, which it could only after the commitment. The destination's engine
-        // is asked again before the guest is resumed there.
-        (Ok(cookie), _) => {
-            session.hand_over();
-            tracing::warn!(
-                guest = session.guest.name,
-                "the engine could not confirm the commitment"
-            );
-            Ok(cookie)
-        }
+        // libvirt has ended it, as asked, and says so.
+        (Err(error), _) if flags & VIR_MIGRATE_ABORT_ON_ERROR != 0 && domain.failed_at_io() => Err(error),
         // The engine knows better than "migration failed" why the stream ended, unless libvirt ended it.
         (Err(_), Err(failure)) if failure.kind == FailureKind::Failed => Err(failure.into()),
         (Err(error), _) => Err(error),
