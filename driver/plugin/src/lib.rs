@@ -25,3 +25,4 @@ mod live;
 mod load;
 mod mark;
 mod sessions;
+mod turns;
