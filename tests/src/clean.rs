@@ -8,6 +8,7 @@ use anyhow::{bail, Result};
 
 use crate::host::{Host, Process};
 use crate::lab::Lab;
+use crate::monitor::{self, Monitor};
 use crate::wait::wait_for;
 
 /// What is given to an engine for ending, and to libvirtd for noticing.
@@ -104,19 +105,13 @@ fn qemu_leftovers(qemu: &Process) -> Vec<String> {
     found
 }
 
+/// Asked on the private monitor, where there is one: see there.
 fn ignores_shared(host: &Host, domain: &str) -> Result<bool> {
+    if let Some(mut monitor) = Monitor::of(host, domain)? {
+        return monitor.ignores_shared();
+    }
     let answer = host.qmp(domain, r#"{"execute":"query-migrate-capabilities"}"#)?;
-    let capabilities = answer["return"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let Some(capability) = capabilities
-        .iter()
-        .find(|entry| entry["capability"] == "x-ignore-shared")
-    else {
-        bail!(
-            "{}: the QEMU of {domain} has no capability x-ignore-shared: {answer}",
-            host.name()
-        );
-    };
-    Ok(capability["state"] == true)
+    monitor::ignores_shared(&answer["return"])
 }
 
 /// The names in a directory; none where it does not exist.

@@ -2,7 +2,8 @@
 //!
 //! Files and processes are read from outside, through `/proc` of the host's init; commands go through `nsenter`.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -373,6 +374,17 @@ impl Host {
             }
         }
         bail!("{}: {domain} has no memory file", self.name)
+    }
+
+    /// An empty disk image of this size, for QEMU to use.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn image(&self, path: &str, mib: u64) -> Result<()> {
+        let file = self.path(path);
+        fs::create_dir_all(file.parent().context("a directory")?)?;
+        File::create(&file)?.set_len(mib << 20)?;
+        Ok(fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?)
     }
 
     /// Ends libvirtd (`kill`: by SIGKILL, else by SIGTERM), starts it anew and waits until it answers.

@@ -1,7 +1,5 @@
 //! What an operator may ask of a migration, asked for: the engine moves the guest, and does as it is told.
 
-use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -291,23 +289,14 @@ fn compressed_memory_takes_less_of_the_link() -> Result<()> {
     })
 }
 
-/// An image of this size on a host's own disk.
-fn image(host: &Host, path: &str, mib: u64) -> Result<()> {
-    let file = host.path(path);
-    fs::create_dir_all(file.parent().context("a directory")?)?;
-    File::create(&file)?.set_len(mib * MIB)?;
-    fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
-    Ok(())
-}
-
 /// libvirt copies the disk, which the guest reads, writes and compares all the while; the engine the memory.
 #[test]
 fn disks_go_along() -> Result<()> {
     const DISK: &str = "/var/lib/libvirt/images/along.raw";
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
-        image(one, DISK, 64)?;
-        image(two, DISK, 64)?;
+        one.image(DISK, 64)?;
+        two.image(DISK, 64)?;
         let guest = usual("along").disk(DISK, "raw").disk_load(16, Rate(40));
         let scene = Scene::start(lab, one, guest, 1)?;
         let blocks = scene.remote().status(PATIENCE)?.disk;
@@ -319,7 +308,7 @@ fn disks_go_along() -> Result<()> {
         for (turn, options) in options.into_iter().enumerate() {
             let (from, to) = if turn % 2 == 0 { (one, two) } else { (two, one) };
             // What an earlier turn left must not be taken for what this one copied.
-            image(to, DISK, 64)?;
+            to.image(DISK, 64)?;
             scene
                 .move_to(from, to, options)
                 .with_context(|| format!("{options:?}"))?;

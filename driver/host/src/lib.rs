@@ -114,6 +114,19 @@ pub fn monitor(id: u32, name: &str) -> Option<PathBuf> {
     socket.exists().then_some(socket)
 }
 
+/// The sockets of all private monitors on this host, those that nobody serves any more among them.
+pub fn monitors() -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(QEMU_LIB) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"domain-"))
+        .map(|entry| entry.path().join(MONITOR))
+        .filter(|socket| socket.exists())
+        .collect()
+}
+
 /// Where incoming QEMUs bind the sockets the engine connects to.
 pub fn incoming_directory(config: &Config) -> PathBuf {
     config.runtime_directory.join("incoming")

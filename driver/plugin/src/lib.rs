@@ -25,4 +25,5 @@ mod live;
 mod load;
 mod mark;
 mod sessions;
+mod turns;
 mod workers;

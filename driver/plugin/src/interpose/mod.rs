@@ -9,6 +9,7 @@ mod exec;
 mod job;
 mod migration;
 mod save;
+mod start;
 
 use crate::libvirt::Error;
 use std::panic::{catch_unwind, AssertUnwindSafe};

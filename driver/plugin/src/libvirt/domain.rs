@@ -115,6 +115,17 @@ impl Domain {
         self.connection().is_qemu() && self.max_speed().is_some()
     }
 
+    /// Whether the call's connection only reads. A save to nowhere is refused for that first, and then because it says
+    /// nowhere (libvirt 9.0 and 11.3, `virDomainSave`).
+    pub fn is_read_only(self) -> bool {
+        let Some(save) = super::real::save() else {
+            return false;
+        };
+        // SAFETY: a valid domain; NULL is checked for.
+        let saved = unsafe { save(self.0, std::ptr::null()) };
+        saved < 0 && Error::libvirt().is_read_only()
+    }
+
     /// The most its migrations may take, in MiB/s (`virsh migrate-getspeed`).
     pub fn max_speed(self) -> Option<u64> {
         let mut speed = 0;

@@ -43,6 +43,29 @@ impl Error {
         }
     }
 
+    /// The error of a guest that an engine has, worded as libvirt 11.3 words that of a guest that has a job.
+    pub fn busy(guest: &str) -> Self {
+        let message = format!(
+            "Timed out during operation: cannot acquire state change lock (held by a migration of {guest} through virt-ferry)"
+        );
+        Self::Ours {
+            code: virt_sys::VIR_ERR_OPERATION_TIMEOUT as c_int,
+            message,
+        }
+    }
+
+    /// Whether libvirt refused because the connection only reads.
+    pub fn is_read_only(&self) -> bool {
+        let code = virt_sys::VIR_ERR_OPERATION_DENIED as c_int;
+        match self {
+            Self::Ours { .. } => false,
+            // SAFETY: NULL or an error that is valid until it is dropped.
+            Self::Libvirt(SavedError(error)) => {
+                unsafe { error.as_ref() }.is_some_and(|error| error.code == code)
+            }
+        }
+    }
+
     /// Makes this the thread's libvirt error, which the dispatcher sends to the client.
     pub fn raise(self) {
         match self {

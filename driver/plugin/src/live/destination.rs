@@ -7,6 +7,7 @@ use crate::guest_memory;
 use crate::libvirt::phase::{self, MallocString, Prepared};
 use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
 use crate::sessions::{self, Promise, Role, Session};
+use crate::turns::Moving;
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request, Settings};
 use ferry_contract::cookie::{self, Answer, Offer};
@@ -223,7 +224,7 @@ impl Arrival {
                     self.host
                 ))
             })?;
-        session.engine.guard(&monitor)?;
+        session.engine.guard(&monitor, Moving::here(self.guest.uuid))?;
         let attach = Request::Attach {
             monitor,
             incoming: self.incoming.clone(),

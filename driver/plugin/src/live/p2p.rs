@@ -66,7 +66,7 @@ pub fn perform(
         Err(reason) => reason,
     };
     source::native(domain, &reason);
-    guard::with_its_memory(domain)?;
+    let _turn = guard::with_its_memory(domain)?;
     own()
 }
 

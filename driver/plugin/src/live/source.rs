@@ -5,6 +5,7 @@ use crate::engine::Engine;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
 use crate::sessions::{self, Opening, Role, Session};
+use crate::turns::Moving;
 use ferry_contract::config::Config;
 use ferry_contract::control::{FailureKind, Options, Reply, Request, Settings};
 use ferry_contract::cookie::{self, Answer};
@@ -90,8 +91,10 @@ impl Candidate {
         sessions::forget(Role::Source, self.guest.uuid);
         let name = domain.connection().hostname().unwrap_or_else(host::name);
         let engine = Engine::start(&self.config, "source", &name).map_err(|error| error.to_string())?;
+        let turn =
+            Moving::away(self.guest.uuid).ok_or("its memory is about to be saved, dumped or snapshotted")?;
         engine
-            .guard(&self.monitor)
+            .guard(&self.monitor, turn)
             .map_err(|failure| failure.to_string())?;
         let inspect = Request::Inspect {
             guest: self.guest.clone(),
@@ -151,7 +154,8 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
                 native(domain, "the destination did not answer: it has no plug-in, another version, or declined (see its log)");
                 sessions::remove(&session);
             }
-            guard::with_its_memory(domain).map_err(|error| give_up(domain, params, flags, error))?;
+            let _turn =
+                guard::with_its_memory(domain).map_err(|error| give_up(domain, params, flags, error))?;
             phase::perform(domain, None, params, cookie, flags)
         }
     }
