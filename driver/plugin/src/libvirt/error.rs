@@ -43,6 +43,14 @@ impl Error {
         }
     }
 
+    /// Whether libvirt did not know what it was asked for: an older one does not know newer flags.
+    pub fn is_invalid_argument(&self) -> bool {
+        match self {
+            Self::Libvirt(saved) => saved.code() == virt_sys::VIR_ERR_INVALID_ARG as c_int,
+            Self::Ours { .. } => false,
+        }
+    }
+
     /// Makes this the thread's libvirt error, which the dispatcher sends to the client.
     pub fn raise(self) {
         match self {
@@ -106,6 +114,12 @@ impl SavedError {
             // SAFETY: the error is valid until self is dropped; virSetError copies it.
             unsafe { set_error(self.0) };
         }
+    }
+
+    /// Its `virErrorNumber`.
+    fn code(&self) -> c_int {
+        // SAFETY: a saved error is valid until self is dropped.
+        unsafe { self.0.as_ref() }.map_or(0, |error| error.code)
     }
 
     /// What it says.
