@@ -70,8 +70,6 @@ pub enum Source {
 /// An emulated TPM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tpm {
-    /// `tpm1.2` or `tpm2`: the name of its directory.
-    pub version: String,
     /// Where the definition says so itself.
     pub source: Option<PathBuf>,
 }
@@ -171,12 +169,7 @@ impl Definition {
                 if let Some(backend) = backend.filter(|backend| backend.attribute("type") == Some("emulator"))
                 {
                     let source = child(backend, "source").and_then(|source| source.attribute("path"));
-                    let version = match backend.attribute("version") {
-                        Some("1.2") => "tpm1.2",
-                        _ => "tpm2",
-                    };
                     self.tpm = Some(Tpm {
-                        version: version.to_owned(),
                         source: source.map(PathBuf::from),
                     });
                 }
@@ -368,7 +361,7 @@ mod tests {
     fn a_tpm_is_its_emulators() {
         let tpm = |backend: &str| read("", &format!("<tpm model='tpm-crb'>{backend}</tpm>")).tpm;
         let own = tpm("<backend type='emulator' version='2.0'/>").unwrap();
-        assert_eq!((own.version.as_str(), own.source), ("tpm2", None));
+        assert_eq!(own.source, None);
         let elsewhere =
             tpm("<backend type='emulator' version='1.2'><source type='dir' path='/t'/></backend>");
         assert_eq!(elsewhere.unwrap().source, Some("/t".into()));

@@ -63,7 +63,7 @@ pub fn take(domain: Domain, guest: &Definition, disks: &[&str]) -> Result<Found,
         found.item(path.clone(), Part::Nvram);
     }
     if let Some(tpm) = &guest.tpm {
-        let own = Path::new(TPM).join(guest.uuid.to_string()).join(&tpm.version);
+        let own = Path::new(TPM).join(guest.uuid.to_string());
         let path = tpm.source.clone().unwrap_or(own);
         if path.exists() {
             found.item(path, Part::Tpm);

@@ -9,7 +9,7 @@ use super::source::{leave, Left};
 use super::{here, sessions, unexpected};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
-use ferry_contract::cold::journal::{self, Journal, Role};
+use ferry_contract::cold::journal::{self, Journal};
 use ferry_contract::cold::Recovered;
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
@@ -49,7 +49,9 @@ impl Drop for Hold {
 }
 
 fn try_hold(uuid: Uuid) -> Option<Hold> {
-    held().get_or_insert_default().insert(uuid).then_some(Hold(uuid))
+    let is_free = held().get_or_insert_default().insert(uuid);
+    // Made only where it is ours: dropped, it gives the right back.
+    is_free.then(|| Hold(uuid))
 }
 
 /// The right to deal with a guest's migration.
@@ -92,11 +94,7 @@ pub fn settle(connection: Connection, guest: &Guest, config: &Config) -> Result<
 /// One attempt; `Some` says why it is still open.
 fn recover(connection: Connection, path: &Path, config: &Config) -> Result<Option<String>, Error> {
     let journal = read(path).map_err(here)?;
-    let role = match journal.role {
-        Role::Source => "cold-source",
-        Role::Destination => "cold-destination",
-    };
-    let engine = Engine::start(config, role, &host::name()).map_err(here)?;
+    let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
         abort: false,
