@@ -395,7 +395,12 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let (built, root) = (directory.path().join("built"), directory.path().join("root"));
     fs::create_dir(&built)?;
-    for name in ["libvirt_driver_ferry.so", "virt-ferry-engine", "virt-ferry"] {
+    for name in [
+        "libvirt_driver_ferry.so",
+        "virt-ferry-engine",
+        "virt-ferry",
+        "virt-ferry-hook",
+    ] {
         fs::write(built.join(name), name)?;
     }
     let local = root.join("etc/apparmor.d/local/usr.sbin.libvirtd");
@@ -429,6 +434,7 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
         default.engine.strip_prefix("/")?.to_string_lossy().as_ref(),
         "usr/lib/virt-ferry/libvirt_driver_ferry.so",
         "usr/bin/virt-ferry",
+        "etc/libvirt/hooks/qemu.d/virt-ferry",
         "usr/lib/systemd/system/libvirtd.service.d/virt-ferry.conf",
         "usr/lib/systemd/system/virtqemud.service.d/virt-ferry.conf",
         ferry_contract::config::PATH.trim_start_matches('/'),
