@@ -579,6 +579,7 @@ mod tests {
                     Part::Data {
                         target: "vda".into(),
                         layer: 0,
+                        relative: false,
                     },
                 ),
                 File {

@@ -77,7 +77,7 @@ pub struct Entry {
     pub fate: Fate,
     /// What both hosts found in it.
     pub digest: Option<Digest>,
-    /// Source: its inode and device, so that nothing else is ever deleted in its place.
+    /// Its device and inode, so that nothing else is ever deleted in its place.
     pub identity: Option<(u64, u64)>,
 }
 

@@ -6,7 +6,7 @@
 //! no part. The token, from the same cookie, says which session a connection is for.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::crypto::CryptoProvider;
@@ -50,6 +50,22 @@ impl Identity {
         Ok(Identity {
             inner: Arc::new(inner),
         })
+    }
+
+    /// The identity whose certificate and key, DER, were kept from before a crash.
+    pub fn kept(certificate: Vec<u8>, key: Vec<u8>) -> Identity {
+        let inner = Inner {
+            certificate: certificate.into(),
+            key: key.into(),
+        };
+        Identity {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// The private key, PKCS #8 in DER, to be kept for after a crash.
+    pub fn expose_key(&self) -> &[u8] {
+        self.inner.key.secret_pkcs8_der()
     }
 
     /// The certificate in DER, to be pinned by the other host.
@@ -145,6 +161,16 @@ pub enum Protection {
         /// The peer's certificate, DER.
         peer: Vec<u8>,
     },
+    /// For an end that accepts and has not been told the peer's certificate: the first one that is shown together with
+    /// the session's token is the peer's from then on.
+    Learned {
+        /// This engine's own certificate and key.
+        identity: Identity,
+        /// The peer's certificate, DER, once it has been shown.
+        peer: Arc<OnceLock<Vec<u8>>>,
+        /// This host would do without encryption: a peer that does not want it either is let in without.
+        plain: bool,
+    },
     /// No encryption: guest memory and the token travel in clear, and whoever can read the network can also join.
     /// Only for a migration network that is itself protected.
     Plain,
@@ -154,6 +180,9 @@ impl fmt::Debug for Protection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Protection::Encrypted { identity, .. } => f.debug_tuple("Encrypted").field(identity).finish(),
+            Protection::Learned { identity, plain, .. } => {
+                f.debug_tuple("Learned").field(identity).field(plain).finish()
+            }
             Protection::Plain => f.write_str("Plain"),
         }
     }
