@@ -6,6 +6,7 @@
 //!   lab::Lab         several libvirt hosts (script tests/lab); gone when dropped, or when this process dies
 //!   host::Host       one of them: commands, virsh, guests, logs, processes
 //!   guest            guests that check their own memory
+//!   cold             guests that are shut off, with files of all kinds
 //!   clean            that a migration left nothing of virt-ferry on a host
 //!   scene            a lab with a guest in it, moved and judged
 //!   underway         a migration while it runs
@@ -19,6 +20,7 @@
 
 pub mod authority;
 pub mod clean;
+pub mod cold;
 pub mod fault;
 pub mod guest;
 pub mod host;

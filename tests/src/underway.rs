@@ -49,9 +49,18 @@ impl Host {
     /// # Errors
     /// If virsh cannot be started.
     pub fn begin_migration(&self, domain: &str, to: &Host, options: &[&str]) -> Result<Underway<'_>> {
+        self.underway(domain, to, &["--live"], options)
+    }
+
+    /// Starts `virsh migrate` of this mode.
+    ///
+    /// # Errors
+    /// If virsh cannot be started.
+    pub fn underway(&self, domain: &str, to: &Host, mode: &[&str], options: &[&str]) -> Result<Underway<'_>> {
         let child = self
             .command("timeout")
-            .args([LIMIT, "virsh", "--connect", "qemu:///system", "migrate", "--live"])
+            .args([LIMIT, "virsh", "--connect", "qemu:///system", "migrate"])
+            .args(mode)
             .args([domain, &to.uri()])
             .args(options)
             .stdout(Stdio::piped())

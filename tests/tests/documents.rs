@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{ensure, Context, Result};
+use ferry_contract::cold::{self, Directory, Inventory, Kind, Medium, Metadata, MetadataKind, Part};
 use ferry_contract::config::Config;
-use ferry_contract::cookie::{self, Answer, Offer};
-use ferry_contract::session::{Block, Encryption, Token, PAGE};
+use ferry_contract::cookie::{self, Answer, ColdAnswer, ColdOffer, Offer};
+use ferry_contract::session::{Block, Encryption, Guest, Token, PAGE};
 use ferry_tests::skipped;
 use uuid::Uuid;
 
@@ -61,6 +62,8 @@ fn is_read(element: &str) -> bool {
     match element {
         _ if element.contains("<ferry:offer") => matches!(cookie::offer(cookie), Ok(Some(_))),
         _ if element.contains("<ferry:answer") => matches!(cookie::answer(cookie), Ok(Some(_))),
+        _ if element.contains("<ferry:cold-offer") => matches!(cookie::cold_offer(cookie), Ok(Some(_))),
+        _ if element.contains("<ferry:cold-answer") => matches!(cookie::cold_answer(cookie), Ok(Some(_))),
         _ => cookie::is_probe(cookie),
     }
 }
@@ -132,7 +135,96 @@ fn written() -> Result<Vec<String>> {
         };
         cookies.push(cookie::with_answer(COOKIE.as_bytes(), &answer)?);
     }
+    for inventory in inventories() {
+        let offer = ColdOffer {
+            session: Uuid::new_v4(),
+            token: Token::new([0x5a; Token::LENGTH]),
+            encryption: Encryption::Always,
+            certificate: vec![0x30; 400],
+            host: "host1.example.org".into(),
+            port: 49215,
+            inventory,
+        };
+        cookies.push(cookie::with_cold_offer(COOKIE.as_bytes(), &offer)?);
+    }
+    let session = Uuid::new_v4();
+    cookies.push(cookie::with_cold_answer(
+        COOKIE.as_bytes(),
+        ColdAnswer { session },
+    )?);
     cookies.iter().map(|cookie| element(cookie)).collect()
+}
+
+/// A plain guest, and one with all there can be.
+fn inventories() -> Vec<Inventory> {
+    let file = |path: &str, part, kind, size| cold::File {
+        path: path.into(),
+        part,
+        kind,
+        size,
+        allocated: size,
+    };
+    let disk = |target: &str, layer| Part::Disk {
+        target: target.into(),
+        layer,
+        format: "qcow2".into(),
+        relative: layer > 0,
+    };
+    let data = Part::Data {
+        target: "vda".into(),
+        layer: 255,
+        relative: true,
+    };
+    let plain = Inventory {
+        guest: Guest {
+            name: "g".into(),
+            uuid: Uuid::new_v4(),
+        },
+        autostart: false,
+        files: vec![file("/images/g.qcow2", disk("vda", 0), Kind::File, 0)],
+        directories: Vec::new(),
+        media: Vec::new(),
+        metadata: Vec::new(),
+    };
+    let metadata = |kind, name: &str| Metadata {
+        kind,
+        name: name.into(),
+        current: true,
+        xml: "<domain attribute='&amp;'>\n\t]]>é</domain>\n".into(),
+    };
+    let full = Inventory {
+        autostart: true,
+        files: vec![
+            file(
+                "/images/<odd> & 'é'.qcow2",
+                disk("vda", 255),
+                Kind::File,
+                cold::MAX_SIZE,
+            ),
+            file("/dev/vg/lv", disk("vdb", 0), Kind::Block, 1),
+            file("/d", data, Kind::File, 1),
+            file("/n", Part::Nvram, Kind::File, 1),
+            file("/t", Part::Tpm, Kind::File, 1),
+            file("/l", Part::Log, Kind::File, 1),
+            file("/o", Part::Other, Kind::File, 1),
+        ],
+        directories: vec![Directory {
+            path: "/swtpm".into(),
+            mode: 0o7777,
+            owner: "tss".into(),
+            group: "1000".into(),
+        }],
+        media: vec![Medium {
+            target: "sda".into(),
+            path: "/iso/install.iso".into(),
+        }],
+        metadata: vec![
+            metadata(MetadataKind::Snapshot, "before & after"),
+            metadata(MetadataKind::Checkpoint, "c"),
+        ],
+        ..plain.clone()
+    };
+    vec![plain, full]
 }
 
 #[test]
@@ -232,14 +324,15 @@ fn the_example_configuration_has_every_key_and_its_default() -> Result<()> {
         Config::parse(&all.join("\n"))? == Config::default(),
         "{all:#?} is not the default"
     );
-    // Every field of Config, by name: Debug is derived.
+    // Every field of Config, by name: Debug is derived. A table's keys have its name in front.
     let config = format!("{:?}", Config::default());
     let fields = config.split_once('{').context("Config")?.1;
     let fields = fields
         .split([' ', '{', '}'])
         .filter_map(|word| word.strip_suffix(':'));
     let fields: Vec<_> = fields.collect();
-    let keys: Vec<_> = defaults.iter().map(|(key, _)| key.as_str()).collect();
+    let keys = defaults.iter().flat_map(|(key, _)| key.split('.'));
+    let keys: Vec<_> = keys.collect();
     ensure!(keys == fields, "keys {keys:?}, fields {fields:?}");
     Ok(())
 }
@@ -308,7 +401,12 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let (built, root) = (directory.path().join("built"), directory.path().join("root"));
     fs::create_dir(&built)?;
-    for name in ["libvirt_driver_ferry.so", "virt-ferry-engine", "virt-ferry"] {
+    for name in [
+        "libvirt_driver_ferry.so",
+        "virt-ferry-engine",
+        "virt-ferry",
+        "virt-ferry-hook",
+    ] {
         fs::write(built.join(name), name)?;
     }
     let local = root.join("etc/apparmor.d/local/usr.sbin.libvirtd");
@@ -342,6 +440,7 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
         default.engine.strip_prefix("/")?.to_string_lossy().as_ref(),
         "usr/lib/virt-ferry/libvirt_driver_ferry.so",
         "usr/bin/virt-ferry",
+        "etc/libvirt/hooks/qemu.d/virt-ferry",
         "usr/lib/systemd/system/libvirtd.service.d/virt-ferry.conf",
         "usr/lib/systemd/system/virtqemud.service.d/virt-ferry.conf",
         ferry_contract::config::PATH.trim_start_matches('/'),

@@ -35,6 +35,29 @@ pub struct Config {
     pub runtime_directory: PathBuf,
     /// Where timelines go.
     pub log_directory: PathBuf,
+    /// Where the journals of cold migrations are kept, which must survive a crash.
+    pub state_directory: PathBuf,
+    /// Guests that move while they are shut off.
+    pub cold: Cold,
+}
+
+/// `[cold]`: guests that move while they are shut off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cold {
+    /// What becomes of the source's files once the guest belongs to the destination.
+    pub source_storage: SourceStorage,
+}
+
+/// What becomes of files that have moved, where the source's definition is removed too (`--undefinesource`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceStorage {
+    /// They are deleted.
+    #[default]
+    Delete,
+    /// They stay.
+    Keep,
 }
 
 impl Default for Config {
@@ -50,6 +73,8 @@ impl Default for Config {
             engine: "/usr/lib/virt-ferry/virt-ferry-engine".into(),
             runtime_directory: "/run/libvirt/virt-ferry".into(),
             log_directory: "/var/log/virt-ferry".into(),
+            state_directory: "/var/lib/virt-ferry".into(),
+            cold: Cold::default(),
         }
     }
 }
@@ -131,6 +156,7 @@ impl Config {
             verify_memory: self.verify_memory,
             runtime_directory: self.runtime_directory.clone(),
             log_directory: self.log_directory.clone(),
+            state_directory: self.state_directory.clone(),
         }
     }
 }
@@ -147,7 +173,8 @@ mod tests {
     #[test]
     fn each_key_is_heard() {
         let text = "enabled = false\nencryption = \"never\"\nstreams = 4\nports = [50000, 50010]\nguest_memory = \"as-defined\"\nauto_converge = false\n\
-                    verify_memory = true\nengine = \"/e\"\nruntime_directory = \"/r\"\nlog_directory = \"/l\"\n";
+                    verify_memory = true\nengine = \"/e\"\nruntime_directory = \"/r\"\nlog_directory = \"/l\"\nstate_directory = \"/s\"\n\
+                    [cold]\nsource_storage = \"keep\"\n";
         let config = Config::parse(text).unwrap();
         assert!(!config.enabled && !config.auto_converge && config.verify_memory);
         assert_eq!(
@@ -160,6 +187,10 @@ mod tests {
         assert_eq!(
             (settings.runtime_directory, settings.log_directory),
             (PathBuf::from("/r"), PathBuf::from("/l"))
+        );
+        assert_eq!(
+            (settings.state_directory, config.cold.source_storage),
+            (PathBuf::from("/s"), SourceStorage::Keep)
         );
     }
 

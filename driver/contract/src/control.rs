@@ -7,16 +7,23 @@
 //! ```text
 //!  source:       Inspect → Offer │ NotEligible    Precopy → Switchover    Performed → Committed    Conclude → Concluded │ RunsThere │ Unknown
 //!  destination:  Reserve → Reserved               Attach  → Listening     Finish    → Committed    Conclude → Concluded
+//!  cold source:       ColdServe → ColdOffer    ColdConfirm → ColdOwnedThere    ColdDelete → ColdDeleted    ColdAbort → ColdAborted
+//!  cold destination:  ColdPull  → ColdPulled   ColdCommit  → ColdPlaced        ColdOwned  → ColdOwned      ColdAbort → ColdAborted
+//!  after a crash:     ColdRecover → ColdRecovered, then ColdDelete, ColdOwned or ColdAbort as it says
 //!  anywhere:     Failed instead of the reply, or unasked: the engine has ended; Cancel ends what is under way with Failed(Cancelled)
 //! ```
 
-use crate::cookie::{Answer, Offer};
+use crate::cold::{Deleted, Pull, Recovered, Serve};
+use crate::cookie::{Answer, ColdOffer, Offer};
 use crate::session::{Encryption, Guest};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// The longest line either side accepts, in bytes.
-pub const MAX_LINE: usize = 1 << 20;
+/// The longest line either side accepts, in bytes: an inventory of a cookie's size ([`MAX_COOKIE`]) twice as long in JSON,
+/// and a definition.
+///
+/// [`MAX_COOKIE`]: crate::cookie::MAX_COOKIE
+pub const MAX_LINE: usize = 16 << 20;
 
 /// What the engine needs of the configuration, handed over so that one migration sees one configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +44,8 @@ pub struct Settings {
     pub runtime_directory: PathBuf,
     /// Where the timelines go.
     pub log_directory: PathBuf,
+    /// Where the journals of cold migrations are.
+    pub state_directory: PathBuf,
 }
 
 impl Settings {
@@ -183,8 +192,37 @@ pub enum Request {
         /// The guest now belongs to the destination.
         success: bool,
     },
-    /// Both: the operator gave the migration up; what is under way ends soon.
+    /// Both, live or cold: the operator gave the migration up; what is under way ends soon.
     Cancel,
+    /// Cold source, Begin: look at the guest's files, fence them and serve them.
+    ColdServe(Box<Serve>),
+    /// Cold source, Confirm: is the guest the destination's now?
+    ColdConfirm,
+    /// Cold source, after libvirt has undefined the guest: delete the files that moved. Ends the session.
+    ColdDelete {
+        /// Nothing is deleted (`--undefinesource` was not asked for, or the configuration keeps files).
+        keep: bool,
+        /// Files that other guests refer to, which stay.
+        in_use: Vec<PathBuf>,
+    },
+    /// Cold destination, Prepare: reserve, pull and verify all files. Takes as long as it takes.
+    ColdPull(Box<Pull>),
+    /// Cold destination, Finish: ask the source to let go, and put the files where they belong.
+    ColdCommit,
+    /// Cold destination: libvirt has registered the guest. Ends the session.
+    ColdOwned,
+    /// Cold, both: give the session up and remove everything it made. Ends the session. Refused once the source has
+    /// let go and has not taken the guest back.
+    ColdAbort,
+    /// After a crash, of either role: bring the migration of this journal to an end with the other host.
+    ColdRecover {
+        /// The journal's file.
+        journal: PathBuf,
+        /// The operator wants the guest to stay at the source, and no partial files kept.
+        abort: bool,
+        /// The configuration in force.
+        settings: Settings,
+    },
 }
 
 /// What the engine answers.
@@ -217,6 +255,25 @@ pub enum Reply {
     /// Source: after the commitment, the destination does not say whether the guest runs there. It must not run here
     /// before somebody has looked.
     Unknown,
+    /// The files are fenced and served; this goes into the cookie.
+    ColdOffer(Box<ColdOffer>),
+    /// All files are here, complete and verified, under temporary names.
+    ColdPulled,
+    /// The source has let go, and all files are where they belong: register the guest.
+    ColdPlaced,
+    /// The guest is this host's.
+    ColdOwned {
+        /// The source has heard it; otherwise a recovery tells it.
+        told: bool,
+    },
+    /// The guest is the destination's: undefine it here if that was asked for.
+    ColdOwnedThere,
+    /// The session is given up and the guest stays at the source.
+    ColdAborted,
+    /// What became of the files.
+    ColdDeleted(Deleted),
+    /// What a recovery found.
+    ColdRecovered(Recovered),
     /// It failed; everything done so far on this host is undone.
     Failed(Failure),
 }

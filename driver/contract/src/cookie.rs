@@ -7,10 +7,12 @@
 //!
 //! The cookie's length includes its final NUL, and the parser demands one.
 
+use crate::cold::{Inventory, Malformed};
 use crate::session::{Block, Encryption, Token, PAGE, VERSION};
+use crate::xml::{text_of_reference, Attributes};
 use base64::prelude::{Engine, BASE64_STANDARD};
 use quick_xml::escape::escape;
-use quick_xml::events::{BytesStart, Event};
+use quick_xml::events::Event;
 use quick_xml::name::ResolveResult;
 use quick_xml::NsReader;
 use serde::{Deserialize, Serialize};
@@ -64,6 +66,33 @@ pub struct Answer {
     pub port: u16,
 }
 
+/// What the source's Begin says of a guest that is shut off: its engine serves the guest's files here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColdOffer {
+    /// This migration.
+    pub session: Uuid,
+    /// The secret every connection of this migration shows.
+    pub token: Token,
+    /// What the source wants; the destination connects encrypted unless both hosts say never.
+    pub encryption: Encryption,
+    /// The source's certificate for this session, DER.
+    pub certificate: Vec<u8>,
+    /// The host to connect to, a name or an address.
+    pub host: String,
+    /// The TCP port of the source's engine.
+    pub port: u16,
+    /// What the guest owns.
+    pub inventory: Inventory,
+}
+
+/// What the destination's Prepare answers a cold offer: all of the guest's files are there, verified. Peer-to-peer only:
+/// `virsh` throws this cookie away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColdAnswer {
+    /// The session of the offer.
+    pub session: Uuid,
+}
+
 /// A cookie with an element of ours that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -99,6 +128,35 @@ pub fn offer(cookie: &[u8]) -> Result<Option<Offer>, Error> {
 /// The answer in a cookie; `None` where there is none.
 pub fn answer(cookie: &[u8]) -> Result<Option<Answer>, Error> {
     Element::find(cookie, "answer")?.map(Answer::read).transpose()
+}
+
+/// Adds a cold offer to the cookie of the real Begin.
+pub fn with_cold_offer(cookie: &[u8], offer: &ColdOffer) -> Result<Vec<u8>, Error> {
+    insert(cookie, &offer.element()?)
+}
+
+/// Adds a cold answer to the cookie of the real Prepare.
+pub fn with_cold_answer(cookie: &[u8], answer: ColdAnswer) -> Result<Vec<u8>, Error> {
+    let session = answer.session;
+    let element =
+        format!("<ferry:cold-answer xmlns:ferry='{NAMESPACE}' version='{VERSION}' session='{session}'/>");
+    insert(cookie, &element)
+}
+
+/// The cold offer in a cookie; `None` where there is none.
+pub fn cold_offer(cookie: &[u8]) -> Result<Option<ColdOffer>, Error> {
+    Element::find(cookie, "cold-offer")?
+        .map(ColdOffer::read)
+        .transpose()
+}
+
+/// The cold answer in a cookie; `None` where there is none.
+pub fn cold_answer(cookie: &[u8]) -> Result<Option<ColdAnswer>, Error> {
+    let read = |element: Element| {
+        let session = element.head.parsed("session")?;
+        Ok(ColdAnswer { session })
+    };
+    Element::find(cookie, "cold-answer")?.map(read).transpose()
 }
 
 /// The cookie that asks a peer whether it has the plug-in, sent to Prepare with no parameters: libvirt itself
@@ -188,13 +246,7 @@ pub fn text_of(cookie: &[u8], name: &str) -> Result<Option<String>, Error> {
             }
             Event::Text(piece) if inside => found.push_str(&piece.xml10_content()),
             Event::GeneralRef(reference) if inside => {
-                let resolved = match reference.resolve_char_ref().map_err(|error| malformed(&error))? {
-                    Some(character) => character.to_string(),
-                    None => quick_xml::escape::resolve_predefined_entity(&reference)
-                        .ok_or_else(|| malformed(&"an unknown entity"))?
-                        .to_owned(),
-                };
-                found.push_str(&resolved);
+                found.push_str(&text_of_reference(&reference).map_err(|error| malformed(&error))?);
             }
             Event::End(_) if inside => return Ok(Some(found)),
             Event::End(_) => depth = depth.saturating_sub(1),
@@ -257,17 +309,46 @@ impl Answer {
 
     fn read(element: Element) -> Result<Self, Error> {
         let head = &element.head;
-        let answer = Self {
+        let (host, port) = head.place()?;
+        Ok(Self {
             session: head.parsed("session")?,
             encryption: head.encryption()?,
             certificate: head.certificate()?,
-            host: head.text("host")?.to_owned(),
-            port: head.parsed("port")?,
-        };
-        if answer.host.is_empty() || answer.host.len() > 255 || answer.port == 0 {
-            return Err(Error::Element("it names no host and port".into()));
-        }
-        Ok(answer)
+            host,
+            port,
+        })
+    }
+}
+
+impl ColdOffer {
+    fn element(&self) -> Result<String, Error> {
+        Ok(format!(
+            "<ferry:cold-offer xmlns:ferry='{NAMESPACE}' version='{VERSION}' session='{}' token='{}' encryption='{}' \
+             certificate='{}' host='{}' port='{}'>{}</ferry:cold-offer>",
+            self.session,
+            String::from(self.token.clone()),
+            self.encryption,
+            BASE64_STANDARD.encode(&self.certificate),
+            escape(&self.host),
+            self.port,
+            self.inventory.to_xml()?,
+        ))
+    }
+
+    fn read(element: Element) -> Result<Self, Error> {
+        let head = &element.head;
+        let (host, port) = head.place()?;
+        Ok(Self {
+            session: head.parsed("session")?,
+            token: head.parsed("token")?,
+            encryption: head.encryption()?,
+            certificate: head.certificate()?,
+            host,
+            port,
+            inventory: element
+                .inventory
+                .ok_or_else(|| Error::Element("it has no inventory".into()))?,
+        })
     }
 }
 
@@ -287,45 +368,35 @@ fn block(head: &Attributes) -> Result<Block, Error> {
         .ok_or_else(|| Error::Element("a memory block has an impossible name or size".into()))
 }
 
-/// One element of ours as read: its attributes and those of its `memory` children.
+impl From<Malformed> for Error {
+    fn from(Malformed(what): Malformed) -> Self {
+        Self::Element(what)
+    }
+}
+
+/// One element of ours as read: its attributes, those of its `memory` children, and its inventory.
 struct Element {
     head: Attributes,
     children: Vec<Attributes>,
+    inventory: Option<Inventory>,
 }
 
-struct Attributes(Vec<(String, String)>);
-
 impl Attributes {
-    fn read(start: &BytesStart<'_>) -> Result<Self, Error> {
-        let mut list = Vec::new();
-        for attribute in start.attributes() {
-            let attribute = attribute.map_err(|error| Error::Element(error.to_string()))?;
-            let value = attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0);
-            let value = value.map_err(|error| Error::Element(error.to_string()))?;
-            list.push((attribute.key.into_inner().to_owned(), value.into_owned()));
-        }
-        Ok(Self(list))
-    }
-
-    fn text(&self, name: &str) -> Result<&str, Error> {
-        let found = self.0.iter().find(|(key, _)| key == name);
-        found
-            .map(|(_, value)| value.as_str())
-            .ok_or_else(|| Error::Element(format!("attribute {name} is missing")))
-    }
-
-    fn parsed<T: std::str::FromStr>(&self, name: &str) -> Result<T, Error> {
-        self.text(name)?
-            .parse()
-            .map_err(|_| Error::Element(format!("attribute {name} cannot be read")))
-    }
-
     fn encryption(&self) -> Result<Encryption, Error> {
         match self.text("encryption")? {
             "always" => Ok(Encryption::Always),
             "never" => Ok(Encryption::Never),
             "certificates" => Ok(Encryption::Certificates),
             _ => Err(Error::Element("attribute encryption cannot be read".into())),
+        }
+    }
+
+    /// A host and a port to connect to.
+    fn place(&self) -> Result<(String, u16), Error> {
+        let (host, port) = (self.text("host")?, self.parsed("port")?);
+        match !host.is_empty() && host.len() <= 255 && port != 0 {
+            true => Ok((host.to_owned(), port)),
+            false => Err(Error::Element("it names no host and port".into())),
         }
     }
 
@@ -365,9 +436,16 @@ impl Element {
                         found = Some(Self {
                             head,
                             children: Vec::new(),
+                            inventory: None,
                         });
                         inside = matches!(event, Event::Start(_));
                     } else if let (2, true, true, Some(element)) = (depth, ours, inside, found.as_mut()) {
+                        if local.into_inner() == "inventory" && matches!(event, Event::Start(_)) {
+                            let start = start.clone().into_owned();
+                            element.inventory = Some(Inventory::read(&mut reader, &start)?);
+                            // Read to its end.
+                            continue;
+                        }
                         if element.children.len() == MAX_BLOCKS {
                             return Err(Error::Element(format!(
                                 "it has more than {MAX_BLOCKS} memory blocks"

@@ -14,8 +14,10 @@
 //! Everything read here comes from another host, another process or a file, so each parser is total: it is
 //! bounded, it checks, and it answers with a typed error.
 
+pub mod cold;
 pub mod config;
 pub mod control;
 pub mod cookie;
 pub mod session;
 pub mod stage;
+mod xml;

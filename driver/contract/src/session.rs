@@ -72,7 +72,7 @@ impl FromStr for Token {
     }
 }
 
-fn nibble(digit: u8) -> Result<u8, MalformedToken> {
+pub(crate) fn nibble(digit: u8) -> Result<u8, MalformedToken> {
     match digit {
         b'0'..=b'9' => Ok(digit - b'0'),
         b'a'..=b'f' => Ok(digit - b'a' + 10),

@@ -3,7 +3,7 @@
 //! ```text
 //!   plug-in ◀─ requests, figures ─▶ control
 //!                                      │
-//!                                    live ─────────── report   (timeline: JSON, SVG, log lines)
+//!                                live, cold ───────── report   (timeline: JSON, SVG, log lines)
 //!                          ┌───────────┼───────────┐
 //!                        qemu        memory       wire ◀════▶ the other host's engine
 //!              (monitor, discovery,  (RAM files,  (connections, frames,
@@ -13,6 +13,7 @@
 //! The engine knows nothing of libvirt and may die at any moment without harm: the kernel then lifts the write
 //! tracking, closes its connections, and the plug-in clears the one capability it set in QEMU.
 
+pub mod cold;
 pub mod control;
 pub mod live;
 pub mod memory;

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use ferry_engine::cold;
 use ferry_engine::control::{Control, Meter};
 use ferry_engine::live::signals::Signals;
 use ferry_engine::live::{destination, source};
@@ -30,6 +31,12 @@ enum Command {
     Source,
     /// Serve the plug-in of the host a guest comes to; requests come on standard input, a socket
     Destination,
+    /// Serve the plug-in of the host that a guest which is shut off leaves; requests come on standard input, a socket
+    ColdSource,
+    /// Serve the plug-in of the host that such a guest comes to; requests come on standard input, a socket
+    ColdDestination,
+    /// Bring such a migration to its end after a crash; requests come on standard input, a socket
+    ColdRecover,
     /// Say whether a guest can be moved, as one JSON object; without a monitor, whether this kernel can track writes
     Check {
         /// The private monitor of the guest's QEMU
@@ -61,6 +68,9 @@ fn main() -> anyhow::Result<()> {
     match arguments.command {
         Command::Source => serve(source::run),
         Command::Destination => serve(destination::run),
+        Command::ColdSource => serve(cold::source::run),
+        Command::ColdDestination => serve(cold::destination::run),
+        Command::ColdRecover => serve(cold::recover::run),
         Command::Check { monitor } => {
             let verdict = ferry_engine::live::inspect::verdict(monitor.as_deref());
             println!("{}", serde_json::to_string(&verdict)?);

@@ -282,7 +282,7 @@ fn in_order(offer: &Offer, mut blocks: Vec<RamBlock>) -> Result<Vec<crate::memor
 }
 
 /// Listens where the operator said, else on every address.
-fn bind(listen: Option<&str>, ports: std::ops::RangeInclusive<u16>) -> Result<Listener, Error> {
+pub(crate) fn bind(listen: Option<&str>, ports: std::ops::RangeInclusive<u16>) -> Result<Listener, Error> {
     use std::net::ToSocketAddrs;
     let Some(name) = listen else {
         return Listener::bind(IpAddr::V6(Ipv6Addr::UNSPECIFIED), ports.clone())

@@ -175,6 +175,12 @@ impl Signals {
         state.break_off_if_ended();
     }
 
+    /// Whether nobody will ask any more: the plug-in has let go, or has said nothing for some time after the end.
+    pub fn is_let_go(&self) -> bool {
+        let state = self.lock();
+        state.abandoned || state.ended.is_some_and(|ended| ended.elapsed() >= UNASKED)
+    }
+
     /// Waits for the plug-in's next request, also in a migration that has failed: the plug-in will ask and must be
     /// told. `None` when the plug-in has let go, at the deadline, or some time after the end.
     pub fn next_request(&self, deadline: Option<Instant>) -> Option<Request> {

@@ -22,6 +22,7 @@ mod text;
 
 pub use ferry_contract::stage::Stage;
 pub use read::{command, load, ReportError};
+pub use text::bytes as bytes_text;
 pub use timeline::{
     millis, Clock, Downtime, Event, Guest, Migration, Outcome, Ram, Recorder, Role, Round, StageSpan,
     Timeline, Totals,

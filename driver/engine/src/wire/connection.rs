@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use super::certified;
-use super::error::{Error, Result};
+use super::error::{Error, Party, Result};
 use super::hello::{self, Purpose, Refusal};
-use super::identity::Security;
+use super::identity::{Protection, Security};
 use super::socket::{Breaker, Socket, PATIENCE};
 use super::tls;
 
@@ -93,15 +93,54 @@ pub(super) fn admit(
     security: &Security,
     deadline: Instant,
 ) -> Result<(Purpose, Connection)> {
-    let session = security.protection.server()?;
+    let encrypted = match &security.protection {
+        Protection::Learned { plain: true, .. } => begins_tls(&stream, peer, deadline)?,
+        _ => true,
+    };
+    let session = match encrypted {
+        true => security.protection.server()?,
+        false => None,
+    };
     let opened = Connection::open(stream, peer, session, deadline);
     let mut connection = opened.map_err(|error| security.protection.explain(error))?;
     let purpose = connection.be_greeted(security)?;
+    connection.learn(security)?;
     connection.set_deadline(None)?;
     Ok((purpose, connection))
 }
 
+/// Whether the connecting side speaks TLS, told by its first byte.
+fn begins_tls(stream: &TcpStream, peer: SocketAddr, deadline: Instant) -> Result<bool> {
+    let doing = "waiting for its greeting";
+    let failed = |error| Error::from_io(peer, doing, false, error);
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(Error::Timeout { peer, doing });
+    }
+    stream.set_read_timeout(Some(left)).map_err(failed)?;
+    let mut first = [0; 1];
+    match stream.peek(&mut first).map_err(failed)? {
+        0 => Err(Error::PeerGone { peer, doing }),
+        _ => Ok(hello::MAGIC[0] != first[0]),
+    }
+}
+
 impl Connection {
+    /// The peer has shown the token: its certificate is the session's from now on, or is that already.
+    fn learn(&mut self, security: &Security) -> Result<()> {
+        let (Protection::Learned { peer, .. }, Some(tls)) = (&security.protection, &self.tls) else {
+            return Ok(());
+        };
+        let shown = tls.shown().map(AsRef::as_ref).unwrap_or_default();
+        match peer.get_or_init(|| shown.to_vec()) == shown {
+            true => Ok(()),
+            false => Err(Error::WrongCertificate {
+                shown_by: Party::Peer(self.peer),
+                checked_by: Party::ThisHost,
+            }),
+        }
+    }
+
     fn open(
         stream: TcpStream,
         peer: SocketAddr,

@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::crypto::CryptoProvider;
@@ -52,6 +52,22 @@ impl Identity {
         Ok(Identity {
             inner: Arc::new(inner),
         })
+    }
+
+    /// The identity whose certificate and key, DER, were kept from before a crash.
+    pub fn kept(certificate: Vec<u8>, key: Vec<u8>) -> Identity {
+        let inner = Inner {
+            certificate: certificate.into(),
+            key: key.into(),
+        };
+        Identity {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// The private key, PKCS #8 in DER, to be kept for after a crash.
+    pub fn expose_key(&self) -> &[u8] {
+        self.inner.key.secret_pkcs8_der()
     }
 
     /// The certificate in DER, to be pinned by the other host.
@@ -149,6 +165,16 @@ pub enum Protection {
     },
     /// TLS 1.3 with libvirt's own certificates.
     Certified(Certified),
+    /// For an end that accepts and has not been told the peer's certificate: the first one that is shown together with
+    /// the session's token is the peer's from then on.
+    Learned {
+        /// This engine's own certificate and key.
+        identity: Identity,
+        /// The peer's certificate, DER, once it has been shown.
+        peer: Arc<OnceLock<Vec<u8>>>,
+        /// This host would do without encryption: a peer that does not want it either is let in without.
+        plain: bool,
+    },
     /// No encryption: guest memory and the token travel in clear, and whoever can read the network can also join.
     /// Only for a migration network that is itself protected.
     Plain,
@@ -160,6 +186,9 @@ impl Protection {
         match self {
             Protection::Encrypted { identity, peer } => tls::client(identity, peer, ip).map(Some),
             Protection::Certified(certified) => certified.session().map(Some),
+            Protection::Learned { .. } => Err(Error::Identity {
+                what: "the peer's certificate has to be known before connecting to it".into(),
+            }),
             Protection::Plain => Ok(None),
         }
     }
@@ -167,7 +196,10 @@ impl Protection {
     /// Starts TLS as the accepting side, where there is any.
     pub(super) fn server(&self) -> Result<Option<tls::Session>> {
         match self {
-            Protection::Encrypted { identity, peer } => tls::server(identity, peer).map(Some),
+            Protection::Encrypted { identity, peer } => tls::server(identity, Some(peer)).map(Some),
+            Protection::Learned { identity, peer, .. } => {
+                tls::server(identity, peer.get().map(Vec::as_slice)).map(Some)
+            }
             Protection::Certified(certified) => certified.session().map(Some),
             Protection::Plain => Ok(None),
         }
@@ -177,7 +209,7 @@ impl Protection {
     pub(super) fn explain(&self, error: Error) -> Error {
         match self {
             Protection::Certified(certified) => certified.explain(error),
-            Protection::Encrypted { .. } | Protection::Plain => error,
+            Protection::Encrypted { .. } | Protection::Learned { .. } | Protection::Plain => error,
         }
     }
 }
@@ -187,6 +219,9 @@ impl fmt::Debug for Protection {
         match self {
             Protection::Certified(certified) => certified.fmt(f),
             Protection::Encrypted { identity, .. } => f.debug_tuple("Encrypted").field(identity).finish(),
+            Protection::Learned { identity, plain, .. } => {
+                f.debug_tuple("Learned").field(identity).field(plain).finish()
+            }
             Protection::Plain => f.write_str("Plain"),
         }
     }

@@ -1,4 +1,4 @@
-//! The door: where the destination waits for the source's connections.
+//! The door: where one engine waits for the other's connections. Live, that is the destination; cold, the source.
 //!
 //! Each arriving connection is greeted in a short-lived thread of its own, bounded in time, so that a stranger who
 //! says nothing keeps nobody out; of too many at once the longest waiting goes.
@@ -81,7 +81,7 @@ impl Listener {
             let address = SocketAddr::new(ip, port);
             match listen(address).and_then(Listener::new) {
                 Ok(listener) => {
-                    info!(address = %listener.address, "listening for the source engine");
+                    info!(address = %listener.address, "listening for the other engine");
                     return Ok(listener);
                 }
                 Err(error) if error.kind() == ErrorKind::AddrInUse => {}
@@ -241,7 +241,7 @@ impl Listener {
 
     fn failed(&self, source: io::Error) -> Error {
         Error::Io {
-            doing: "listening for the source engine",
+            doing: "listening for the other engine",
             with: self.address,
             source,
         }

@@ -47,23 +47,27 @@ fn has_aes() -> bool {
     return false;
 }
 
-/// Accepts exactly one certificate, from a server as from a client.
+/// Accepts exactly one certificate, from a server as from a client; or any, where it is still to be learned.
 #[derive(Debug)]
 struct Pin {
-    certificate: CertificateDer<'static>,
+    certificate: Option<CertificateDer<'static>>,
     provider: Arc<CryptoProvider>,
 }
 
 impl Pin {
-    fn new(certificate: &[u8], provider: &Arc<CryptoProvider>) -> Arc<Pin> {
+    fn new(certificate: Option<&[u8]>, provider: &Arc<CryptoProvider>) -> Arc<Pin> {
         Arc::new(Pin {
-            certificate: CertificateDer::from(certificate.to_vec()),
+            certificate: certificate.map(|certificate| CertificateDer::from(certificate.to_vec())),
             provider: provider.clone(),
         })
     }
 
     fn check(&self, shown: &CertificateDer<'_>) -> Result<(), rustls::Error> {
-        if *shown == self.certificate {
+        if self
+            .certificate
+            .as_ref()
+            .is_none_or(|certificate| shown == certificate)
+        {
             Ok(())
         } else {
             // The error module recognises this one, and the alert rustls makes of it (access_denied), by kind.
@@ -203,14 +207,15 @@ fn client_config(identity: &Identity, peer: &[u8]) -> Result<ClientConfig, rustl
     let mut config = ClientConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Pin::new(peer, &provider))
+        .with_custom_certificate_verifier(Pin::new(Some(peer), &provider))
         .with_client_auth_cert(identity.chain(), identity.key())?;
     settle_client(&mut config);
     Ok(config)
 }
 
-/// Starts TLS as the accepting side, with pinned certificates.
-pub(super) fn server(identity: &Identity, peer: &[u8]) -> Result<Session> {
+/// Starts TLS as the accepting side, with pinned certificates; without the peer's, whoever has one is let as far as the
+/// greeting.
+pub(super) fn server(identity: &Identity, peer: Option<&[u8]>) -> Result<Session> {
     let provider = provider();
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])

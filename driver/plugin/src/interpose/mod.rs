@@ -19,6 +19,7 @@ use std::sync::Once;
 fn border<T>(failure: T, decide: impl FnOnce() -> Result<T, Error>) -> T {
     let decided = catch_unwind(AssertUnwindSafe(|| {
         speak_up();
+        crate::cold::recovery::at_first_call();
         decide().map_err(Error::raise)
     }));
     match decided {

@@ -71,7 +71,7 @@ impl Connection {
 ///
 /// # Safety
 /// NULL, or a string from malloc that nobody else frees.
-unsafe fn taken(text: *mut std::os::raw::c_char) -> Option<String> {
+pub(super) unsafe fn taken(text: *mut std::os::raw::c_char) -> Option<String> {
     if text.is_null() {
         return None;
     }

@@ -56,13 +56,18 @@ impl Error {
 
     /// Whether libvirt refused because the connection only reads.
     pub fn is_read_only(&self) -> bool {
-        let code = virt_sys::VIR_ERR_OPERATION_DENIED as c_int;
+        self.is_libvirts(virt_sys::VIR_ERR_OPERATION_DENIED as c_int)
+    }
+
+    /// Whether libvirt did not know what it was asked for: an older one does not know newer flags.
+    pub fn is_invalid_argument(&self) -> bool {
+        self.is_libvirts(virt_sys::VIR_ERR_INVALID_ARG as c_int)
+    }
+
+    fn is_libvirts(&self, code: c_int) -> bool {
         match self {
+            Self::Libvirt(saved) => saved.code() == code,
             Self::Ours { .. } => false,
-            // SAFETY: NULL or an error that is valid until it is dropped.
-            Self::Libvirt(SavedError(error)) => {
-                unsafe { error.as_ref() }.is_some_and(|error| error.code == code)
-            }
         }
     }
 
@@ -129,6 +134,12 @@ impl SavedError {
             // SAFETY: the error is valid until self is dropped; virSetError copies it.
             unsafe { set_error(self.0) };
         }
+    }
+
+    /// Its `virErrorNumber`.
+    fn code(&self) -> c_int {
+        // SAFETY: a saved error is valid until self is dropped.
+        unsafe { self.0.as_ref() }.map_or(0, |error| error.code)
     }
 
     /// What it says.

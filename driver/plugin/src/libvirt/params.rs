@@ -73,6 +73,21 @@ impl<'a> Params<'a> {
         self.text(name)?.to_str().ok()
     }
 
+    /// All string parameters of this name.
+    pub fn texts(&self, name: &CStr) -> Vec<&str> {
+        let entries = self
+            .entries
+            .iter()
+            .filter(|entry| name_of(entry) == name && entry.type_ == VIR_TYPED_PARAM_STRING as c_int);
+        // SAFETY: the type says that the value is a string pointer.
+        let texts = entries.map(|entry| unsafe { entry.value.s });
+        texts
+            .filter(|text| !text.is_null())
+            // SAFETY: a string that lives as long as this list.
+            .filter_map(|text| unsafe { CStr::from_ptr(text) }.to_str().ok())
+            .collect()
+    }
+
     /// The first unsigned 64-bit parameter of this name.
     pub fn number(&self, name: &CStr) -> Option<u64> {
         let entry = self.entries.iter().find(|entry| name_of(entry) == name)?;

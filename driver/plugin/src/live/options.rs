@@ -131,7 +131,7 @@ pub fn bandwidth(mib: u64) -> Result<u64, String> {
 }
 
 /// libvirt and QEMU know up to 255; more streams than the engine serves bring nothing.
-fn streams(params: &Params, flags: u32) -> Result<Option<u16>, String> {
+pub fn streams(params: &Params, flags: u32) -> Result<Option<u16>, String> {
     if flags & VIR_MIGRATE_PARALLEL == 0 {
         return Ok(None);
     }
@@ -143,7 +143,7 @@ fn streams(params: &Params, flags: u32) -> Result<Option<u16>, String> {
 }
 
 /// The engine's compression is zstd; whoever asks for another method by name gets that one from QEMU.
-fn compression(params: &Params, flags: u32) -> Result<Option<i32>, String> {
+pub fn compression(params: &Params, flags: u32) -> Result<Option<i32>, String> {
     if flags & VIR_MIGRATE_COMPRESSED == 0 {
         return Ok(None);
     }

@@ -18,7 +18,7 @@ use virt_sys::*;
 
 /// What libvirt's own peer-to-peer code passes on to the destination (libvirt 11.3, qemuMigrationSrcPeer2Peer3);
 /// an older one refuses names it does not know.
-const DESTINATION: [&CStr; 13] = [
+pub const DESTINATION: [&CStr; 13] = [
     VIR_MIGRATE_PARAM_DEST_XML,
     VIR_MIGRATE_PARAM_DEST_NAME,
     VIR_MIGRATE_PARAM_URI,
@@ -71,7 +71,7 @@ pub fn perform(
 }
 
 /// Whether the peer has the plug-in.
-fn answers(peer: Connection) -> bool {
+pub fn answers(peer: Connection) -> bool {
     let probe = cookie::probe();
     let answered = phase::prepare(peer, &Params::none(), &probe, 0);
     answered.is_ok_and(|answer| cookie::is_probe(answer.cookie.bytes()))

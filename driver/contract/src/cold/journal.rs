@@ -1,0 +1,269 @@
+//! What each host writes down of a cold migration before it does what cannot be taken back.
+//!
+//! ```text
+//!   source       prepared ──commit?──▶ committed ──owned──▶ owned-there ──▶ (files deleted, journal gone)
+//!                   └─▶ (gone, or:) aborted ◀─┘ the destination says that it never will own the guest
+//!   destination  pulling ──▶ ready ──▶ committing ──committed──▶ placed ──defined──▶ owned ──source knows──▶ (gone)
+//!                   └──────────┴──▶ (gone)  └──────────────────────┴──▶ aborted ──source knows──▶ (gone)
+//! ```
+//!
+//! The source owns the guest in `prepared` and the destination in `owned`; in every pair of states in between, no host
+//! starts it ([`Journal::fence`]) and the one of both that cannot decide alone asks the other. `aborted` is kept for as
+//! long as the other host may still have to ask.
+
+use super::{Digest, Inventory, Kind, Options};
+use crate::session::{Encryption, Guest, Token};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use uuid::Uuid;
+
+/// Where the journals are, below the state directory.
+pub const DIRECTORY: &str = "cold";
+
+/// The version of this file's shape.
+pub const VERSION: u16 = 1;
+
+/// The longest journal accepted, bytes: a cookie's inventory and what is said of each file.
+pub const MAX_LENGTH: u64 = 16 << 20;
+
+/// Which end of a migration a host is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// The guest leaves.
+    Source,
+    /// The guest arrives.
+    Destination,
+}
+
+/// How far a host is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Source: the guest is being copied, and is still ours.
+    Prepared,
+    /// Source: the destination may take the guest; only it knows whether it has.
+    Committed,
+    /// Source: the guest is the destination's.
+    OwnedThere,
+    /// Destination: files are coming.
+    Pulling,
+    /// Destination: all files are here, complete and verified, under temporary names.
+    Ready,
+    /// Destination: the source has been asked, or is about to be.
+    Committing,
+    /// Destination: the source has let go, and all files are where they belong.
+    Placed,
+    /// Destination: the guest is ours.
+    Owned,
+    /// Both: this session is given up. The other host has not heard of it yet.
+    Aborted,
+}
+
+/// One file of the migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// At the source, as the inventory names it.
+    pub source: PathBuf,
+    /// On this host.
+    pub path: PathBuf,
+    /// Destination: under which name it is written.
+    pub temporary: Option<PathBuf>,
+    /// A file or a device.
+    pub kind: Kind,
+    /// Its length, bytes.
+    pub size: u64,
+    /// What becomes of it.
+    pub fate: Fate,
+    /// What both hosts found in it.
+    pub digest: Option<Digest>,
+    /// Its device and inode, so that nothing else is ever deleted in its place.
+    pub identity: Option<(u64, u64)>,
+}
+
+/// What becomes of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fate {
+    /// It is copied, and deleted at the source once the destination owns the guest.
+    Moves,
+    /// Both hosts see one and the same file: neither copied nor deleted.
+    Shared,
+    /// The destination has it already, with the same content.
+    Present,
+}
+
+/// A host's view of one cold migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Journal {
+    /// See [`VERSION`].
+    pub version: u16,
+    /// Which end this host is.
+    pub role: Role,
+    /// How far it is.
+    pub state: State,
+    /// The migration.
+    pub session: Uuid,
+    /// The guest, by its name on this host.
+    pub guest: Guest,
+    /// This host's name.
+    pub host: String,
+    /// The other's, once known.
+    pub peer: String,
+    /// Where the source's engine listens, also in a recovery.
+    pub address: String,
+    /// Its port.
+    pub port: u16,
+    /// The secret of the session.
+    pub token: Token,
+    /// Whether its connections are encrypted.
+    pub encryption: Encryption,
+    /// This host's certificate, DER.
+    pub certificate: Vec<u8>,
+    /// Its private key, PKCS #8 DER.
+    pub key: Vec<u8>,
+    /// The other host's certificate, DER, once known.
+    pub peer_certificate: Option<Vec<u8>>,
+    /// What the guest owns.
+    pub inventory: Inventory,
+    /// What becomes of each file, in the inventory's order.
+    pub entries: Vec<Entry>,
+    /// Directories that this host made, the deepest first.
+    pub directories: Vec<PathBuf>,
+    /// The digest over all files' names and digests, from `ready` and `committed` on.
+    pub manifest: Option<Digest>,
+    /// Source: what the operator asked.
+    pub options: Options,
+    /// Destination: the definition that libvirt is to register.
+    pub definition: Option<String>,
+}
+
+/// Where the journal of a guest is, in this state directory.
+pub fn path(state_directory: &Path, guest: Uuid) -> PathBuf {
+    state_directory.join(DIRECTORY).join(format!("{guest}.json"))
+}
+
+/// A journal that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    /// Not ours, or damaged.
+    #[error("it is not a journal of virt-ferry: {0}")]
+    Syntax(String),
+    /// Of another release.
+    #[error("it is of version {0}, this release knows {VERSION}")]
+    Version(u16),
+}
+
+impl Journal {
+    /// Reads a journal's text.
+    ///
+    /// # Errors
+    /// What is wrong with it. A guest with such a journal must not be started.
+    pub fn parse(text: &[u8]) -> Result<Self, Unreadable> {
+        let journal: Self =
+            serde_json::from_slice(text).map_err(|error| Unreadable::Syntax(error.to_string()))?;
+        match journal.version {
+            VERSION if journal.entries.len() == journal.inventory.files.len() => Ok(journal),
+            VERSION => Err(Unreadable::Syntax("not every file has its entry".into())),
+            other => Err(Unreadable::Version(other)),
+        }
+    }
+
+    /// Why the guest may not be started on this host now; `None`: it may.
+    pub fn fence(&self) -> Option<String> {
+        let peer = match self.peer.as_str() {
+            "" => "another host",
+            peer => peer,
+        };
+        let recover = format!("run \"virt-ferry recover {}\" on both hosts", self.guest.name);
+        match self.state {
+            State::Prepared => Some(format!(
+                "it is being moved to {peer}; end that migration first, or {recover} if nothing is under way"
+            )),
+            State::Committed => Some(format!(
+                "it was being moved to {peer} and may belong to that host already; {recover}"
+            )),
+            State::OwnedThere => Some(format!("it has been moved to {peer}: start it there")),
+            State::Pulling | State::Ready | State::Committing | State::Placed => Some(format!(
+                "it is being moved here from {peer} and is not here yet; {recover} if nothing is under way"
+            )),
+            State::Owned | State::Aborted => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every pair of states that the two hosts can be in at one instant.
+    #[test]
+    fn never_may_both_start_it() {
+        use State::*;
+        let fenced = |state| Journal { state, ..a_journal() }.fence().is_some();
+        // The destination may start it in one state only, and reaches that from `placed`, which the source's `committed` precedes.
+        for state in [Pulling, Ready, Committing, Placed] {
+            assert!(fenced(state), "{state:?}");
+        }
+        assert!(!fenced(Owned));
+        for state in [Prepared, Committed, OwnedThere] {
+            assert!(fenced(state), "{state:?}");
+        }
+        assert!(!fenced(Aborted));
+    }
+
+    #[test]
+    fn a_journal_survives_its_text_and_another_version_is_named() {
+        let journal = a_journal();
+        let text = serde_json::to_vec(&journal).unwrap();
+        assert_eq!(Journal::parse(&text), Ok(journal.clone()));
+        let other = serde_json::to_vec(&Journal {
+            version: 9,
+            ..journal
+        })
+        .unwrap();
+        assert_eq!(Journal::parse(&other), Err(Unreadable::Version(9)));
+        for length in 0..text.len() {
+            assert!(
+                matches!(Journal::parse(&text[..length]), Err(Unreadable::Syntax(_))),
+                "{length}"
+            );
+        }
+    }
+
+    fn a_journal() -> Journal {
+        let guest = Guest {
+            name: "g".into(),
+            uuid: Uuid::from_u128(5),
+        };
+        Journal {
+            version: VERSION,
+            role: Role::Source,
+            state: State::Prepared,
+            session: Uuid::from_u128(7),
+            guest: guest.clone(),
+            host: "host1".into(),
+            peer: String::new(),
+            address: "192.0.2.1".into(),
+            port: 49152,
+            token: Token::new([3; 32]),
+            encryption: Encryption::Always,
+            certificate: vec![1],
+            key: vec![2],
+            peer_certificate: None,
+            inventory: Inventory {
+                guest,
+                autostart: false,
+                files: Vec::new(),
+                directories: Vec::new(),
+                media: Vec::new(),
+                metadata: Vec::new(),
+            },
+            entries: Vec::new(),
+            directories: Vec::new(),
+            manifest: Some(Digest([9; 32])),
+            options: Options::default(),
+            definition: None,
+        }
+    }
+}

@@ -1,0 +1,695 @@
+//! The destination's engine: everything is here and verified before the source is asked to let go.
+//!
+//! ```text
+//!   ColdPull ─▶ pulling ─▶ ready ──ColdCommit──▶ committing ──the source let go──▶ placed ──ColdOwned──▶ owned ──told──▶ gone
+//!                  └─────────┴── failure, ColdAbort, the end of the plug-in ──▶ gone
+//!                                                   └── ColdAbort, the source says no ──▶ aborted ──told──▶ gone
+//! ```
+
+use super::files::Reader;
+use super::hash::manifest;
+use super::journal::{find, Kept};
+use super::messages::{Answer, Ask, Looked};
+use super::place::{self, Target};
+use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
+use super::reserve::{survey, There};
+use super::source::refuse_unfinished;
+use super::{extents, Error};
+use crate::control::{Control, Meter};
+use crate::live::signals::Signals;
+use crate::wire::{message, Connection, Identity, Protection, Purpose, Security};
+use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
+use ferry_contract::cold::{Digest, Kind, Options, Pull as Order, MAX_SIZE};
+use ferry_contract::control::{Reply, Request};
+use ferry_contract::cookie::ColdOffer;
+use ferry_contract::session::Encryption;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long the plug-in may take with its first request.
+const UNTIL_ASKED: Duration = Duration::from_secs(60);
+/// How long libvirt may take between its phases.
+const UNTIL_FINISHED: Duration = Duration::from_secs(15 * 60);
+/// How long the source is tried to be told what it must know; after that a recovery tells it.
+const TELL: Duration = Duration::from_secs(30);
+/// For one answer of the source's.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// Serves one plug-in, from its first request to its end.
+pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), crate::live::Error> {
+    let Some(Request::ColdPull(pull)) = signals.next_request(Some(Instant::now() + UNTIL_ASKED)) else {
+        return Ok(());
+    };
+    let span = tracing::info_span!("cold migration", guest = pull.guest.name, role = "destination");
+    let _entered = span.enter();
+    let host = pull.host.clone();
+    match arrive(&pull, meter, signals) {
+        Ok(arrived) => {
+            control.reply(Reply::ColdPulled);
+            arrived.conclude(control, signals);
+        }
+        Err(error) => {
+            let error = signals_cause(error, signals);
+            tracing::error!("{error}");
+            control.reply(Reply::Failed(error.failure(&host)));
+        }
+    }
+    Ok(())
+}
+
+/// What ended the session says more than a connection that was broken off for it.
+fn signals_cause(error: Error, signals: &Signals) -> Error {
+    match error {
+        Error::Wire(crate::wire::Error::BrokenOff { .. }) => signals.check().err().map_or(error, Error::from),
+        error => error,
+    }
+}
+
+/// The control connection, made again when it is cut: every request may be asked twice.
+pub struct Link {
+    peer: Peer,
+    host: String,
+    connection: Option<Connection>,
+}
+
+impl Link {
+    /// To the source of this session; connects with the first request.
+    pub fn new(peer: Peer, host: &str) -> Self {
+        Self {
+            peer,
+            host: host.to_owned(),
+            connection: None,
+        }
+    }
+
+    /// Where the source is.
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Asks, also over a new connection where the old one is cut, for as long as `patience`.
+    ///
+    /// # Errors
+    /// The source refuses, or cannot be reached for so long, or the session has ended.
+    pub fn ask(&mut self, ask: &Ask, signals: &Signals, patience: Duration) -> Result<Answer, Error> {
+        let end = Instant::now() + patience;
+        loop {
+            match self.ask_once(ask, signals, end) {
+                Err(Error::Wire(error)) if is_cut(&error) && Instant::now() < end => {
+                    tracing::warn!(%error, "the control connection was cut: connecting again");
+                    self.connection = None;
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                Ok(Answer::Refused { cause, host }) => return Err(Error::Refused { cause, host }),
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn ask_once(&mut self, ask: &Ask, signals: &Signals, end: Instant) -> Result<Answer, Error> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => {
+                let left = end.saturating_duration_since(Instant::now());
+                self.peer.connect(Purpose::Control, signals, left)?
+            }
+        };
+        connection.set_deadline(Some(Instant::now() + ANSWER))?;
+        let answer = message::ask(&mut connection, ask)?;
+        self.connection = Some(connection);
+        Ok(answer)
+    }
+
+    /// Says who is here; the source's host name and what its file beside the guest's says.
+    fn open(&mut self, signals: &Signals) -> Result<(String, String), Error> {
+        let host = self.host.clone();
+        match self.ask(&Ask::Open { host }, signals, RECONNECT)? {
+            Answer::Opened { host, nonce } => Ok((host, nonce)),
+            other => Err(out_of_turn(&other)),
+        }
+    }
+
+    fn look(&mut self, file: u32, signals: &Signals) -> Result<Looked, Error> {
+        match self.ask(&Ask::Look { file }, signals, RECONNECT)? {
+            Answer::Looked(looked) if looked.size <= MAX_SIZE => Ok(looked),
+            other => Err(out_of_turn(&other)),
+        }
+    }
+
+    /// Blocks of a file of this size that may hold data, ascending and apart.
+    fn runs(&mut self, file: u32, size: u64, signals: &Signals) -> Result<Vec<Range<u64>>, Error> {
+        let (mut runs, mut from) = (Vec::<Range<u64>>::new(), 0);
+        let end = size.div_ceil(ferry_contract::cold::BLOCK);
+        loop {
+            let (found, next) = match self.ask(&Ask::Runs { file, from }, signals, RECONNECT)? {
+                Answer::Runs { runs, next } => (runs, next),
+                other => return Err(out_of_turn(&other)),
+            };
+            for run in found {
+                let after = runs.last().map_or(0, |last| last.end);
+                if run.start < after || run.start >= run.end || run.end > end {
+                    return Err(Error::Other(format!(
+                        "the source says that file {file} has data where there is none"
+                    )));
+                }
+                runs.push(run);
+            }
+            match next {
+                None => return Ok(runs),
+                Some(next) if next > from => from = next,
+                Some(_) => return Err(Error::Other("the source repeats itself".into())),
+            }
+        }
+    }
+
+    fn note(&mut self, ask: &Ask, signals: &Signals) -> Result<(), Error> {
+        match self.ask(ask, signals, RECONNECT)? {
+            Answer::Noted => Ok(()),
+            other => Err(out_of_turn(&other)),
+        }
+    }
+
+    /// Asks the source to let go.
+    ///
+    /// # Errors
+    /// As with [`ask`](Self::ask); [`Error::Refused`] is final.
+    pub fn commit(&mut self, manifest: Digest, signals: &Signals, patience: Duration) -> Result<(), Error> {
+        match self.ask(&Ask::Commit { manifest }, signals, patience)? {
+            Answer::Committed => Ok(()),
+            other => Err(out_of_turn(&other)),
+        }
+    }
+
+    /// Tells the source that the guest is registered here.
+    ///
+    /// # Errors
+    /// As with [`ask`](Self::ask).
+    pub fn owned(&mut self, signals: &Signals) -> Result<(), Error> {
+        match self.ask(&Ask::Owned, signals, TELL)? {
+            Answer::OwnedThere => Ok(()),
+            other => Err(out_of_turn(&other)),
+        }
+    }
+
+    /// Tells the source that the guest stays there, in a session that has ended for this host.
+    ///
+    /// # Errors
+    /// As with [`ask`](Self::ask).
+    pub fn abort(&mut self, cause: &str, patience: Duration) -> Result<(), Error> {
+        // What ended the session has broken its connections.
+        self.connection = None;
+        let cause = cause.to_owned();
+        match self.ask(&Ask::Abort { cause }, &Signals::default(), patience)? {
+            Answer::Aborted => Ok(()),
+            other => Err(out_of_turn(&other)),
+        }
+    }
+}
+
+fn out_of_turn(answer: &Answer) -> Error {
+    Error::Other(format!("the source answered out of turn ({answer:?})"))
+}
+
+/// How to speak to the source that made this offer.
+pub fn peer(offer: &ColdOffer, encryption: Encryption, identity: Identity) -> Result<Peer, Error> {
+    let protection = match encryption {
+        // libvirt's own certificates are not asked for here: whatever is not plain is pinned.
+        Encryption::Always | Encryption::Certificates => Protection::Encrypted {
+            identity,
+            peer: offer.certificate.clone(),
+        },
+        Encryption::Never => Protection::Plain,
+    };
+    Ok(Peer {
+        addresses: addresses(&offer.host, offer.port)?,
+        security: Security {
+            session: offer.session,
+            token: (*offer.token.bytes()).into(),
+            protection,
+        },
+    })
+}
+
+fn addresses(host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
+    let found = (host, port).to_socket_addrs().map_err(|error| {
+        Error::Other(format!(
+            "cannot find the address of the source's engine, {host}: {error}; set migration_host in qemu.conf there to a \
+             name that resolves here"
+        ))
+    })?;
+    Ok(found.collect())
+}
+
+/// All files are here, under temporary names.
+struct Arrived {
+    kept: Kept,
+    link: Link,
+}
+
+/// Reserves, pulls and verifies; whatever fails leaves nothing behind, here or at the source.
+fn arrive(pull: &Order, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<Arrived, Error> {
+    let directory = &pull.settings.state_directory;
+    let earlier = find(directory, pull.guest.uuid)?;
+    refuse_unfinished(earlier.as_ref())?;
+    let earlier = earlier.filter(|journal| journal.role == Role::Destination);
+    let inventory = &pull.offer.inventory;
+    if pull.plan.places.len() != inventory.files.len() {
+        return Err(Error::Other("the plan does not place every file".into()));
+    }
+    // Always, unless both hosts say never.
+    let encryption = match (pull.settings.encryption, pull.offer.encryption) {
+        (Encryption::Never, Encryption::Never) => Encryption::Never,
+        _ => Encryption::Always,
+    };
+    let identity = Identity::generate(pull.offer.session)?;
+    let key = identity.expose_key().to_vec();
+    let certificate = identity.certificate().to_vec();
+    let mut link = Link::new(peer(&pull.offer, encryption, identity)?, &pull.host);
+    let mut arriving = Arriving {
+        pull,
+        meter,
+        signals,
+        kept: None,
+    };
+    let outcome = arriving.run(&mut link, earlier, |source_host, entries| Journal {
+        version: journal::VERSION,
+        role: Role::Destination,
+        state: State::Pulling,
+        session: pull.offer.session,
+        guest: pull.guest.clone(),
+        host: pull.host.clone(),
+        peer: source_host,
+        address: pull.offer.host.clone(),
+        port: pull.offer.port,
+        token: pull.offer.token.clone(),
+        encryption,
+        certificate: certificate.clone(),
+        key: key.clone(),
+        peer_certificate: Some(pull.offer.certificate.clone()),
+        inventory: inventory.clone(),
+        entries,
+        directories: Vec::new(),
+        manifest: None,
+        options: Options::default(),
+        definition: Some(pull.plan.definition.clone()),
+    });
+    match (outcome, arriving.kept) {
+        (Ok(()), Some(kept)) => Ok(Arrived { kept, link }),
+        (outcome, kept) => {
+            let error = outcome
+                .err()
+                .unwrap_or_else(|| Error::Other("nothing was pulled".into()));
+            if let Some(kept) = kept {
+                place::undo(&kept);
+                kept.remove()?;
+            }
+            // It frees the guest sooner; the source notices by itself, too.
+            if let Err(untold) = link.abort(&error.to_string(), Duration::from_secs(3)) {
+                tracing::warn!("the source could not be told: {untold}");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// What the stages of an arrival share.
+struct Arriving<'a> {
+    pull: &'a Order,
+    meter: &'a Arc<Meter>,
+    signals: &'a Arc<Signals>,
+    kept: Option<Kept>,
+}
+
+impl Arriving<'_> {
+    fn run(
+        &mut self,
+        link: &mut Link,
+        earlier: Option<Journal>,
+        journal: impl FnOnce(String, Vec<Entry>) -> Journal,
+    ) -> Result<(), Error> {
+        let (pull, signals) = (self.pull, self.signals);
+        let inventory = &pull.offer.inventory;
+        let (source_host, nonce) = link.open(signals)?;
+        let mut looked = Vec::new();
+        for (number, file) in inventory.files.iter().enumerate() {
+            let found = link.look(number as u32, signals)?;
+            if found.size != file.size || found.kind != file.kind {
+                return Err(Error::Other(format!(
+                    "{} is another file than was offered",
+                    file.path.display()
+                )));
+            }
+            looked.push(found);
+        }
+        let left = leftovers(earlier.as_ref(), &pull.plan.places);
+        let there = There {
+            session: pull.offer.session,
+            inventory,
+            looked: &looked,
+            nonce: &nonce,
+        };
+        let (fates, problems) = survey(&there, &pull.plan, &left.values().cloned().collect());
+        if !problems.is_empty() {
+            return Err(Error::Problems(problems));
+        }
+        let entries = self.entries(&fates, &left);
+        // From here on a crash leaves a trace; one of an earlier attempt that is of no use any more goes first.
+        remove_useless(earlier.as_ref(), &left);
+        let kept = Kept::new(&pull.settings.state_directory, journal(source_host, entries))?;
+        let kept = self.kept.insert(kept);
+        for (path, like) in place::directories(inventory, &pull.plan.places) {
+            if place::make_directory(&path, like)? {
+                kept.note(|journal| journal.directories.insert(0, path))?;
+            }
+        }
+        link.note(&Ask::Fates { fates: fates.clone() }, signals)?;
+        let files = self.open(link, looked, &fates, &left)?;
+        let kept = self
+            .kept
+            .as_mut()
+            .ok_or_else(|| Error::Other("no journal".into()))?;
+        kept.note(|journal| {
+            for file in &files {
+                let entry = journal.entries.get_mut(file.number as usize);
+                if let (Some(entry), Some(target)) = (entry, &file.target) {
+                    entry.identity = target.identity();
+                }
+            }
+        })?;
+        let digests = transfer(
+            link,
+            files,
+            pull.streams,
+            signals,
+            self.meter,
+            inventory.files.len(),
+        )?;
+        link.note(
+            &Ask::Ready {
+                digests: digests.clone(),
+            },
+            signals,
+        )?;
+        kept.enter(State::Ready, |journal| {
+            journal.manifest = Some(manifest(digests.iter().copied()));
+            for (entry, digest) in journal.entries.iter_mut().zip(&digests) {
+                entry.digest = *digest;
+            }
+        })
+    }
+
+    fn entries(&self, fates: &[Fate], left: &BTreeMap<PathBuf, PathBuf>) -> Vec<Entry> {
+        let files = self.pull.offer.inventory.files.iter();
+        let planned = files.zip(&self.pull.plan.places).zip(fates);
+        planned
+            .map(|((file, path), fate)| {
+                let device = is_device(path);
+                let temporary = || match left.get(path) {
+                    Some(left) => left.clone(),
+                    None => place::temporary(path, self.pull.offer.session),
+                };
+                Entry {
+                    source: file.path.clone(),
+                    path: path.clone(),
+                    temporary: (*fate == Fate::Moves && !device).then(temporary),
+                    kind: if device { Kind::Block } else { Kind::File },
+                    size: file.size,
+                    fate: *fate,
+                    digest: None,
+                    identity: None,
+                }
+            })
+            .collect()
+    }
+
+    /// Makes or takes up every file that is to be filled, and asks where it has data.
+    fn open(
+        &self,
+        link: &mut Link,
+        looked: Vec<Looked>,
+        fates: &[Fate],
+        left: &BTreeMap<PathBuf, PathBuf>,
+    ) -> Result<Vec<Incoming>, Error> {
+        let mut files = Vec::new();
+        let inventory = &self.pull.offer.inventory;
+        let planned = inventory.files.iter().zip(&self.pull.plan.places).zip(fates);
+        for (number, (((file, path), fate), looked)) in planned.zip(looked).enumerate() {
+            let number = number as u32;
+            let size = looked.size;
+            let data =
+                |file: &File, path| extents::data_blocks(file, size).map_err(Error::file("look at", path));
+            let (target, reader, have) = match fate {
+                Fate::Shared => continue,
+                Fate::Present => {
+                    let failed = Error::file("open", path);
+                    let there = File::open(path).map_err(failed)?;
+                    if there.metadata().map_err(failed)?.len() != size {
+                        return Err(Error::Other(format!(
+                            "{} is not as long as {} at the source: they are not the same base",
+                            path.display(),
+                            file.path.display()
+                        )));
+                    }
+                    let have = data(&there, path)?;
+                    (None, Some(Reader::new(there, path)), have)
+                }
+                Fate::Moves if is_device(path) => (Some(Target::device(path, size)?), None, Vec::new()),
+                Fate::Moves => {
+                    let left = left.get(path);
+                    let fresh = place::temporary(path, self.pull.offer.session);
+                    let target = Target::file(left.unwrap_or(&fresh), size, left.is_some())?;
+                    let have = match left {
+                        Some(left) => data(target.reader().file(), left)?,
+                        None => Vec::new(),
+                    };
+                    (Some(target), None, have)
+                }
+            };
+            let runs = union(&link.runs(number, size, self.signals)?, &have);
+            files.push(Incoming {
+                number,
+                source: file.path.clone(),
+                path: path.clone(),
+                looked,
+                target,
+                reader,
+                runs,
+                have,
+                blocks: Mutex::default(),
+            });
+        }
+        Ok(files)
+    }
+}
+
+/// Pulls everything; the digests of all files of the inventory.
+fn transfer(
+    link: &mut Link,
+    files: Vec<Incoming>,
+    streams: Option<u16>,
+    signals: &Arc<Signals>,
+    meter: &Arc<Meter>,
+    count: usize,
+) -> Result<Vec<Option<Digest>>, Error> {
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let streams = streams.unwrap_or_else(|| cores.clamp(2, 4) as u16).clamp(1, 16);
+    let data = Peer {
+        addresses: link.peer().addresses.clone(),
+        security: link.peer().security.clone(),
+    };
+    let pull = Pull::new(&data, files, signals, meter);
+    pull.run(streams, |bytes| link.note(&Ask::Verified { bytes }, signals))?;
+    let mut digests = vec![None; count];
+    for file in pull.files {
+        if let Some(target) = &file.target {
+            target.complete(&file.looked)?;
+        }
+        let blocks = file.blocks.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(digest) = digests.get_mut(file.number as usize) {
+            *digest = Some(blocks.digest(file.looked.size));
+        }
+    }
+    Ok(digests)
+}
+
+fn is_device(path: &std::path::Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
+}
+
+/// What an attempt that was cut off by a crash left of files with these places: place and temporary file.
+fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
+    let entries = earlier.into_iter().flat_map(|journal| &journal.entries);
+    let useful = entries.filter_map(|entry| {
+        let temporary = entry.temporary.as_ref()?;
+        let useful = places.contains(&entry.path) && place::is_ours(temporary, entry);
+        useful.then(|| (entry.path.clone(), temporary.clone()))
+    });
+    useful.collect()
+}
+
+fn remove_useless(earlier: Option<&Journal>, left: &BTreeMap<PathBuf, PathBuf>) {
+    let Some(earlier) = earlier else { return };
+    let used: BTreeSet<_> = left.values().collect();
+    let mut useless = earlier.clone();
+    useless.entries.retain(|entry| {
+        !entry
+            .temporary
+            .as_ref()
+            .is_some_and(|temporary| used.contains(temporary))
+    });
+    useless.directories.clear();
+    place::undo(&useless);
+}
+
+impl Arrived {
+    /// Does what the plug-in asks until the guest is one host's.
+    fn conclude(mut self, control: &Control, signals: &Signals) {
+        let deadline = Instant::now() + UNTIL_FINISHED;
+        let host = self.kept.host.clone();
+        loop {
+            let request = signals.next_request(Some(deadline));
+            let outcome = match request {
+                Some(Request::ColdCommit) => self.commit(signals).map(|()| Reply::ColdPlaced),
+                Some(Request::ColdOwned) => match self.owned(signals) {
+                    Ok(told) => return control.reply(Reply::ColdOwned { told }),
+                    Err((arrived, error)) => {
+                        self = *arrived;
+                        Err(error)
+                    }
+                },
+                Some(Request::ColdAbort) => match self.abort("libvirt or the operator gave the migration up")
+                {
+                    Ok(()) => return control.reply(Reply::ColdAborted),
+                    Err(error) => return control.reply(Reply::Failed(error.failure(&host))),
+                },
+                Some(other) => {
+                    tracing::warn!(?other, "a request out of turn");
+                    continue;
+                }
+                // The plug-in has gone. As long as the source has not been asked, it keeps the guest; later, libvirt's
+                // part is still to be done, and a recovery does it.
+                None => {
+                    if matches!(self.kept.state, State::Pulling | State::Ready) {
+                        if let Err(error) = self.abort("the destination's daemon gave the migration up") {
+                            tracing::error!("{error}");
+                        }
+                    }
+                    return;
+                }
+            };
+            match outcome {
+                Ok(reply) => control.reply(reply),
+                Err(error) => {
+                    tracing::error!("{error}");
+                    control.reply(Reply::Failed(error.failure(&host)));
+                }
+            }
+        }
+    }
+
+    /// Takes the guest over from the source and puts its files in place.
+    fn commit(&mut self, signals: &Signals) -> Result<(), Error> {
+        if self.kept.state == State::Placed {
+            return Ok(());
+        }
+        signals.check()?;
+        commit(&mut self.kept, &mut self.link, signals, RECONNECT)
+    }
+
+    /// The guest is registered here; says whether the source knows.
+    fn owned(mut self, signals: &Signals) -> Result<bool, (Box<Self>, Error)> {
+        match owned(&mut self.kept, &mut self.link, signals) {
+            Ok(true) => match self.kept.remove() {
+                Ok(()) => Ok(true),
+                // It says that the guest is here, which is true.
+                Err(error) => {
+                    tracing::warn!("{error}");
+                    Ok(true)
+                }
+            },
+            Ok(false) => Ok(false),
+            Err(error) => Err((Box::new(self), error)),
+        }
+    }
+
+    fn abort(self, cause: &str) -> Result<(), Error> {
+        abort(self.kept, self.link, cause)
+    }
+}
+
+/// Asks the source to let go and puts the files in place; from the journal's `ready` or `committing`.
+///
+/// # Errors
+/// [`Error::Refused`]: the source keeps the guest. Any other: it is not known whether it does, unless the state is `ready`.
+pub fn commit(kept: &mut Kept, link: &mut Link, signals: &Signals, patience: Duration) -> Result<(), Error> {
+    let manifest = match (kept.state, kept.manifest) {
+        (State::Ready | State::Committing, Some(manifest)) => manifest,
+        (state, _) => {
+            return Err(Error::Other(format!(
+                "the guest cannot be taken over in state {state:?}"
+            )))
+        }
+    };
+    kept.enter(State::Committing, |_| {})?;
+    link.commit(manifest, signals, patience)?;
+    place::put_in_place(kept)?;
+    kept.enter(State::Placed, |_| {})
+}
+
+/// Notes that the guest is here and tells the source; says whether that has heard it.
+///
+/// # Errors
+/// The guest's files are not in place, or the journal cannot be written.
+pub fn owned(kept: &mut Kept, link: &mut Link, signals: &Signals) -> Result<bool, Error> {
+    match kept.state {
+        State::Placed => kept.enter(State::Owned, |_| {})?,
+        State::Owned => {}
+        state => {
+            return Err(Error::Other(format!(
+                "the guest cannot be owned in state {state:?}"
+            )))
+        }
+    }
+    let told = link.owned(signals);
+    if let Err(error) = &told {
+        tracing::warn!("the source could not be told that the guest is here: {error}");
+    }
+    Ok(told.is_ok())
+}
+
+/// Gives the guest up for good, removes everything, and tells the source.
+///
+/// # Errors
+/// The guest is this host's already, or the journal cannot be written.
+pub fn abort(mut kept: Kept, mut link: Link, cause: &str) -> Result<(), Error> {
+    match kept.state {
+        State::Owned => {
+            return Err(Error::Other(
+                "the guest is registered here: it cannot be given back".into(),
+            ))
+        }
+        // The source may have let go: before anything is removed, it is written down that this host never will own it.
+        State::Committing | State::Placed => kept.enter(State::Aborted, |_| {})?,
+        _ => {}
+    }
+    place::undo(&kept);
+    match link.abort(cause, TELL) {
+        Ok(()) => kept.remove(),
+        // It has no such session any more: nothing is left to be known.
+        Err(Error::Refused { .. }) => kept.remove(),
+        Err(error) if kept.state == State::Aborted => {
+            tracing::warn!("the source could not be told that it keeps the guest: {error}");
+            Ok(())
+        }
+        Err(error) => {
+            tracing::warn!("the source could not be told: {error}");
+            kept.remove()
+        }
+    }
+}

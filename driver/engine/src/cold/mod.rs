@@ -1,0 +1,45 @@
+//! Cold migration: a guest that is shut off goes over with all of its files, pulled by the destination.
+//!
+//! ```text
+//!   source (serves)                                                   destination (pulls)
+//!   ColdServe   look at the files, fence them, journal: prepared
+//!                                                                     ColdPull    reserve; journal: pulling
+//!               read a block, hash it, leave out zeros  ═══════════▶  write it beside the target
+//!               (or: the hash is the one you have)                    sync, read back, hash, compare; journal: ready
+//!               compare the digests of all files        ◀──Ready───
+//!                                                                     ColdCommit  journal: committing
+//!               nothing has changed? journal: committed ◀──Commit──
+//!                                                       ───────────▶  rename; journal: placed   (libvirt defines)
+//!               journal: owned-there                    ◀──Owned───   ColdOwned   journal: owned, then gone
+//!   ColdDelete  delete; journal gone
+//! ```
+//!
+//! | room | what it is for |
+//! |---|---|
+//! | [`hash`] | what a file's content is, as a digest: holes and zeros count alike |
+//! | [`files`] | the source's files: look, fence, read; [`extents`] where they have data |
+//! | [`frame`], [`messages`] | what goes over data and control connections |
+//! | [`source`], [`serve`] | the source's sequence, and one connection of it |
+//! | [`reserve`] | everything that is in the way at the destination, at once |
+//! | [`place`] | the destination's files: temporary, final, or gone again |
+//! | [`destination`], [`pull`] | the destination's sequence, and its connections |
+//! | [`journal`], [`recover`] | what survives a crash, and what is made of it |
+
+pub mod destination;
+mod error;
+pub mod extents;
+pub mod files;
+pub mod frame;
+pub mod hash;
+pub mod journal;
+pub mod messages;
+mod nonce;
+pub mod place;
+pub mod pull;
+pub mod recover;
+pub mod reserve;
+pub mod serve;
+pub mod source;
+mod users;
+
+pub use error::Error;

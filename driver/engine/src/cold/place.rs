@@ -1,0 +1,384 @@
+//! The destination's files: written under a temporary name beside the target, put in place whole, or gone again.
+
+use super::files::Reader;
+use super::journal::sync_parent;
+use super::messages::Looked;
+use super::{users, Error};
+use ferry_contract::cold::journal::{Entry, Fate, Journal};
+use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
+use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{fchown, DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use uuid::Uuid;
+
+/// Bytes a file's name may have (NAME_MAX).
+const LONGEST_NAME: usize = 255;
+
+/// Under which name a file is written: hidden, in the same directory, and ours by its looks.
+pub fn temporary(path: &Path, session: Uuid) -> PathBuf {
+    let suffix = format!(".ferry-{session}.part");
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let mut end = name.len().min(LONGEST_NAME - 1 - suffix.len());
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    path.with_file_name(format!(".{}{suffix}", &name[..end]))
+}
+
+/// A file that is being written.
+#[derive(Debug)]
+pub struct Target {
+    /// Where it is written.
+    pub path: PathBuf,
+    kind: Kind,
+    size: u64,
+    file: File,
+    reader: Reader,
+}
+
+impl Target {
+    /// Makes a temporary file, or takes up what an interrupted attempt left of it.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn file(path: &Path, size: u64, left: bool) -> Result<Self, Error> {
+        let failed = Error::file("make", path);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(!left)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(path)
+            .map_err(failed)?;
+        file.set_len(size).map_err(failed)?;
+        Self::new(path, file, Kind::File, size)
+    }
+
+    /// Takes a device that nobody uses, and makes its first `size` bytes zeros.
+    ///
+    /// # Errors
+    /// It is in use, too small, or the system refuses.
+    pub fn device(path: &Path, size: u64) -> Result<Self, Error> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
+            .open(path)
+            .map_err(Error::file("open", path))?;
+        let target = Self::new(path, file, Kind::Block, size)?;
+        target.zero(0, size)?;
+        Ok(target)
+    }
+
+    fn new(path: &Path, file: File, kind: Kind, size: u64) -> Result<Self, Error> {
+        let read = file.try_clone().map_err(Error::file("open", path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            kind,
+            size,
+            file,
+            reader: Reader::new(read, path),
+        })
+    }
+
+    /// Its device and inode.
+    pub fn identity(&self) -> Option<(u64, u64)> {
+        let metadata = self.file.metadata().ok()?;
+        (self.kind == Kind::File).then(|| (metadata.dev(), metadata.ino()))
+    }
+
+    /// To read back what was written.
+    pub fn reader(&self) -> &Reader {
+        &self.reader
+    }
+
+    /// Writes bytes.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let written = self.file.write_all_at(bytes, offset);
+        written.map_err(Error::file("write", &self.path))
+    }
+
+    /// Makes bytes zeros.
+    pub fn zero(&self, offset: u64, length: u64) -> Result<(), Error> {
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        // A device takes whole sectors only.
+        let whole = match self.kind {
+            Kind::File => length,
+            Kind::Block => length - length % 4096,
+        };
+        let punched = whole > 0 && fallocate(&self.file, punch, offset as i64, whole as i64).is_ok();
+        let mut at = offset + if punched { whole } else { 0 };
+        let zeros = vec![0; BLOCK as usize];
+        while at < offset + length {
+            let piece = (offset + length - at).min(BLOCK) as usize;
+            self.write(at, &zeros[..piece])?;
+            at += piece as u64;
+        }
+        Ok(())
+    }
+
+    /// Starts to write a range to the disk, and where asked waits for it: what is read back then comes from there.
+    pub fn write_back(&self, offset: u64, length: u64, wait: bool) -> Result<(), Error> {
+        let mut flags = libc::SYNC_FILE_RANGE_WRITE;
+        if wait {
+            flags |= libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+        }
+        // SAFETY: numbers only, of a file that is open.
+        let done =
+            unsafe { libc::sync_file_range(self.file.as_raw_fd(), offset as i64, length as i64, flags) };
+        if done != 0 {
+            let error = io::Error::last_os_error();
+            // A file system without: its data are nowhere else, or the sync at the end has to do.
+            if !matches!(
+                error.raw_os_error(),
+                Some(libc::ESPIPE | libc::EINVAL | libc::ENOSYS)
+            ) {
+                return Err(Error::file("write back", &self.path)(error));
+            }
+        }
+        if wait {
+            // SAFETY: numbers only, of a file that is open. Advice that is not taken changes nothing.
+            unsafe {
+                libc::posix_fadvise(
+                    self.file.as_raw_fd(),
+                    offset as i64,
+                    length as i64,
+                    libc::POSIX_FADV_DONTNEED,
+                )
+            };
+        }
+        Ok(())
+    }
+
+    /// Gives the file its owner, permissions and attributes, and makes all of it durable.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn complete(&self, like: &Looked) -> Result<(), Error> {
+        if self.kind == Kind::File {
+            let failed = Error::file("set the owner of", &self.path);
+            let owner = (users::user_id(&like.owner), users::group_id(&like.group));
+            if owner.0.is_none() || owner.1.is_none() {
+                tracing::warn!(path = %self.path.display(), owner = like.owner, group = like.group, "no such owner here");
+            }
+            fchown(&self.file, owner.0, owner.1).map_err(failed)?;
+            let mode = fs::Permissions::from_mode(like.mode & 0o7777);
+            self.file.set_permissions(mode).map_err(failed)?;
+            for (name, value) in &like.attributes {
+                self.attribute(name, value);
+            }
+        }
+        self.file.sync_all().map_err(Error::file("sync", &self.path))
+    }
+
+    fn attribute(&self, name: &str, value: &[u8]) {
+        let Ok(text) = std::ffi::CString::new(name) else {
+            return;
+        };
+        if !name.starts_with("user.") {
+            return;
+        }
+        // SAFETY: the name ends with NUL, the value is as long as said.
+        let done = unsafe {
+            libc::fsetxattr(
+                self.file.as_raw_fd(),
+                text.as_ptr(),
+                value.as_ptr().cast(),
+                value.len(),
+                0,
+            )
+        };
+        if done != 0 {
+            let error = io::Error::last_os_error();
+            tracing::warn!(path = %self.path.display(), name, %error, "an attribute is lost");
+        }
+    }
+
+    /// Its length, bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where its bytes are kept.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+/// The directories of the guest's own that must be made first, top down, as (here, like this one of the source).
+pub fn directories<'a>(
+    inventory: &'a Inventory,
+    places: &[PathBuf],
+) -> Vec<(PathBuf, Option<&'a Directory>)> {
+    let mut found: Vec<(PathBuf, Option<&Directory>)> = Vec::new();
+    for (file, place) in inventory.files.iter().zip(places) {
+        let (mut there, mut here) = (file.path.parent(), place.parent());
+        match file.part {
+            Part::Tpm => {
+                while let (Some(source), Some(path)) = (there, here) {
+                    let Some(like) = inventory
+                        .directories
+                        .iter()
+                        .find(|directory| directory.path == source)
+                    else {
+                        break;
+                    };
+                    found.push((path.to_owned(), Some(like)));
+                    (there, here) = (source.parent(), path.parent());
+                }
+            }
+            Part::Nvram | Part::Log => found.extend(here.map(|path| (path.to_owned(), None))),
+            _ => {}
+        }
+    }
+    found.sort_by(|one, two| one.0.cmp(&two.0));
+    found.dedup_by(|one, two| one.0 == two.0);
+    found
+}
+
+/// Makes a directory where there is none; says whether it did.
+///
+/// # Errors
+/// The system refuses.
+pub fn make_directory(path: &Path, like: Option<&Directory>) -> Result<bool, Error> {
+    let failed = Error::file("make the directory", path);
+    match DirBuilder::new().mode(0o755).create(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+        Err(error) => return Err(failed(error)),
+    }
+    if let Some(like) = like {
+        let directory = File::open(path).map_err(failed)?;
+        fchown(
+            &directory,
+            users::user_id(&like.owner),
+            users::group_id(&like.group),
+        )
+        .map_err(failed)?;
+        let mode = fs::Permissions::from_mode(like.mode & 0o7777);
+        directory.set_permissions(mode).map_err(failed)?;
+    }
+    sync_parent(path).map_err(failed)?;
+    Ok(true)
+}
+
+/// Gives all files their final names, durably. What has its name already keeps it: a recovery may come back to it.
+///
+/// # Errors
+/// A name was taken meanwhile, or the system refuses.
+pub fn put_in_place(journal: &Journal) -> Result<(), Error> {
+    let mut parents = BTreeSet::new();
+    for entry in &journal.entries {
+        let (Fate::Moves, Some(temporary)) = (entry.fate, &entry.temporary) else {
+            continue;
+        };
+        if is_ours(&entry.path, entry) && !temporary.exists() {
+            continue;
+        }
+        rename(temporary, &entry.path).map_err(Error::file("put in place", &entry.path))?;
+        parents.insert(entry.path.parent().unwrap_or(Path::new("/")).to_owned());
+    }
+    for parent in parents {
+        let synced = File::open(&parent).and_then(|directory| directory.sync_all());
+        synced.map_err(Error::file("sync", &parent))?;
+    }
+    Ok(())
+}
+
+/// Renames, and never replaces.
+fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+        // A file system without that flag: a second name is never given over an existing one, either.
+        Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOSYS) => {
+            fs::hard_link(from, to)?;
+            fs::remove_file(from)
+        }
+        done => Ok(done?),
+    }
+}
+
+/// Whether the file at `path` is the one that this session wrote or served.
+pub fn is_ours(path: &Path, entry: &Entry) -> bool {
+    let found = fs::symlink_metadata(path).ok();
+    let found = found.map(|metadata| (metadata.dev(), metadata.ino()));
+    found.is_some() && found == entry.identity
+}
+
+/// Removes everything a session made on this host: temporary files, files in place, directories.
+pub fn undo(journal: &Journal) {
+    for entry in &journal.entries {
+        if entry.fate != Fate::Moves || entry.kind == Kind::Block {
+            continue;
+        }
+        let temporary = entry
+            .temporary
+            .iter()
+            .filter(|path| path.symlink_metadata().is_ok());
+        let placed = Some(&entry.path).filter(|path| is_ours(path, entry));
+        for path in temporary.chain(placed) {
+            match fs::remove_file(path) {
+                Ok(()) => tracing::debug!(path = %path.display(), "removed"),
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "cannot be removed: remove it by hand")
+                }
+            }
+        }
+    }
+    for directory in &journal.directories {
+        // Not empty: somebody else's by now.
+        let _ = fs::remove_dir(directory);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn temporary_names_fit_and_are_hidden() {
+        let session = Uuid::from_u128(5);
+        let name = |path: &str| temporary(Path::new(path), session);
+        assert_eq!(
+            name("/images/g.qcow2"),
+            Path::new("/images/.g.qcow2.ferry-00000000-0000-0000-0000-000000000005.part")
+        );
+        for long in ["x".repeat(255), "é".repeat(127)] {
+            let path = name(&format!("/images/{long}"));
+            let length = path.file_name().unwrap().len();
+            assert!((250..=LONGEST_NAME).contains(&length), "{length}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+        fs::write(&from, "new").unwrap();
+        fs::write(&to, "old").unwrap();
+        let refused = rename(&from, &to).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read_to_string(&to).unwrap(), "old");
+        fs::remove_file(&to).unwrap();
+        rename(&from, &to).unwrap();
+        assert_eq!(fs::read_to_string(&to).unwrap(), "new");
+    }
+
+    #[test]
+    fn zeros_are_made_anywhere() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = Target::file(&directory.path().join("file"), 3 * BLOCK, false).unwrap();
+        target.write(0, &vec![7; 3 * BLOCK as usize]).unwrap();
+        target.zero(100, BLOCK).unwrap();
+        let bytes = fs::read(&target.path).unwrap();
+        assert!(crate::memory::is_zero(&bytes[100..100 + BLOCK as usize]));
+        assert!(bytes[..100]
+            .iter()
+            .chain(&bytes[100 + BLOCK as usize..])
+            .all(|byte| *byte == 7));
+    }
+}

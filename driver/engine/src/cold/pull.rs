@@ -1,0 +1,621 @@
+//! The destination's data connections: blocks are asked for, written, read back and compared.
+//!
+//! ```text
+//!   queue of chunks ─▶ puller 0..n (a connection each): ask ▸ receive ▸ write ▸ start to write back ─▶ queue ─▶ verifier 0..1:
+//!                                                                       wait until it is on the disk ▸ read back ▸ hash ▸ compare
+//! ```
+//! A puller keeps some requests on their way, so that neither a round trip nor the source's disk makes it wait. One whose
+//! connection is cut makes a new one and asks again for what has not been answered, and for nothing else.
+
+use super::extents;
+use super::files::{Aligned, Reader};
+use super::frame::{Frame, Invalid, Want, HEADER};
+use super::hash::{self, BlockHash, Blocks};
+use super::messages::Looked;
+use super::place::Target;
+use super::serve::bad;
+use super::Error;
+use crate::control::Meter;
+use crate::live::signals::{End, Signals};
+use crate::wire::{self, connect, Connection, Purpose, Security};
+use ferry_contract::cold::{Kind, BLOCK};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+/// Blocks that are asked for, written back and verified together.
+const CHUNK: u64 = 16;
+/// Requests of one connection that are on their way: 8 MiB, so that the source always knows what comes next.
+const DEPTH: usize = 8;
+/// Threads that read back.
+const VERIFIERS: usize = 2;
+/// How long a cut connection is tried again. The source waits a little longer.
+pub const RECONNECT: Duration = Duration::from_secs(50);
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(200);
+/// The longest attempt.
+const ATTEMPT: Duration = Duration::from_secs(10);
+
+/// Where the source is, and how to speak to it.
+pub struct Peer {
+    /// Its engine.
+    pub addresses: Vec<SocketAddr>,
+    /// The session.
+    pub security: Security,
+}
+
+impl Peer {
+    /// Connects, again and again for some time where the network or the other engine does not answer.
+    ///
+    /// # Errors
+    /// The session has ended, the other engine refuses, or the time is up.
+    pub fn connect(
+        &self,
+        purpose: Purpose,
+        signals: &Signals,
+        patience: Duration,
+    ) -> Result<Connection, Error> {
+        let end = Instant::now() + patience;
+        loop {
+            signals.check()?;
+            let deadline = end.min(Instant::now() + ATTEMPT);
+            match connect(&self.addresses, &self.security, purpose, deadline) {
+                Ok(connection) => {
+                    signals.watch(connection.breaker());
+                    return Ok(connection);
+                }
+                Err(error) if is_cut(&error) && Instant::now() + PAUSE < end => std::thread::sleep(PAUSE),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Whether trying again may help.
+pub fn is_cut(error: &wire::Error) -> bool {
+    use wire::Error::{Io, PeerGone, Timeout};
+    matches!(error, PeerGone { .. } | Timeout { .. } | Io { .. })
+}
+
+/// A file that is pulled, or only compared.
+pub struct Incoming {
+    /// Its number in the inventory.
+    pub number: u32,
+    /// At the source.
+    pub source: PathBuf,
+    /// At the destination.
+    pub path: PathBuf,
+    /// What it is like at the source.
+    pub looked: Looked,
+    /// Where its content goes; none where what is here already is compared.
+    pub target: Option<Target>,
+    /// To read what is here.
+    pub reader: Option<Reader>,
+    /// Blocks that have to be asked for.
+    pub runs: Vec<Range<u64>>,
+    /// Blocks of which something is here already.
+    pub have: Vec<Range<u64>>,
+    /// What the source says of its blocks.
+    pub blocks: Mutex<Blocks>,
+}
+
+impl Incoming {
+    fn is_here(&self, block: u64) -> bool {
+        let after = self.have.partition_point(|run| run.start <= block);
+        after > 0 && self.have[after - 1].contains(&block)
+    }
+
+    fn length(&self, block: u64) -> usize {
+        hash::length(self.looked.size, block)
+    }
+
+    /// What is here of a block, past the cache.
+    fn hash_here(&self, buffer: &mut Aligned, block: u64) -> Result<BlockHash, Error> {
+        let Some(reader) = self.target.as_ref().map(Target::reader).or(self.reader.as_ref()) else {
+            return Ok(None);
+        };
+        let length = self.length(block);
+        let read = reader.read_back(buffer, block * BLOCK, length);
+        read.map_err(Error::file("read back", &self.path))?;
+        Ok(hash::block(buffer.get(length)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Blocks> {
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Some blocks of a file.
+#[derive(Debug, Clone)]
+struct Chunk {
+    file: usize,
+    blocks: Range<u64>,
+}
+
+/// All files on their way.
+pub struct Pull<'a> {
+    /// The source.
+    pub peer: &'a Peer,
+    /// The files.
+    pub files: Vec<Incoming>,
+    /// The session's end.
+    pub signals: &'a Signals,
+    /// For the statistics.
+    pub meter: &'a Arc<Meter>,
+    /// Bytes read back and found the same.
+    pub verified: AtomicU64,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    pull: VecDeque<Chunk>,
+    verify: VecDeque<Chunk>,
+    /// Chunks that are not verified yet.
+    open: usize,
+    failure: Option<Error>,
+}
+
+impl<'a> Pull<'a> {
+    /// Plans the transfer of these files.
+    pub fn new(peer: &'a Peer, files: Vec<Incoming>, signals: &'a Signals, meter: &'a Arc<Meter>) -> Self {
+        let mut queue = Queue::default();
+        let mut total = 0;
+        for (index, file) in files.iter().enumerate() {
+            queue.pull.extend(chunks(index, &file.runs));
+            total += extents::bytes(&file.runs, file.looked.size);
+            // What a device held before must be gone, also where the source has nothing.
+            if file
+                .target
+                .as_ref()
+                .is_some_and(|target| target.kind() == Kind::Block)
+            {
+                let gaps = gaps(&file.runs, file.looked.size);
+                total += extents::bytes(&gaps, file.looked.size);
+                queue.verify.extend(chunks(index, &gaps));
+            }
+        }
+        queue.open = queue.pull.len() + queue.verify.len();
+        meter.total.store(total, Relaxed);
+        meter.remaining.store(total, Relaxed);
+        Self {
+            peer,
+            files,
+            signals,
+            meter,
+            verified: AtomicU64::new(0),
+            queue: Mutex::new(queue),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Pulls and verifies everything over so many connections; `meanwhile` is called about twice a second.
+    ///
+    /// # Errors
+    /// The first failure of any thread.
+    pub fn run(
+        &self,
+        streams: u16,
+        mut meanwhile: impl FnMut(u64) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        std::thread::scope(|scope| {
+            for number in 0..streams {
+                self.start(scope, "pull", move |pull| pull.pull(number))?;
+            }
+            for _ in 0..VERIFIERS {
+                self.start(scope, "verify", Self::verify)?;
+            }
+            loop {
+                let (queue, _) = self
+                    .changed
+                    .wait_timeout_while(self.lock(), Duration::from_millis(500), |queue| {
+                        queue.open > 0 && queue.failure.is_none()
+                    })
+                    .unwrap_or_else(PoisonError::into_inner);
+                let done = queue.open == 0 || queue.failure.is_some();
+                drop(queue);
+                if let Err(error) = self
+                    .signals
+                    .check()
+                    .map_err(Error::from)
+                    .and_then(|()| meanwhile(self.verified.load(Relaxed)))
+                {
+                    self.fail(error);
+                }
+                if done {
+                    return Ok(());
+                }
+            }
+        })
+        .and_then(|()| match self.lock().failure.take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        })
+    }
+
+    fn start<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        name: &str,
+        work: impl FnOnce(&'scope Self) -> Result<(), Error> + Send + 'scope,
+    ) -> Result<(), Error> {
+        let span = tracing::Span::current();
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn_scoped(scope, move || {
+                let _entered = span.enter();
+                if let Err(error) = work(self) {
+                    self.fail(error);
+                }
+            });
+        thread.map(drop).map_err(|error| {
+            let error = Error::Other(format!("cannot start a thread: {error}"));
+            self.fail(Error::Other(error.to_string()));
+            error
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first failure counts, and ends everybody.
+    fn fail(&self, error: Error) {
+        let mut queue = self.lock();
+        if queue.failure.is_none() {
+            let end = match &error {
+                Error::Ended(crate::live::Error::Cancelled) => End::Cancelled,
+                Error::Ended(crate::live::Error::Abandoned) => End::Abandoned,
+                error => End::Failed(error.to_string()),
+            };
+            queue.failure = Some(error);
+            drop(queue);
+            self.signals.end(end);
+        }
+        self.changed.notify_all();
+    }
+
+    fn pull(&self, number: u16) -> Result<(), Error> {
+        let mut puller = Puller {
+            pull: self,
+            number,
+            connection: None,
+            wanted: VecDeque::new(),
+            asked: 0,
+            buffer: Aligned::default(),
+            payload: vec![0; BLOCK as usize],
+            unpacker: None,
+        };
+        puller.run()
+    }
+
+    fn next(&self) -> Option<Chunk> {
+        let mut queue = self.lock();
+        if queue.failure.is_some() {
+            return None;
+        }
+        queue.pull.pop_front()
+    }
+
+    /// A chunk has been written.
+    fn written(&self, chunk: Chunk) -> Result<(), Error> {
+        let file = &self.files[chunk.file];
+        if let Some(target) = &file.target {
+            let length = extents::bytes(std::slice::from_ref(&chunk.blocks), file.looked.size);
+            target.write_back(chunk.blocks.start * BLOCK, length, false)?;
+        }
+        self.lock().verify.push_back(chunk);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn verify(&self) -> Result<(), Error> {
+        let mut buffer = Aligned::default();
+        loop {
+            let mut queue = self
+                .changed
+                .wait_while(self.lock(), |queue| {
+                    queue.verify.is_empty() && queue.open > 0 && queue.failure.is_none()
+                })
+                .unwrap_or_else(PoisonError::into_inner);
+            if queue.failure.is_some() {
+                return Ok(());
+            }
+            let Some(chunk) = queue.verify.pop_front() else {
+                return Ok(());
+            };
+            drop(queue);
+            self.compare(&mut buffer, &chunk)?;
+            let mut queue = self.lock();
+            queue.open -= 1;
+            if queue.open == 0 {
+                self.changed.notify_all();
+            }
+        }
+    }
+
+    fn compare(&self, buffer: &mut Aligned, chunk: &Chunk) -> Result<(), Error> {
+        let file = &self.files[chunk.file];
+        let length = extents::bytes(std::slice::from_ref(&chunk.blocks), file.looked.size);
+        if let Some(target) = &file.target {
+            target.write_back(chunk.blocks.start * BLOCK, length, true)?;
+            for block in chunk.blocks.clone() {
+                if file.hash_here(buffer, block)? != file.lock().get(block) {
+                    return Err(Error::Damaged {
+                        path: file.path.clone(),
+                        from: file.source.clone(),
+                        offset: block * BLOCK,
+                    });
+                }
+            }
+        }
+        self.verified.fetch_add(length, Relaxed);
+        self.progressed(length);
+        Ok(())
+    }
+
+    /// Half of the work on these bytes is done.
+    fn progressed(&self, bytes: u64) {
+        let left = |left: u64| Some(left.saturating_sub(bytes / 2));
+        // It always changes something.
+        let _ = self.meter.remaining.fetch_update(Relaxed, Relaxed, left);
+    }
+}
+
+fn chunks(file: usize, runs: &[Range<u64>]) -> impl Iterator<Item = Chunk> + '_ {
+    runs.iter().flat_map(move |run| {
+        let end = run.end;
+        run.clone().step_by(CHUNK as usize).map(move |start| Chunk {
+            file,
+            blocks: start..end.min(start + CHUNK),
+        })
+    })
+}
+
+/// What lies between runs, to the end of the file.
+fn gaps(runs: &[Range<u64>], size: u64) -> Vec<Range<u64>> {
+    let end = size.div_ceil(BLOCK);
+    let mut at = 0;
+    let mut gaps = Vec::new();
+    for run in runs.iter().cloned().chain(std::iter::once(end..end)) {
+        if run.start > at {
+            gaps.push(at..run.start);
+        }
+        at = run.end;
+    }
+    gaps
+}
+
+/// Both, joined.
+pub fn union(one: &[Range<u64>], two: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut all: Vec<_> = one
+        .iter()
+        .chain(two)
+        .filter(|run| !run.is_empty())
+        .cloned()
+        .collect();
+    all.sort_by_key(|run| run.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for run in all {
+        match joined.last_mut() {
+            Some(last) if last.end >= run.start => last.end = last.end.max(run.end),
+            _ => joined.push(run),
+        }
+    }
+    joined
+}
+
+/// A block to be had; the last one of its chunk brings that along.
+struct Wanted {
+    file: usize,
+    block: u64,
+    ends: Option<Chunk>,
+}
+
+struct Puller<'a> {
+    pull: &'a Pull<'a>,
+    number: u16,
+    connection: Option<Connection>,
+    /// Not answered yet, in the order of asking; the first `asked` of them are on their way.
+    wanted: VecDeque<Wanted>,
+    asked: usize,
+    buffer: Aligned,
+    payload: Vec<u8>,
+    unpacker: Option<zstd::bulk::Decompressor<'static>>,
+}
+
+impl Puller<'_> {
+    fn run(&mut self) -> Result<(), Error> {
+        loop {
+            match self.step() {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                Err(Error::Wire(error)) if is_cut(&error) => {
+                    self.pull.signals.check()?;
+                    tracing::warn!(%error, stream = self.number, "the connection was cut: connecting again");
+                    self.connection = None;
+                    self.asked = 0;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Asks for what there is room for and takes one answer; false when there is nothing left to ask for.
+    fn step(&mut self) -> Result<bool, Error> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self
+                .pull
+                .peer
+                .connect(Purpose::Data(self.number), self.pull.signals, RECONNECT)?,
+        };
+        while self.asked < DEPTH {
+            if self.asked == self.wanted.len() {
+                let Some(chunk) = self.pull.next() else { break };
+                let last = chunk.blocks.end - 1;
+                let wanted = chunk.blocks.clone().map(|block| Wanted {
+                    file: chunk.file,
+                    block,
+                    ends: (block == last).then(|| chunk.clone()),
+                });
+                self.wanted.extend(wanted);
+            }
+            let Wanted { file, block, .. } = self.wanted[self.asked];
+            let file = &self.pull.files[file];
+            let have = match file.is_here(block) || file.target.is_none() {
+                true => Some(file.hash_here(&mut self.buffer, block)?),
+                false => None,
+            };
+            let want = Want {
+                file: file.number,
+                block,
+                have,
+            };
+            connection.send(&[&want.encode()], "asking for a block")?;
+            self.asked += 1;
+        }
+        if self.wanted.is_empty() {
+            return Ok(false);
+        }
+        self.take(&mut connection)?;
+        self.connection = Some(connection);
+        self.asked -= 1;
+        let Some(answered) = self.wanted.pop_front() else {
+            return Ok(false);
+        };
+        let length = self.pull.files[answered.file].length(answered.block);
+        self.pull.progressed(length as u64);
+        if let Some(chunk) = answered.ends {
+            self.pull.written(chunk)?;
+        }
+        Ok(true)
+    }
+
+    /// Receives the answer for the first of the wanted blocks and writes it.
+    fn take(&mut self, connection: &mut Connection) -> Result<(), Error> {
+        let doing = "waiting for a block";
+        let Wanted { file, block, .. } = self.wanted[0];
+        let file = &self.pull.files[file];
+        let length = file.length(block) as u32;
+        let mut end = 0;
+        // Pieces leave zeros out, so what is here of the block has to go first.
+        let mut fresh = !file.is_here(block);
+        loop {
+            let mut header = [0; HEADER];
+            connection.receive_exact(&mut header, doing)?;
+            let frame = Frame::decode(&header).map_err(|what| bad(connection, what))?;
+            let payload = &mut self.payload[..frame.payload()];
+            connection.receive_exact(payload, doing)?;
+            self.pull
+                .meter
+                .wire
+                .fetch_add((HEADER + payload.len()) as u64, Relaxed);
+            let (hash, same) = match frame {
+                Frame::Piece {
+                    packed, offset, span, ..
+                } => {
+                    if offset < end || offset + span > length {
+                        return Err(bad(connection, Invalid::Place { offset, span }));
+                    }
+                    end = offset + span;
+                    let Some(target) = &file.target else {
+                        // Compared only: it differs, as the end will say.
+                        continue;
+                    };
+                    if !fresh {
+                        target.zero(block * BLOCK, length.into())?;
+                        fresh = true;
+                    }
+                    let at = block * BLOCK + u64::from(offset);
+                    match packed {
+                        false => target.write(at, payload)?,
+                        true => {
+                            let unpacked = unpack(&mut self.unpacker, payload, span);
+                            let bytes = unpacked
+                                .ok_or_else(|| bad(connection, Invalid::Length(payload.len() as u32)))?;
+                            target.write(at, &bytes)?;
+                        }
+                    }
+                    self.pull.meter.data.fetch_add(span.into(), Relaxed);
+                    continue;
+                }
+                Frame::End { same } => {
+                    let mut hash = [0; 32];
+                    hash.copy_from_slice(payload);
+                    (Some(hash), same)
+                }
+                Frame::Zeros { same } => (None, same),
+                Frame::Failed { .. } => {
+                    let cause = String::from_utf8_lossy(payload).into_owned();
+                    let host = connection.peer().ip().to_string();
+                    return Err(Error::Refused { cause, host });
+                }
+            };
+            if file.target.is_none() && !same {
+                return Err(Error::Other(format!(
+                    "{} is not the same as {} at the source: bases differ, move the whole chain with --copy-storage-all \
+                     to other paths",
+                    file.path.display(),
+                    file.source.display()
+                )));
+            }
+            if let (None, false, Some(target)) = (hash, fresh, &file.target) {
+                target.zero(block * BLOCK, length.into())?;
+            }
+            return match file.lock().note(block, hash) {
+                true => Ok(()),
+                false => Err(Error::Other(format!(
+                    "{} was changed while it was copied",
+                    file.source.display()
+                ))),
+            };
+        }
+    }
+}
+
+/// Exactly `span` bytes, or nothing: a payload that unpacks to more is not unpacked further.
+fn unpack(
+    unpacker: &mut Option<zstd::bulk::Decompressor<'static>>,
+    payload: &[u8],
+    span: u32,
+) -> Option<Vec<u8>> {
+    let zstd = match unpacker {
+        Some(zstd) => zstd,
+        none => none.insert(zstd::bulk::Decompressor::new().ok()?),
+    };
+    let mut bytes = vec![0; span as usize];
+    let length = zstd.decompress_to_buffer(payload, &mut bytes[..]).ok()?;
+    (length == span as usize).then_some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_joined_and_their_gaps_known() {
+        assert_eq!(union(&[0..2, 5..6], &[1..3, 6..7, 9..9]), [0..3, 5..7]);
+        assert_eq!(gaps(&[1..2, 4..5], 6 * BLOCK + 1), [0..1, 2..4, 5..7]);
+        assert_eq!(gaps(&[0..7], 6 * BLOCK + 1), []);
+        let chunks: Vec<_> = chunks(3, &[0..17, 20..21]).map(|chunk| chunk.blocks).collect();
+        assert_eq!(chunks, [0..16, 16..17, 20..21]);
+    }
+
+    #[test]
+    fn nothing_unpacks_to_more_than_it_says() {
+        let packed = zstd::bulk::compress(&[0; 4096], 1).unwrap();
+        let mut unpacker = None;
+        assert_eq!(unpack(&mut unpacker, &packed, 4096), Some(vec![0; 4096]));
+        for span in [4095, 4097, 1] {
+            assert_eq!(unpack(&mut unpacker, &packed, span), None);
+        }
+        assert_eq!(unpack(&mut unpacker, b"not zstd", 4096), None);
+    }
+}

@@ -1,0 +1,270 @@
+//! After a crash: what a journal says is brought to an end with the other host.
+//!
+//! | this host's journal | what happens |
+//! |---|---|
+//! | source, prepared | the guest stays: nobody else can have it |
+//! | source, committed | the door is opened again, where it was: the destination says owned, or aborted |
+//! | source, owned-there | the guest leaves: undefine and delete |
+//! | source, aborted | the door is opened: a destination that still asks is told no |
+//! | destination, pulling or ready | undone: the source cannot have let go |
+//! | destination, committing | the source is asked: it let go (go on), or says no (undo) |
+//! | destination, placed | the guest is to be registered |
+//! | destination, owned or aborted | the source is told |
+
+use super::destination::{self, Link};
+use super::journal::Kept;
+use super::messages::{Answer, Ask};
+use super::pull::Peer;
+use super::source::{delete, listen, Ownership};
+use super::{nonce, place, Error};
+use crate::control::{Control, Meter};
+use crate::live::destination::bind;
+use crate::live::signals::Signals;
+use crate::wire::{message, Identity, Protection, Purpose, Security};
+use ferry_contract::cold::journal::{Journal, Role, State};
+use ferry_contract::cold::{Deleted, Recovered};
+use ferry_contract::control::{Reply, Request};
+use ferry_contract::session::Encryption;
+use std::net::ToSocketAddrs;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+/// How long the plug-in may take between its requests: libvirt may be starting.
+const UNTIL_ASKED: Duration = Duration::from_secs(5 * 60);
+/// How long the other host is waited for.
+const PATIENCE: Duration = Duration::from_secs(45);
+
+/// Serves one plug-in, or a person's command, from its first request to its end.
+pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), crate::live::Error> {
+    let Some(Request::ColdRecover { journal, abort, .. }) =
+        signals.next_request(Some(Instant::now() + UNTIL_ASKED))
+    else {
+        return Ok(());
+    };
+    let host = nix::unistd::gethostname().unwrap_or_default();
+    let host = host.to_string_lossy();
+    let fail = |error: &Error| control.reply(Reply::Failed(error.failure(&host)));
+    let kept = match Kept::open(&journal) {
+        Ok(kept) => kept,
+        Err(error) => {
+            fail(&error);
+            return Ok(());
+        }
+    };
+    let span =
+        tracing::info_span!("recovery", guest = kept.guest.name, role = ?kept.role, state = ?kept.state);
+    let _entered = span.enter();
+    let outcome = match kept.role {
+        Role::Source => source(kept, control, signals),
+        Role::Destination => arriving(kept, abort, control, signals),
+    };
+    if let Err(error) = outcome {
+        tracing::error!("{error}");
+        fail(&error);
+    }
+    Ok(())
+}
+
+fn unknown(error: &Error) -> Reply {
+    let cause = error.to_string();
+    Reply::ColdRecovered(Recovered::Unknown { cause })
+}
+
+/// This host's side of the session, as it was.
+fn security(journal: &Journal) -> Security {
+    let identity = Identity::kept(journal.certificate.clone(), journal.key.clone());
+    let protection = match (journal.role, journal.encryption) {
+        (Role::Source, encryption) => {
+            let peer = OnceLock::new();
+            if let Some(known) = &journal.peer_certificate {
+                // New: nobody else has it.
+                let _ = peer.set(known.clone());
+            }
+            Protection::Learned {
+                identity,
+                peer: Arc::new(peer),
+                plain: encryption == Encryption::Never,
+            }
+        }
+        (Role::Destination, Encryption::Always | Encryption::Certificates) => Protection::Encrypted {
+            identity,
+            peer: journal.peer_certificate.clone().unwrap_or_default(),
+        },
+        (Role::Destination, Encryption::Never) => Protection::Plain,
+    };
+    Security {
+        session: journal.session,
+        token: (*journal.token.bytes()).into(),
+        protection,
+    }
+}
+
+fn forget_nonces(journal: &Journal) {
+    for entry in &journal.entries {
+        let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
+        if let Some(parent) = real.parent() {
+            nonce::remove(parent, journal.session);
+        }
+    }
+}
+
+fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error> {
+    let journal = Journal::clone(&kept);
+    forget_nonces(&journal);
+    if kept.state == State::Prepared && journal.manifest.is_none() {
+        kept.remove()?;
+        control.reply(Reply::ColdRecovered(Recovered::Stays));
+        return Ok(());
+    }
+    let state = kept.state;
+    let ownership = Arc::new(Ownership::new(kept));
+    if state == State::Prepared {
+        ownership.give_up("the source's host or engine was started anew")?;
+    }
+    let state = match ownership.state() {
+        Some(State::OwnedThere) => Some(State::OwnedThere),
+        Some(waiting) => {
+            open_door(&journal, &ownership)?;
+            match waiting {
+                // The guest is ours whoever asks: only the tombstone waits, and not for ever.
+                State::Aborted => {
+                    control.reply(Reply::ColdRecovered(Recovered::Stays));
+                    ownership.wait_while(State::Aborted, PATIENCE);
+                    return Ok(());
+                }
+                waiting => ownership.wait_while(waiting, PATIENCE),
+            }
+        }
+        None => None,
+    };
+    match state {
+        None => control.reply(Reply::ColdRecovered(Recovered::Stays)),
+        Some(State::OwnedThere) => {
+            control.reply(Reply::ColdRecovered(Recovered::Leaves));
+            if let Some(Request::ColdDelete { keep, in_use }) =
+                signals.next_request(Some(Instant::now() + UNTIL_ASKED))
+            {
+                let journal = ownership.forget()?;
+                let deleted =
+                    journal.map_or_else(Deleted::default, |journal| delete(&journal, keep, &in_use));
+                control.reply(Reply::ColdDeleted(deleted));
+            }
+        }
+        Some(_) => {
+            let host = &journal.peer;
+            control.reply(unknown(&Error::Other(format!(
+                "host {host} has not said within {} s whether it has the guest: run \"virt-ferry recover\" there, too",
+                PATIENCE.as_secs()
+            ))));
+        }
+    }
+    Ok(())
+}
+
+/// Listens where the session's engine did, and answers what a destination can still want to know.
+fn open_door(journal: &Journal, ownership: &Arc<Ownership>) -> Result<(), Error> {
+    let listener = bind(None, journal.port..=journal.port)?;
+    let (ownership, host) = (Arc::clone(ownership), journal.host.clone());
+    listen(listener, security(journal), move |purpose, mut connection| {
+        if purpose != Purpose::Control {
+            return;
+        }
+        while let Ok(ask) = message::receive::<Ask>(&mut connection) {
+            let no = || Error::Other("this migration was interrupted and is only brought to its end".into());
+            let answer = match ask {
+                Ask::Commit { manifest } => ownership
+                    .commit(manifest, || Err(no()))
+                    .map(|()| Answer::Committed),
+                Ask::Owned => ownership.owned().map(|()| Answer::OwnedThere),
+                Ask::Abort { cause } => ownership.given_back(&cause).map(|()| Answer::Aborted),
+                _ => Err(no()),
+            };
+            let answer = answer.unwrap_or_else(|error| Answer::Refused {
+                cause: error.to_string(),
+                host: host.clone(),
+            });
+            if message::send(&mut connection, &answer).is_err() {
+                return;
+            }
+        }
+    })
+}
+
+fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -> Result<(), Error> {
+    let addresses = (kept.address.as_str(), kept.port).to_socket_addrs();
+    let peer = Peer {
+        addresses: addresses.map(Iterator::collect).unwrap_or_default(),
+        security: security(&kept),
+    };
+    let mut link = Link::new(peer, &kept.host);
+    let undone = |control: &Control| control.reply(Reply::ColdRecovered(Recovered::Undone));
+    match kept.state {
+        State::Owned => {
+            return match destination::owned(&mut kept, &mut link, signals)? {
+                true => {
+                    kept.remove()?;
+                    control.reply(Reply::ColdRecovered(Recovered::Arrived));
+                    Ok(())
+                }
+                false => {
+                    control.reply(unknown(&Error::Other(
+                        "the guest is here, but the source cannot be told; it may be started here".into(),
+                    )));
+                    Ok(())
+                }
+            }
+        }
+        State::Pulling | State::Ready if !abort => {
+            // The source cannot have let go. What was pulled is of use to the next attempt, which finds this journal.
+            undone(control);
+            return Ok(());
+        }
+        State::Pulling | State::Ready => {
+            place::undo(&kept);
+            kept.remove()?;
+            undone(control);
+            return Ok(());
+        }
+        State::Aborted => {
+            destination::abort(kept, link, "the destination gave the migration up before a crash")?;
+            undone(control);
+            return Ok(());
+        }
+        _ if abort => {
+            destination::abort(kept, link, "the operator gave the migration up")?;
+            undone(control);
+            return Ok(());
+        }
+        State::Placed => {}
+        _ => match destination::commit(&mut kept, &mut link, signals, PATIENCE) {
+            Ok(()) => {}
+            Err(Error::Refused { cause, .. }) => {
+                destination::abort(kept, link, &cause)?;
+                undone(control);
+                return Ok(());
+            }
+            Err(error @ (Error::Wire(_) | Error::Ended(_))) => {
+                control.reply(unknown(&error));
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        },
+    }
+    control.reply(Reply::ColdRecovered(Recovered::Define));
+    match signals.next_request(Some(Instant::now() + UNTIL_ASKED)) {
+        Some(Request::ColdOwned) => {
+            let told = destination::owned(&mut kept, &mut link, signals)?;
+            if told {
+                kept.remove()?;
+            }
+            control.reply(Reply::ColdOwned { told });
+        }
+        Some(Request::ColdAbort) => {
+            destination::abort(kept, link, "libvirt cannot register the guest at the destination")?;
+            control.reply(Reply::ColdAborted);
+        }
+        // It stays placed: the next recovery asks again.
+        _ => {}
+    }
+    Ok(())
+}
