@@ -194,6 +194,20 @@ impl Domain {
         }
     }
 
+    /// Whether it is known not to run; one that is not defined is not even known then.
+    pub fn is_over(self) -> bool {
+        // SAFETY: a valid domain; the error is the thread's own, and read before anything else can change it.
+        unsafe {
+            match virt_sys::virDomainIsActive(self.0) {
+                0 => true,
+                1 => false,
+                _ => virt_sys::virGetLastError()
+                    .as_ref()
+                    .is_some_and(|error| error.code == virt_sys::VIR_ERR_NO_DOMAIN as c_int),
+            }
+        }
+    }
+
     /// Whether its vCPUs are stopped.
     pub fn is_paused(self) -> Result<bool, Error> {
         Ok(self.state()?.0 == virt_sys::VIR_DOMAIN_PAUSED as c_int)
@@ -250,7 +264,7 @@ impl Drop for OwnedDomain {
     }
 }
 
-/// A connection of ours to another host's daemon.
+/// A connection of ours, to another host's daemon as a rule.
 #[derive(Debug)]
 pub struct OwnedConnection(virConnectPtr);
 
@@ -278,6 +292,15 @@ impl OwnedConnection {
         // SAFETY: an open connection. A peer that has no keepalive is no failure.
         unsafe { virt_sys::virConnectSetKeepAlive(connection.0, 5, 5) };
         Ok(connection)
+    }
+
+    /// Opens a URI of this daemon's own, which has no keepalive and logs an error when asked for one.
+    pub fn here(uri: &CStr) -> Result<Self, Error> {
+        // SAFETY: a string that outlives the call.
+        let connection = unsafe { virt_sys::virConnectOpen(uri.as_ptr()) };
+        (!connection.is_null())
+            .then_some(Self(connection))
+            .ok_or_else(Error::libvirt)
     }
 
     /// The connection.

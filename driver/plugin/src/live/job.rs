@@ -164,9 +164,11 @@ impl List {
 
     /// The parameter's value.
     fn number(&mut self, name: &CStr) -> Option<u64> {
-        let entry = self.find(name)?;
-        // SAFETY: the type says that the value is an unsigned long long.
-        (entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int).then(|| unsafe { entry.value.ul })
+        match self.find(name) {
+            // SAFETY: the type says that the value is an unsigned long long.
+            Some(entry) if entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int => Some(unsafe { entry.value.ul }),
+            _ => None,
+        }
     }
 
     /// Adds to the parameter's value, or the parameter to the list.

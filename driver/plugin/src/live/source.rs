@@ -192,6 +192,7 @@ fn through_engine(
         Err(failure) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
             return phase::perform(domain, None, &towards(Path::new("/nonexistent")), cookie, native)
         }
+        Err(_) if domain.is_over() => return Err(give_up(over(session))),
         Err(failure) => return Err(give_up(failure.into())),
     };
     let performed = phase::perform(domain, None, &towards(&socket), cookie, native);
@@ -218,10 +219,20 @@ fn through_engine(
         }
         // libvirt has ended it, as asked, and says so.
         (Err(error), _) if flags & VIR_MIGRATE_ABORT_ON_ERROR != 0 && domain.failed_at_io() => Err(error),
+        (Err(_), _) if domain.is_over() => Err(over(session)),
         // The engine knows better than "migration failed" why the stream ended, unless libvirt ended it.
         (Err(_), Err(failure)) if failure.kind == FailureKind::Failed => Err(failure.into()),
         (Err(error), _) => Err(error),
     }
+}
+
+/// The error of a guest that was ended, or whose QEMU ended, on this host.
+fn over(session: &Session) -> Error {
+    Error::failed(format!(
+        "guest {} ended on host {} while it was moving; where nobody ended it, see the log of its QEMU there",
+        session.guest.name,
+        host::name()
+    ))
 }
 
 /// What the operator asks of this migration, in its call or before it (`virsh migrate-setspeed`).
