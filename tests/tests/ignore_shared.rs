@@ -75,6 +75,7 @@ const WAYS: [Way; 11] = [
     ("internal snapshot", |scene, host| {
         host.virsh(&["snapshot-create-as", scene.name(), "inside"])?;
         host.virsh(&["snapshot-revert", scene.name(), "inside"])?;
+        scene.goes_back()?;
         scene.lives_on(host)?;
         host.virsh(&["snapshot-delete", scene.name(), "inside"])?;
         Ok(())
@@ -92,6 +93,7 @@ const WAYS: [Way; 11] = [
         ])?;
         holds_the_memory(host, &memory)?;
         host.virsh(&["snapshot-revert", scene.name(), "outside"])?;
+        scene.goes_back()?;
         Ok(())
     }),
 ];
@@ -152,7 +154,7 @@ fn natively(scene: &Scene, host: &Host, options: &[&str]) -> Result<()> {
 }
 
 fn is_off(scene: &Scene, host: &Host) -> Result<()> {
-    let now = host.ignores_shared(scene.name())?;
+    let now = host.ignores_shared(scene.name())?.context("no private monitor")?;
     let off = IgnoreShared {
         on: false,
         marked: false,
@@ -240,11 +242,8 @@ fn lives_somewhere(scene: &Scene) -> Result<()> {
     wait_until("the other host to forget the guest", PATIENCE, || {
         Ok(other(scene.lab, host).state(scene.name())?.is_none())
     })?;
-    ensure!(
-        !host.ignores_shared(scene.name())?.on,
-        "left on on {}",
-        host.name()
-    );
+    let left = host.ignores_shared(scene.name())?.context("no private monitor")?;
+    ensure!(!left.on, "left on on {}", host.name());
     scene.survives_save_and_restore(host)?;
     scene.is_unharmed(host)?;
     if host.name() == two.name() {
@@ -304,7 +303,20 @@ fn whoever_dies_while_disks_are_copied() -> Result<()> {
         let (one, two) = (lab.host(1), lab.host(2));
         one.image(DISK, 64)?;
         two.image(DISK, 64)?;
-        let guest = usual("copied").disk(DISK, "raw").disk_load(16, Rate(40));
+        // No holes, so that there is much to copy; and few writes, so that the memory passes the slow link.
+        one.run(&[
+            "dd",
+            "if=/dev/urandom",
+            &format!("of={DISK}"),
+            "bs=1M",
+            "count=64",
+            "status=none",
+        ])?;
+        let guest = usual("copied")
+            .filled(16)
+            .rate(Rate(100))
+            .disk(DISK, "raw")
+            .disk_load(16, Rate(40));
         let scene = Scene::start(lab, one, guest, 1)?;
         for victim in VICTIMS {
             let context = || format!("{victim:?}");
