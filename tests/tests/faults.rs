@@ -97,7 +97,7 @@ fn connections_that_are_reset_after_so_many_bytes() -> Result<()> {
             drop(cut);
             names(
                 &error.with_context(|| format!("{bytes} passed"))?,
-                &["host", "192.168.77.1"],
+                &["on host host", "192.168.77.1"],
             )?;
         }
         scene.move_to(one, two, &[])?;

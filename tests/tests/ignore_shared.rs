@@ -373,3 +373,37 @@ fn a_save_that_waits_for_a_migration_has_the_memory() -> Result<()> {
         scene.move_to(one, two, &[])
     })
 }
+
+/// libvirt's daemon saves guests when it hears that the host shuts down.
+#[test]
+fn a_host_that_shuts_down_saves_the_memory() -> Result<()> {
+    const BUS: &str = "<busconfig><type>system</type><listen>unix:path=/run/dbus/system_bus_socket</listen>\
+        <auth>EXTERNAL</auth><policy context='default'><allow user='*'/><allow own='*'/><allow send_destination='*'/>\
+        <allow receive_type='signal'/></policy></busconfig>";
+    Lab::with(
+        Options::default().qemu_conf("auto_shutdown_try_save = \"all\""),
+        |lab| {
+            let one = lab.host(1);
+            let scene = Scene::start(lab, one, usual("put-to-bed"), 1)?;
+            one.make_persistent(scene.name())?;
+            fs::create_dir_all(one.path("/run/dbus"))?;
+            fs::write(one.path("/run/bus.xml"), BUS)?;
+            one.run(&["dbus-daemon", "--config-file=/run/bus.xml", "--fork"])?;
+            one.restart_libvirtd(false)?;
+            one.leave_ignoring_shared(scene.name())?;
+            fs::write(
+                lab.share().join("shutdown.py"),
+                include_str!("../lib/shutdown.py"),
+            )?;
+            one.run(&["python3", "/lab/shutdown.py"])?;
+            wait_until("the daemon to have saved and ended", PATIENCE, || {
+                Ok(one.processes_named("libvirtd")?.is_empty())
+            })?;
+            holds_the_memory(one, "/var/lib/libvirt/qemu/save/put-to-bed.save")?;
+            one.restart_libvirtd(false)?;
+            one.virsh(&["start", scene.name()])?;
+            scene.lives_on(one)?;
+            is_off(&scene, one)
+        },
+    )
+}
