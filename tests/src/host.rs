@@ -2,6 +2,7 @@
 //!
 //! Files and processes are read from outside, through `/proc` of the host's init; commands go through `nsenter`.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,8 @@ pub struct Host {
     init: u32,
     /// The lab's directory.
     lab: PathBuf,
+    /// What was mounted when the lab came up.
+    mounts: BTreeSet<String>,
 }
 
 /// A process of a host.
@@ -51,6 +54,7 @@ impl Host {
             number,
             init,
             lab: lab.to_owned(),
+            mounts: mounts(init),
         }
     }
 
@@ -82,6 +86,19 @@ impl Host {
         let path = path.as_ref();
         let root = Path::new("/proc").join(self.init.to_string()).join("root");
         root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// What has been mounted since the lab came up, in words.
+    ///
+    /// # Errors
+    /// If the host is gone.
+    pub fn new_mounts(&self) -> Result<Vec<String>> {
+        let now = mounts(self.init);
+        ensure!(!now.is_empty(), "{} is gone", self.name);
+        let new = now.difference(&self.mounts);
+        Ok(new
+            .map(|place| format!("something is mounted at {place}"))
+            .collect())
     }
 
     /// The directory of its logs, outside: libvirtd.log, qemu/, virt-ferry/.
@@ -198,7 +215,8 @@ impl Host {
             return Ok(Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()));
         }
         let said = String::from_utf8_lossy(&output.stderr);
-        if said.contains("failed to get domain") {
+        // The second where it goes between virsh's two questions.
+        if said.contains("failed to get domain") || said.contains("Domain not found") {
             return Ok(None);
         }
         bail!("{}: domstate {domain}: {}", self.name, said.trim());
@@ -412,6 +430,13 @@ impl Host {
         fs::write(self.path(&file), xml).with_context(|| format!("{}: {file}", self.name))?;
         Ok(file)
     }
+}
+
+/// Where anything is mounted, as the process of this number sees it.
+fn mounts(process: u32) -> BTreeSet<String> {
+    let table = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+    let places = table.lines().filter_map(|line| line.split(' ').nth(4));
+    places.map(str::to_owned).collect()
 }
 
 fn domain_name(xml: &str) -> Result<String> {

@@ -130,15 +130,16 @@ impl Host {
         Ok(())
     }
 
-    /// Whether a guest's QEMU leaves its memory out, and bears the mark of it.
+    /// Whether a guest's QEMU leaves its memory out, and bears the mark of it; `None` where it has no private monitor.
     ///
     /// # Errors
-    /// If it has no private monitor.
-    pub fn ignores_shared(&self, domain: &str) -> Result<IgnoreShared> {
-        let mut monitor = Monitor::of(self, domain)?.context("no private monitor")?;
-        Ok(IgnoreShared {
-            on: monitor.ignores_shared()?,
-            marked: self.mark(domain)?.exists(),
-        })
+    /// If it does not run here, or an engine does not let go of it.
+    pub fn ignores_shared(&self, domain: &str) -> Result<Option<IgnoreShared>> {
+        let Some(mut monitor) = Monitor::of(self, domain)? else {
+            return Ok(None);
+        };
+        let on = monitor.ignores_shared()?;
+        let marked = self.mark(domain)?.exists();
+        Ok(Some(IgnoreShared { on, marked }))
     }
 }

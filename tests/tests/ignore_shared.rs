@@ -75,6 +75,7 @@ const WAYS: [Way; 11] = [
     ("internal snapshot", |scene, host| {
         host.virsh(&["snapshot-create-as", scene.name(), "inside"])?;
         host.virsh(&["snapshot-revert", scene.name(), "inside"])?;
+        scene.goes_back()?;
         scene.lives_on(host)?;
         host.virsh(&["snapshot-delete", scene.name(), "inside"])?;
         Ok(())
@@ -92,6 +93,7 @@ const WAYS: [Way; 11] = [
         ])?;
         holds_the_memory(host, &memory)?;
         host.virsh(&["snapshot-revert", scene.name(), "outside"])?;
+        scene.goes_back()?;
         Ok(())
     }),
 ];
@@ -152,7 +154,7 @@ fn natively(scene: &Scene, host: &Host, options: &[&str]) -> Result<()> {
 }
 
 fn is_off(scene: &Scene, host: &Host) -> Result<()> {
-    let now = host.ignores_shared(scene.name())?;
+    let now = host.ignores_shared(scene.name())?.context("no private monitor")?;
     let off = IgnoreShared {
         on: false,
         marked: false,
@@ -240,11 +242,8 @@ fn lives_somewhere(scene: &Scene) -> Result<()> {
     wait_until("the other host to forget the guest", PATIENCE, || {
         Ok(other(scene.lab, host).state(scene.name())?.is_none())
     })?;
-    ensure!(
-        !host.ignores_shared(scene.name())?.on,
-        "left on on {}",
-        host.name()
-    );
+    let left = host.ignores_shared(scene.name())?.context("no private monitor")?;
+    ensure!(!left.on, "left on on {}", host.name());
     scene.survives_save_and_restore(host)?;
     scene.is_unharmed(host)?;
     if host.name() == two.name() {
@@ -304,7 +303,20 @@ fn whoever_dies_while_disks_are_copied() -> Result<()> {
         let (one, two) = (lab.host(1), lab.host(2));
         one.image(DISK, 64)?;
         two.image(DISK, 64)?;
-        let guest = usual("copied").disk(DISK, "raw").disk_load(16, Rate(40));
+        // No holes, so that there is much to copy; and few writes, so that the memory passes the slow link.
+        one.run(&[
+            "dd",
+            "if=/dev/urandom",
+            &format!("of={DISK}"),
+            "bs=1M",
+            "count=64",
+            "status=none",
+        ])?;
+        let guest = usual("copied")
+            .filled(16)
+            .rate(Rate(100))
+            .disk(DISK, "raw")
+            .disk_load(16, Rate(40));
         let scene = Scene::start(lab, one, guest, 1)?;
         for victim in VICTIMS {
             let context = || format!("{victim:?}");
@@ -360,4 +372,38 @@ fn a_save_that_waits_for_a_migration_has_the_memory() -> Result<()> {
         }
         scene.move_to(one, two, &[])
     })
+}
+
+/// libvirt's daemon saves guests when it hears that the host shuts down.
+#[test]
+fn a_host_that_shuts_down_saves_the_memory() -> Result<()> {
+    const BUS: &str = "<busconfig><type>system</type><listen>unix:path=/run/dbus/system_bus_socket</listen>\
+        <auth>EXTERNAL</auth><policy context='default'><allow user='*'/><allow own='*'/><allow send_destination='*'/>\
+        <allow receive_type='signal'/></policy></busconfig>";
+    Lab::with(
+        Options::default().qemu_conf("auto_shutdown_try_save = \"all\""),
+        |lab| {
+            let one = lab.host(1);
+            let scene = Scene::start(lab, one, usual("put-to-bed"), 1)?;
+            one.make_persistent(scene.name())?;
+            fs::create_dir_all(one.path("/run/dbus"))?;
+            fs::write(one.path("/run/bus.xml"), BUS)?;
+            one.run(&["dbus-daemon", "--config-file=/run/bus.xml", "--fork"])?;
+            one.restart_libvirtd(false)?;
+            one.leave_ignoring_shared(scene.name())?;
+            fs::write(
+                lab.share().join("shutdown.py"),
+                include_str!("../lib/shutdown.py"),
+            )?;
+            one.run(&["python3", "/lab/shutdown.py"])?;
+            wait_until("the daemon to have saved and ended", PATIENCE, || {
+                Ok(one.processes_named("libvirtd")?.is_empty())
+            })?;
+            holds_the_memory(one, "/var/lib/libvirt/qemu/save/put-to-bed.save")?;
+            one.restart_libvirtd(false)?;
+            one.virsh(&["start", scene.name()])?;
+            scene.lives_on(one)?;
+            is_off(&scene, one)
+        },
+    )
 }

@@ -3,7 +3,7 @@
 
 use super::border;
 use crate::libvirt::{real, Error};
-use crate::live::guard;
+use crate::live::sweep::sweep;
 use std::os::raw::c_int;
 use std::sync::Once;
 
@@ -14,7 +14,7 @@ pub unsafe extern "C" fn virInitialize() -> c_int {
     static FIRST: Once = Once::new();
     border(-1, || {
         // Called again with every connection.
-        FIRST.call_once(guard::sweep);
+        FIRST.call_once(sweep);
         let real = real::initialize().ok_or_else(|| Error::failed("this libvirt has no virInitialize"))?;
         // SAFETY: it takes nothing, and may be called again.
         match unsafe { real() } {

@@ -269,8 +269,16 @@ impl Drop for OwnedDomain {
 pub struct OwnedConnection(virConnectPtr);
 
 impl OwnedConnection {
-    /// Opens a URI as libvirt's own peer-to-peer code does: credentials come from auth.conf, nobody is asked,
-    /// and a keepalive notices a dead peer (5 s, 5 times: libvirt's defaults in qemu.conf).
+    /// To a peer, as libvirt's own peer-to-peer code opens it: a keepalive notices a dead one (5 s, 5 times: libvirt's
+    /// defaults in qemu.conf).
+    pub fn to_peer(uri: &CStr) -> Result<Self, Error> {
+        let connection = Self::open(uri)?;
+        // SAFETY: an open connection. A peer that has no keepalive is no failure.
+        unsafe { virt_sys::virConnectSetKeepAlive(connection.0, 5, 5) };
+        Ok(connection)
+    }
+
+    /// To a URI: credentials come from auth.conf, nobody is asked.
     pub fn open(uri: &CStr) -> Result<Self, Error> {
         // What a daemon can be given by auth.conf (libvirt 11.3, qemuMigrationSrcPeer2Peer).
         let mut kinds = [
@@ -288,10 +296,7 @@ impl OwnedConnection {
         if connection.is_null() {
             return Err(Error::libvirt());
         }
-        let connection = Self(connection);
-        // SAFETY: an open connection. A peer that has no keepalive is no failure.
-        unsafe { virt_sys::virConnectSetKeepAlive(connection.0, 5, 5) };
-        Ok(connection)
+        Ok(Self(connection))
     }
 
     /// Opens a URI of this daemon's own, which has no keepalive and logs an error when asked for one.

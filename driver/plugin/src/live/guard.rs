@@ -6,8 +6,7 @@
 //!
 //! - before any of them, an engine at work is waited for, and a QEMU that still bears the mark of one has it cleared
 //!   once more ([`with_its_memory`]);
-//! - as a daemon starts, so has every QEMU that an earlier one left ([`sweep`]): the dump that libvirt makes when a
-//!   guest's watchdog fires passes no function of ours (libvirt 11.3, `processWatchdogEvent`).
+//! - as a daemon starts, so has every QEMU that an earlier one left ([`sweep`](super::sweep)).
 
 use crate::engine;
 use crate::libvirt::{Domain, Error};
@@ -61,35 +60,8 @@ pub fn with_its_memory(domain: Domain) -> Result<Option<Writing>, Error> {
     Ok(Some(writing))
 }
 
-/// Has every QEMU that bears the mark of an engine honour its memory again: the daemon that started those engines has
-/// ended, and so have they, or are about to. One that is still at work has its QEMU's monitor for itself.
-pub fn sweep() {
-    let marked: Vec<_> = host::monitors()
-        .into_iter()
-        .filter(|monitor| mark::is_set(monitor))
-        .collect();
-    std::thread::scope(|scope| {
-        for monitor in &marked {
-            let run = move || match rescue(monitor) {
-                Ok(()) => tracing::warn!(
-                    ?monitor,
-                    "an earlier daemon left a migration; x-ignore-shared is off"
-                ),
-                // Its QEMU has ended, most likely.
-                Err(why) => tracing::warn!(
-                    ?monitor,
-                    "an earlier daemon left a migration; x-ignore-shared may be on: {why}"
-                ),
-            };
-            // Without a thread there is still the guard.
-            let _ = std::thread::Builder::new()
-                .name("ferry-sweep".into())
-                .spawn_scoped(scope, run);
-        }
-    });
-}
-
-fn rescue(monitor: &Path) -> Result<(), String> {
+/// Has it cleared on the QEMU of this monitor.
+pub fn rescue(monitor: &Path) -> Result<(), String> {
     // A configuration that cannot be read must not keep anybody from saving.
     let config = host::config().unwrap_or_default();
     engine::rescue(&config.engine, monitor)

@@ -23,6 +23,7 @@ pub mod options;
 mod orphan;
 pub mod p2p;
 pub mod source;
+pub mod sweep;
 pub mod uri;
 
 use crate::libvirt::Error;

@@ -100,7 +100,7 @@ impl Move<'_> {
             Ok(session) => session,
             Err(reason) => return Ok(self.own(reason)),
         };
-        let outcome = match OwnedConnection::open(self.uri) {
+        let outcome = match OwnedConnection::to_peer(self.uri) {
             Ok(peer) if answers(peer.get()) => self.phases(peer.get(), begun, &session),
             Ok(_) => Ok(self.own(
                 "the destination has no plug-in, one of another version, or is not to use it (see its log)",

@@ -196,6 +196,8 @@ fn through_engine(
         Err(failure) => return Err(give_up(failure.into())),
     };
     let performed = phase::perform(domain, None, &towards(&socket), cookie, native);
+    // The engine removes it, too, but it may have died.
+    let _ = std::fs::remove_file(&socket);
     let engine = session.engine.ask(
         &Request::Performed {
             success: performed.is_ok(),
