@@ -354,6 +354,43 @@ mod tests {
         );
     }
 
+    /// Not every number survives a tagged enum: 128 bits do not.
+    #[test]
+    fn a_cold_request_survives_its_line() {
+        let settings = crate::config::Config::default().settings();
+        let serve = Serve {
+            guest: Guest {
+                name: "g".into(),
+                uuid: uuid::Uuid::from_u128(1),
+            },
+            host: "host1".into(),
+            address: "192.0.2.1".into(),
+            listen: None,
+            items: vec![crate::cold::Item {
+                path: "/images/g.raw".into(),
+                part: crate::cold::Part::Data {
+                    target: "vda".into(),
+                    layer: 1,
+                    relative: true,
+                },
+            }],
+            media: Vec::new(),
+            metadata: Vec::new(),
+            autostart: true,
+            definition: Some(crate::cold::Definition {
+                path: "/etc/g.xml".into(),
+                inode: u64::MAX,
+                size: 1,
+                modified: i64::MAX,
+            }),
+            options: crate::cold::Options::default(),
+            settings,
+        };
+        let request = Request::ColdServe(Box::new(serve));
+        let line = serde_json::to_string(&request).unwrap();
+        assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
+    }
+
     #[test]
     fn progress_round_trips() {
         let progress = Message::Progress(Statistics {

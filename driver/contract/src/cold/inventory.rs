@@ -162,7 +162,7 @@ pub struct Definition {
     /// Its length, bytes.
     pub size: u64,
     /// When it was written, nanoseconds since 1970.
-    pub modified: i128,
+    pub modified: i64,
 }
 
 /// An inventory that is not as our schema has it.

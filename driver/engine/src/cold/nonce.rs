@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
-/// The files of one session, gone with this.
+/// The files of one session.
 #[derive(Debug)]
 pub struct Nonces {
     /// What is in them.
@@ -56,10 +56,9 @@ impl Nonces {
     pub fn is_in(&self, directory: &Path) -> bool {
         self.made.contains(directory)
     }
-}
 
-impl Drop for Nonces {
-    fn drop(&mut self) {
+    /// Removes them all.
+    pub fn remove(&self) {
         for directory in &self.made {
             remove(directory, self.session);
         }

@@ -147,6 +147,8 @@ pub struct Pull<'a> {
     pub signals: &'a Signals,
     /// For the statistics.
     pub meter: &'a Arc<Meter>,
+    /// Bytes answered, however they were.
+    received: AtomicU64,
     /// Bytes read back and found the same.
     pub verified: AtomicU64,
     queue: Mutex<Queue>,
@@ -166,7 +168,7 @@ impl<'a> Pull<'a> {
     /// Plans the transfer of these files.
     pub fn new(peer: &'a Peer, files: Vec<Incoming>, signals: &'a Signals, meter: &'a Arc<Meter>) -> Self {
         let mut queue = Queue::default();
-        let mut total = 0;
+        let (mut total, mut zeroed) = (0, 0);
         for (index, file) in files.iter().enumerate() {
             queue.pull.extend(chunks(index, &file.runs));
             total += extents::bytes(&file.runs, file.looked.size);
@@ -177,11 +179,12 @@ impl<'a> Pull<'a> {
                 .is_some_and(|target| target.kind() == Kind::Block)
             {
                 let gaps = gaps(&file.runs, file.looked.size);
-                total += extents::bytes(&gaps, file.looked.size);
+                zeroed += extents::bytes(&gaps, file.looked.size);
                 queue.verify.extend(chunks(index, &gaps));
             }
         }
         queue.open = queue.pull.len() + queue.verify.len();
+        total += zeroed;
         meter.total.store(total, Relaxed);
         meter.remaining.store(total, Relaxed);
         Self {
@@ -189,6 +192,7 @@ impl<'a> Pull<'a> {
             files,
             signals,
             meter,
+            received: AtomicU64::new(zeroed),
             verified: AtomicU64::new(0),
             queue: Mutex::new(queue),
             changed: Condvar::new(),
@@ -356,15 +360,16 @@ impl<'a> Pull<'a> {
             }
         }
         self.verified.fetch_add(length, Relaxed);
-        self.progressed(length);
+        self.measure();
         Ok(())
     }
 
-    /// Half of the work on these bytes is done.
-    fn progressed(&self, bytes: u64) {
-        let left = |left: u64| Some(left.saturating_sub(bytes / 2));
-        // It always changes something.
-        let _ = self.meter.remaining.fetch_update(Relaxed, Relaxed, left);
+    /// Half of the work on a byte is to get it, the other half to find it verified.
+    fn measure(&self) {
+        let total = self.meter.total.load(Relaxed);
+        let left = |done: &AtomicU64| total.saturating_sub(done.load(Relaxed));
+        let remaining = (left(&self.received) + left(&self.verified)) / 2;
+        self.meter.remaining.store(remaining, Relaxed);
     }
 }
 
@@ -491,7 +496,8 @@ impl Puller<'_> {
             return Ok(false);
         };
         let length = self.pull.files[answered.file].length(answered.block);
-        self.pull.progressed(length as u64);
+        self.pull.received.fetch_add(length as u64, Relaxed);
+        self.pull.measure();
         if let Some(chunk) = answered.ends {
             self.pull.written(chunk)?;
         }

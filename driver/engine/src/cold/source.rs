@@ -302,6 +302,14 @@ impl Session {
 
     /// Answers the plug-in and then both it and the destination, until the guest is one host's for good.
     fn serve(self, control: &Control) -> Result<(), Error> {
+        let shared = Arc::clone(&self.shared);
+        let outcome = self.run(control);
+        // The door's thread holds them, too: they do not go by themselves.
+        shared.nonces.remove();
+        outcome
+    }
+
+    fn run(self, control: &Control) -> Result<(), Error> {
         let (shared, host) = (self.shared, self.host);
         let door = Arc::clone(&shared);
         let opened = listen(self.listener, self.security, move |purpose, connection| {
@@ -521,8 +529,8 @@ impl Shared {
     fn measure(&self) {
         let meter = &self.shelf.meter;
         let total = meter.total.load(Relaxed);
-        let left = |done: u64| total.saturating_sub(done) / 2;
-        let remaining = left(self.shelf.answered.load(Relaxed)) + left(self.verified.load(Relaxed));
+        let left = |done: &AtomicU64| total.saturating_sub(done.load(Relaxed));
+        let remaining = (left(&self.shelf.answered) + left(&self.verified)) / 2;
         meter.remaining.store(remaining, Relaxed);
     }
 
@@ -655,7 +663,10 @@ impl Shared {
         };
         let path = &definition.path;
         let found = std::fs::metadata(path).map_err(Error::file("look at", path))?;
-        let modified = i128::from(found.mtime()) * 1_000_000_000 + i128::from(found.mtime_nsec());
+        let modified = found
+            .mtime()
+            .saturating_mul(1_000_000_000)
+            .saturating_add(found.mtime_nsec());
         match (found.ino(), found.len(), modified) == (definition.inode, definition.size, definition.modified)
         {
             true => Ok(()),

@@ -26,7 +26,7 @@ use virt_sys::*;
 
 /// A client calls Finish at once after Prepare (libvirt 11.3, `virDomainMigrateVersion3Full`: no Perform when offline).
 /// One that has not by then is gone.
-const FORGOTTEN: Duration = Duration::from_secs(60);
+const FORGOTTEN: Duration = Duration::from_secs(30);
 /// Between two looks at that.
 const LOOK: Duration = Duration::from_secs(2);
 

@@ -263,7 +263,7 @@ pub fn definition_file(guest: &str) -> Option<cold::Definition> {
         path,
         inode: found.ino(),
         size: found.size(),
-        modified: i128::from(found.mtime()) * 1_000_000_000 + i128::from(found.mtime_nsec()),
+        modified: found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec()),
     })
 }
 

@@ -1,0 +1,676 @@
+//! Two cold engines over the loopback interface, with real files: what moves, what is refused, what is noticed.
+
+mod common;
+
+use common::await_some;
+use common::cold::{allocated, disk, is_root, noise, sha256, Engine, Scene, MIB};
+use ferry_contract::cold::journal::{Role, State};
+use ferry_contract::cold::{Definition, Medium, Options, Part};
+use ferry_contract::control::{FailureKind, Reply, Request};
+use ferry_contract::session::Encryption;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+/// Finish and Confirm, as the plug-ins do them with --undefinesource.
+fn conclude(
+    scene: &Scene,
+    mut source: Engine,
+    mut destination: Engine,
+    in_use: &[PathBuf],
+) -> ferry_contract::cold::Deleted {
+    assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
+    assert_eq!(scene.journal(Role::Source).unwrap().state, State::Committed);
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+    let deleted = source.ask(&Request::ColdDelete {
+        keep: false,
+        in_use: in_use.to_vec(),
+    });
+    source.end();
+    destination.end();
+    match deleted {
+        Reply::ColdDeleted(deleted) => deleted,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn everything_moves_as_it_was() {
+    let mut scene = Scene::default();
+    let raw = scene.image("disk <1> & 'more'.raw", 300, 40);
+    let empty = scene.source().join("empty.raw");
+    File::create(&empty).unwrap().set_len(1 << 40).unwrap();
+    scene.own(&empty, disk(1));
+    let nothing = scene.source().join("g.log");
+    File::create(&nothing).unwrap();
+    scene.own(&nothing, Part::Log);
+    // Written zeros are data to the file system and nothing to us; single pages of data among them stay single.
+    let pages = scene.source().join("pages.raw");
+    let mut content = vec![0; 8 << 20];
+    content
+        .chunks_mut(64 << 10)
+        .for_each(|chunk| chunk[4096..8192].fill(7));
+    fs::write(&pages, &content).unwrap();
+    fs::set_permissions(&pages, fs::Permissions::from_mode(0o640)).unwrap();
+    let attribute = Command::new("setfattr")
+        .args(["-n", "user.note", "-v", "kept"])
+        .arg(&pages)
+        .status();
+    let has_attributes = attribute.is_ok_and(|status| status.success());
+    if is_root() {
+        std::os::unix::fs::chown(&pages, Some(1), Some(2)).unwrap();
+    }
+    scene.own(&pages, disk(2));
+    let tpm = scene.source().join("swtpm/uuid");
+    fs::create_dir_all(tpm.join("tpm2")).unwrap();
+    fs::set_permissions(tpm.join("tpm2"), fs::Permissions::from_mode(0o700)).unwrap();
+    fs::write(tpm.join("tpm2/tpm2-00.permall"), noise(5, 6013)).unwrap();
+    fs::write(tpm.join("tpm2/.lock"), "").unwrap();
+    scene.own(&tpm, Part::Tpm);
+    fs::create_dir(scene.destination().join("swtpm")).unwrap();
+
+    let files = [&raw, &pages, &nothing, &tpm.join("tpm2/tpm2-00.permall")];
+    let before: Vec<_> = files.map(|path| (sha256(path), allocated(path))).into();
+    let mut source = Engine::start("cold-source");
+    let Reply::ColdOffer(offer) = source.ask(&scene.serve()) else {
+        panic!()
+    };
+    let fence = scene.journal(Role::Source).unwrap().fence();
+    assert!(fence.unwrap().contains("is being moved"));
+    let mut destination = Engine::start("cold-destination");
+    assert_eq!(destination.ask(&scene.pull(&offer)), Reply::ColdPulled);
+    assert_eq!(
+        destination.statistics.remaining, 0,
+        "{:?}",
+        destination.statistics
+    );
+    assert!(destination.statistics.data >= 40 * MIB);
+    // Not more than there is, however large the files look.
+    assert!(
+        destination.statistics.wire < 45 * MIB,
+        "{:?}",
+        destination.statistics
+    );
+    assert!(!scene.destination().join("pages.raw").exists());
+    assert_eq!(scene.journal(Role::Destination).unwrap().state, State::Ready);
+
+    let deleted = conclude(&scene, source, destination, &[]);
+    assert_eq!(deleted.deleted.len(), 5, "{deleted:?}");
+    for (path, (digest, size)) in files.iter().zip(&before) {
+        let there = scene
+            .destination()
+            .join(path.strip_prefix(scene.source()).unwrap());
+        assert_eq!(&sha256(&there), digest, "{}", there.display());
+        assert!(
+            allocated(&there) <= size + size / 50 + 4096,
+            "{}",
+            there.display()
+        );
+        assert!(!path.exists(), "{} is left", path.display());
+    }
+    assert_eq!(
+        fs::metadata(scene.destination().join("empty.raw")).unwrap().len(),
+        1 << 40
+    );
+    assert_eq!(allocated(&scene.destination().join("empty.raw")), 0);
+    let found = fs::metadata(scene.destination().join("pages.raw")).unwrap();
+    assert_eq!(found.mode() & 0o7777, 0o640);
+    if is_root() {
+        assert_eq!((found.uid(), found.gid()), (1, 2));
+    }
+    if has_attributes {
+        let read = Command::new("getfattr")
+            .args(["-n", "user.note", "--only-values"])
+            .arg(scene.destination().join("pages.raw"))
+            .output()
+            .unwrap();
+        assert_eq!(read.stdout, b"kept");
+    }
+    let made = fs::metadata(scene.destination().join("swtpm/uuid/tpm2")).unwrap();
+    assert_eq!(made.mode() & 0o7777, 0o700);
+    // The lock was swtpm's, not the guest's.
+    assert!(tpm.join("tpm2/.lock").exists() && !scene.destination().join("swtpm/uuid/tpm2/.lock").exists());
+    scene.assert_clean();
+}
+
+#[test]
+fn packed_limited_and_plain() {
+    let mut scene = Scene {
+        options: Options {
+            compression: Some(1),
+            bandwidth: 4 * MIB,
+            ..Options::default()
+        },
+        encryption: Encryption::Never,
+        ..Scene::default()
+    };
+    let path = scene.source().join("text.raw");
+    let text = "virt-ferry moves guests\n".repeat(1 << 19);
+    fs::write(&path, &text).unwrap();
+    scene.own(&path, disk(0));
+    let noisy = scene.image("noise.raw", 8, 6);
+    let digests = [sha256(&path), sha256(&noisy)];
+    let began = std::time::Instant::now();
+    let (source, destination) = scene.pulled();
+    let (sent, took) = (destination.statistics.wire, began.elapsed());
+    assert!(sent > 6 * MIB && sent < 8 * MIB, "{sent}");
+    // The last megabytes are booked, but nothing has to wait for them.
+    assert!(took.as_secs_f64() > 1.0, "{took:?}");
+    let deleted = conclude(&scene, source, destination, std::slice::from_ref(&noisy));
+    assert_eq!(deleted.deleted, [path]);
+    assert!(
+        noisy.exists() && deleted.kept[0].reason.contains("another guest"),
+        "{deleted:?}"
+    );
+    let there = ["text.raw", "noise.raw"].map(|name| sha256(&scene.destination().join(name)));
+    assert_eq!(there, digests);
+}
+
+#[test]
+fn everything_in_the_way_is_told_at_once_and_nothing_stays() {
+    let mut scene = Scene::default();
+    scene.image("taken.raw", 2, 1);
+    let homeless = scene.image("homeless.raw", 2, 1);
+    let device = scene.image("device.raw", 2, 1);
+    let fine = scene.image("fine.raw", 4, 2);
+    scene.elsewhere = vec![
+        (
+            homeless,
+            scene.destination().join("no/such/directory/homeless.raw"),
+        ),
+        (device, "/dev/no-such-volume".into()),
+    ];
+    fs::write(scene.destination().join("taken.raw"), "mine").unwrap();
+    scene.media = vec![Medium {
+        target: "sda".into(),
+        path: "/iso/not-there.iso".into(),
+    }];
+    let (mut source, offer) = scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    let failure = destination.refusal(&scene.pull(&offer));
+    assert_eq!(failure.host, "host2");
+    for word in [
+        "taken.raw exists",
+        "no/such/directory",
+        "/dev/no-such-volume",
+        "not-there.iso",
+    ] {
+        assert!(failure.cause.contains(word), "{word}: {}", failure.cause);
+    }
+    assert_eq!(failure.cause.lines().count(), 4, "{}", failure.cause);
+    assert_eq!(
+        fs::read_to_string(scene.destination().join("taken.raw")).unwrap(),
+        "mine"
+    );
+    // The source has heard it and has the guest again.
+    let refused = source.refusal(&Request::ColdConfirm);
+    assert!(refused.cause.contains("taken.raw exists"), "{}", refused.cause);
+    source.end_aborted();
+    destination.end();
+    scene.assert_clean();
+    assert!(fine.exists());
+}
+
+#[test]
+fn a_running_guests_image_and_a_missing_file_are_refused() {
+    let mut scene = Scene::default();
+    let image = scene.image("busy.raw", 2, 1);
+    scene.own(Path::new("/no/such/file"), Part::Nvram);
+    let writer = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    // As QEMU does it.
+    ofd_read_lock(&writer, 101);
+    let mut source = Engine::start("cold-source");
+    let failure = source.refusal(&scene.serve());
+    assert!(
+        failure.cause.contains("busy.raw is in use") && failure.cause.contains("/no/such/file"),
+        "{}",
+        failure.cause
+    );
+    source.end();
+    scene.assert_clean();
+    drop(writer);
+    // While it is served, nobody gets to write.
+    scene.items.pop();
+    let (source, _) = scene.begin();
+    let late = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    assert!(ferry_engine::cold::files::is_locked(&late, 201..202));
+    source.crash();
+    assert!(!ferry_engine::cold::files::is_locked(&late, 201..202));
+}
+
+fn ofd_read_lock(file: &File, byte: i64) {
+    use nix::fcntl::{fcntl, FcntlArg};
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as _,
+        l_whence: libc::SEEK_SET as _,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+}
+
+#[test]
+fn what_both_hosts_see_is_neither_copied_nor_deleted() {
+    let mut scene = Scene::default();
+    let shared = scene.image("shared.raw", 8, 4);
+    let own = scene.image("own.raw", 4, 2);
+    // The destination sees the source's directory under another name, as over NFS.
+    std::os::unix::fs::symlink(scene.source(), scene.destination().join("nfs")).unwrap();
+    scene.elsewhere = vec![(shared.clone(), scene.destination().join("nfs/shared.raw"))];
+    let (source, destination) = scene.pulled();
+    assert!(
+        destination.statistics.data < 3 * MIB,
+        "{:?}",
+        destination.statistics
+    );
+    let deleted = conclude(&scene, source, destination, &[]);
+    assert_eq!(deleted.deleted, [own]);
+    assert!(
+        shared.exists() && deleted.kept[0].reason.contains("both hosts"),
+        "{deleted:?}"
+    );
+    scene.assert_clean();
+}
+
+#[test]
+fn bases_that_are_the_same_stay_and_others_are_refused() {
+    let mut scene = Scene {
+        incremental: true,
+        ..Scene::default()
+    };
+    let layer = |layer, name: &str| Part::Disk {
+        target: "vda".into(),
+        layer,
+        format: "qcow2".into(),
+        relative: name == "base",
+    };
+    let top = scene.image("top.qcow2", 4, 2);
+    let base = scene.image("base.qcow2", 16, 8);
+    scene.items[0].part = layer(0, "top");
+    scene.items[1].part = layer(1, "base");
+    let there = scene.destination().join("base.qcow2");
+    let attempt = |scene: &Scene| {
+        let (source, offer) = scene.begin();
+        let mut destination = Engine::start("cold-destination");
+        let failure = destination.refusal(&scene.pull(&offer));
+        source.end_aborted();
+        failure.cause
+    };
+    let missing = attempt(&scene);
+    assert!(
+        missing.contains("base.qcow2 of disk vda is not on this host"),
+        "{missing}"
+    );
+    fs::copy(&base, &there).unwrap();
+    File::options()
+        .write(true)
+        .open(&there)
+        .unwrap()
+        .write_all_at(b"X", 9 * MIB)
+        .unwrap();
+    let other = attempt(&scene);
+    assert!(other.contains("base.qcow2 is not the same as"), "{other}");
+    assert!(there.exists());
+    fs::copy(&base, &there).unwrap();
+    let (source, destination) = scene.pulled();
+    assert!(
+        destination.statistics.data < 4 * MIB,
+        "{:?}",
+        destination.statistics
+    );
+    let deleted = conclude(&scene, source, destination, &[]);
+    assert_eq!(deleted.deleted, [top]);
+    assert!(base.exists() && there.exists());
+    scene.assert_clean();
+}
+
+/// A wire between the engines that somebody meddles with.
+struct Wire {
+    port: u16,
+    passed: Arc<AtomicU64>,
+}
+
+impl Wire {
+    /// `meddle` sees what the source sends on a connection, and how much was sent on all before; false cuts the connection.
+    fn to(port: u16, meddle: impl Fn(&mut [u8], u64) -> bool + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let own = listener.local_addr().unwrap().port();
+        let passed = Arc::new(AtomicU64::new(0));
+        let (count, meddle) = (Arc::clone(&passed), Arc::new(meddle));
+        std::thread::spawn(move || {
+            for destination in listener.incoming() {
+                let Ok(mut destination) = destination else { return };
+                let Ok(mut source) = TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], port))) else {
+                    continue;
+                };
+                let (mut up, mut asks) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
+                std::thread::spawn(move || {
+                    let _ = std::io::copy(&mut up, &mut asks);
+                    let _ = asks.shutdown(std::net::Shutdown::Both);
+                });
+                let (count, meddle) = (Arc::clone(&count), Arc::clone(&meddle));
+                std::thread::spawn(move || {
+                    let mut buffer = vec![0; 64 << 10];
+                    while let Ok(length @ 1..) = source.read(&mut buffer) {
+                        let before = count.fetch_add(length as u64, Ordering::Relaxed);
+                        if !meddle(&mut buffer[..length], before)
+                            || destination.write_all(&buffer[..length]).is_err()
+                        {
+                            break;
+                        }
+                    }
+                    let _ = destination.shutdown(std::net::Shutdown::Both);
+                    let _ = source.shutdown(std::net::Shutdown::Both);
+                });
+            }
+        });
+        Self { port: own, passed }
+    }
+}
+
+#[test]
+fn a_cut_connection_goes_on_where_it_was() {
+    let mut scene = Scene::default();
+    let path = scene.image("disk.raw", 100, 64);
+    let digest = sha256(&path);
+    let (source, mut offer) = scene.begin();
+    // Cut, whichever connection it is, whenever another 7 MiB have passed.
+    let next = AtomicU64::new(7 * MIB);
+    let wire = Wire::to(offer.port, move |_, before| {
+        let cut = before >= next.load(Ordering::Relaxed);
+        if cut {
+            next.store(before + 7 * MIB, Ordering::Relaxed);
+        }
+        !cut
+    });
+    offer.port = wire.port;
+    let mut destination = Engine::start("cold-destination");
+    assert_eq!(destination.ask(&scene.pull(&offer)), Reply::ColdPulled);
+    let passed = wire.passed.load(Ordering::Relaxed);
+    // Each cut costs the blocks under way at most: 8 of 1 MiB, of two connections, about eight times.
+    assert!(passed > 64 * MIB && passed < 180 * MIB, "{passed}");
+    conclude(&scene, source, destination, &[]);
+    assert_eq!(sha256(&scene.destination().join("disk.raw")), digest);
+    scene.assert_clean();
+}
+
+#[test]
+fn a_byte_flipped_on_the_way_is_noticed_and_named() {
+    let mut scene = Scene {
+        encryption: Encryption::Never,
+        ..Scene::default()
+    };
+    scene.image("disk.raw", 16, 8);
+    let (source, mut offer) = scene.begin();
+    let wire = Wire::to(offer.port, |bytes, before| {
+        if (3 * MIB..3 * MIB + (64 << 10)).contains(&before) {
+            // In the middle of a block's noise: frames are a few bytes of a megabyte.
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+        }
+        true
+    });
+    offer.port = wire.port;
+    let mut destination = Engine::start("cold-destination");
+    let failure = destination.refusal(&scene.pull(&offer));
+    assert!(failure.cause.contains("disk.raw is damaged"), "{}", failure.cause);
+    source.end_aborted();
+    scene.assert_not_there();
+    scene.assert_clean();
+}
+
+#[test]
+fn a_byte_flipped_on_the_disk_is_noticed_and_named() {
+    let mut scene = Scene {
+        options: Options {
+            bandwidth: 2 * MIB,
+            ..Options::default()
+        },
+        ..Scene::default()
+    };
+    scene.image("first.raw", 16, 15);
+    let (mut source, offer) = scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&scene.pull(&offer));
+    // A chunk is read back when it is whole, which takes some seconds at this rate.
+    let file = await_some("a block to be written", || {
+        let path = fs::read_dir(scene.destination()).unwrap().next()?.unwrap().path();
+        let file = File::options().read(true).write(true).open(path).ok()?;
+        let mut byte = [0];
+        file.read_at(&mut byte, 5000).ok()?;
+        (byte[0] != 0).then_some(file)
+    });
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 5000).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], 5000).unwrap();
+    source.tell(&Request::Limit { bandwidth: 0 });
+    match destination.hear() {
+        Some(Reply::Failed(failure)) => {
+            assert!(
+                failure.cause.contains("first.raw is damaged: at 0"),
+                "{}",
+                failure.cause
+            )
+        }
+        other => panic!("{other:?}"),
+    }
+    source.end_aborted();
+    scene.assert_not_there();
+    scene.assert_clean();
+}
+
+#[test]
+fn what_changes_meanwhile_stays_at_the_source() {
+    for change in ["definition", "file"] {
+        let mut scene = Scene::default();
+        let path = scene.image("disk.raw", 8, 4);
+        let definition = scene.directory.path().join("g.xml");
+        fs::write(&definition, "<domain/>").unwrap();
+        let found = fs::metadata(&definition).unwrap();
+        let Request::ColdServe(mut serve) = scene.serve() else {
+            panic!()
+        };
+        serve.definition = Some(Definition {
+            path: definition.clone(),
+            inode: found.ino(),
+            size: found.len(),
+            modified: found.mtime() * 1_000_000_000 + found.mtime_nsec(),
+        });
+        let mut source = Engine::start("cold-source");
+        let Reply::ColdOffer(offer) = source.ask(&Request::ColdServe(serve)) else {
+            panic!()
+        };
+        let mut destination = Engine::start("cold-destination");
+        assert_eq!(destination.ask(&scene.pull(&offer)), Reply::ColdPulled);
+        match change {
+            "definition" => fs::write(&definition, "<domain> </domain>").unwrap(),
+            _ => File::options()
+                .write(true)
+                .open(&path)
+                .unwrap()
+                .write_all_at(b"late", 0)
+                .unwrap(),
+        }
+        let failure = destination.refusal(&Request::ColdCommit);
+        assert!(failure.cause.contains("was changed while"), "{}", failure.cause);
+        assert_eq!(failure.host, "host1");
+        assert_eq!(destination.ask(&Request::ColdAbort), Reply::ColdAborted);
+        assert!(source.refusal(&Request::ColdConfirm).cause.contains("stays here"));
+        assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+        source.end();
+        destination.end();
+        scene.assert_not_there();
+        scene.assert_clean();
+        assert!(path.exists());
+    }
+}
+
+#[test]
+fn a_cancelled_move_leaves_nothing() {
+    for at_source in [true, false] {
+        let mut scene = Scene {
+            options: Options {
+                bandwidth: MIB,
+                ..Options::default()
+            },
+            ..Scene::default()
+        };
+        let path = scene.image("disk.raw", 64, 32);
+        let (mut source, offer) = scene.begin();
+        let mut destination = Engine::start("cold-destination");
+        destination.tell(&scene.pull(&offer));
+        scene.await_state(Role::Destination, State::Pulling);
+        let cancelled = if at_source { &mut source } else { &mut destination };
+        cancelled.tell(&Request::Cancel);
+        let Some(Reply::Failed(failure)) = destination.hear() else {
+            panic!()
+        };
+        if !at_source {
+            assert_eq!(failure.kind, FailureKind::Cancelled);
+        }
+        assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+        source.end();
+        destination.end();
+        scene.assert_not_there();
+        scene.assert_clean();
+        assert!(path.exists());
+    }
+}
+
+/// A file system of this many MiB, unmounted at the end.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(at: PathBuf, mib: u32) -> Self {
+        let options = format!("size={mib}m");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "none"])
+            .arg(&at)
+            .status();
+        assert!(mounted.unwrap().success());
+        Self(at)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn without_room_nothing_begins_and_room_that_goes_is_told() {
+    if !is_root() {
+        eprintln!("skipped: mounting a small file system needs root");
+        return;
+    }
+    let mut scene = Scene::default();
+    let path = scene.image("disk.raw", 64, 40);
+    let small = Small::mount(scene.destination(), 32);
+    let (source, offer) = scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    let failure = destination.refusal(&scene.pull(&offer));
+    assert!(
+        failure.cause.contains("free, the guest's files there need"),
+        "{}",
+        failure.cause
+    );
+    source.end_aborted();
+    scene.assert_not_there();
+    drop(small);
+
+    let _small = Small::mount(scene.destination(), 48);
+    scene.options.bandwidth = 4 * MIB;
+    let (mut source, offer) = scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&scene.pull(&offer));
+    scene.await_state(Role::Destination, State::Pulling);
+    let filler = scene.destination().join("filler");
+    fs::write(&filler, vec![1; 30 << 20]).unwrap();
+    source.tell(&Request::Limit { bandwidth: 0 });
+    let Some(Reply::Failed(failure)) = destination.hear() else {
+        panic!()
+    };
+    assert!(
+        failure.cause.contains("disk.raw") && failure.cause.contains("No space left"),
+        "{}",
+        failure.cause
+    );
+    source.end_aborted();
+    fs::remove_file(filler).unwrap();
+    scene.assert_not_there();
+    scene.assert_clean();
+    assert!(path.exists());
+}
+
+/// A loop device over a file, detached at the end.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn over(file: &Path) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+            .ok()?;
+        let device = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| Self(device.trim().into()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn devices_are_filled_in_place() {
+    let mut scene = Scene::default();
+    let (one, two) = (
+        scene.directory.path().join("one"),
+        scene.directory.path().join("two"),
+    );
+    let mut content = noise(9, 40 << 20);
+    content[8 << 20..30 << 20].fill(0);
+    fs::write(&one, &content).unwrap();
+    // What is in the way on the destination's has to go, also where the source has nothing.
+    fs::write(&two, noise(10, 48 << 20)).unwrap();
+    let (Some(one), Some(two)) = (Loop::over(&one), Loop::over(&two)) else {
+        eprintln!("skipped: no loop devices");
+        return;
+    };
+    scene.own(&one.0, disk(0));
+    scene.elsewhere = vec![(one.0.clone(), two.0.clone())];
+    let (source, destination) = scene.pulled();
+    let deleted = conclude(&scene, source, destination, &[]);
+    assert!(
+        deleted.deleted.is_empty() && deleted.kept[0].reason.contains("volume"),
+        "{deleted:?}"
+    );
+    let mut found = vec![0; content.len()];
+    File::open(&two.0).unwrap().read_exact(&mut found).unwrap();
+    assert!(found == content, "the device has other content");
+    // One that is too small, and one that is in use.
+    let (source, mut offer) = scene.begin();
+    offer.inventory.files[0].path = two.0.clone();
+    let small = scene.directory.path().join("small");
+    File::create(&small).unwrap().set_len(8 << 20).unwrap();
+    let small = Loop::over(&small).unwrap();
+    scene.elsewhere = vec![(two.0.clone(), small.0.clone())];
+    let mut destination = Engine::start("cold-destination");
+    let failure = destination.refusal(&scene.pull(&offer));
+    assert!(failure.cause.contains("bytes, the source's"), "{}", failure.cause);
+    source.end_aborted();
+    scene.assert_clean();
+}

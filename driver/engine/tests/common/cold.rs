@@ -1,0 +1,374 @@
+//! Two engines that move files from one directory to another over the loopback interface, driven as plug-ins drive them.
+
+use super::{await_some, PATIENCE};
+use ferry_contract::cold::journal::{self, Journal, Role, State};
+use ferry_contract::cold::{Item, Options, Part, Plan, Pull, Recovered, Serve};
+use ferry_contract::control::{Failure, Message, Reply, Request, Settings, Statistics};
+use ferry_contract::cookie::ColdOffer;
+use ferry_contract::session::{Encryption, Guest};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+pub const MIB: u64 = 1 << 20;
+
+/// An engine process and the plug-in's end of its socket.
+pub struct Engine {
+    child: Child,
+    socket: UnixStream,
+    lines: BufReader<UnixStream>,
+    pub statistics: Statistics,
+    /// All that was reported of what remains.
+    pub remaining: Vec<u64>,
+}
+
+impl Engine {
+    pub fn start(role: &str) -> Self {
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_virt-ferry-engine"))
+            .arg(role)
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let reader = socket.try_clone().unwrap();
+        reader.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self {
+            child,
+            socket,
+            lines: BufReader::new(reader),
+            statistics: Statistics::default(),
+            remaining: Vec::new(),
+        }
+    }
+
+    pub fn tell(&mut self, request: &Request) {
+        let mut line = serde_json::to_vec(request).unwrap();
+        line.push(b'\n');
+        self.socket.write_all(&line).unwrap();
+    }
+
+    /// The next message that is no report; `None` when the engine has ended.
+    pub fn hear(&mut self) -> Option<Reply> {
+        loop {
+            let mut line = String::new();
+            match self.lines.read_line(&mut line) {
+                Ok(0) => return None,
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+                Err(error) => panic!("the engine says nothing: {error}"),
+            }
+            match serde_json::from_str(&line).unwrap() {
+                Message::Progress(statistics) => {
+                    self.statistics = statistics;
+                    self.remaining.push(statistics.remaining);
+                }
+                Message::Reply(reply) => return Some(reply),
+            }
+        }
+    }
+
+    pub fn ask(&mut self, request: &Request) -> Reply {
+        self.tell(request);
+        self.hear().expect("an answer")
+    }
+
+    pub fn refusal(&mut self, request: &Request) -> Failure {
+        match self.ask(request) {
+            Reply::Failed(failure) => failure,
+            other => panic!("{request:?} was answered by {other:?}"),
+        }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Ends it as a crash does.
+    pub fn crash(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// The source of a move that the destination gave up: it has the guest again.
+    pub fn end_aborted(mut self) {
+        assert_eq!(self.ask(&Request::ColdAbort), Reply::ColdAborted);
+        self.end();
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn end(mut self) {
+        while self.hear().is_some() {}
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A guest's files in one directory, and another one for them to go to.
+pub struct Scene {
+    pub directory: TempDir,
+    pub items: Vec<Item>,
+    pub guest: Guest,
+    pub options: Options,
+    pub encryption: Encryption,
+    pub incremental: bool,
+    pub media: Vec<ferry_contract::cold::Medium>,
+    /// The destination's path of a file, where it is not the one of the same name.
+    pub elsewhere: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Default for Scene {
+    fn default() -> Self {
+        // Not below /tmp, which may be a file system without direct I/O.
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        for name in ["source", "destination", "journals-source", "journals-destination"] {
+            fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        Self {
+            directory,
+            items: Vec::new(),
+            guest: Guest {
+                name: "g".into(),
+                uuid: Uuid::new_v4(),
+            },
+            options: Options::default(),
+            encryption: Encryption::Always,
+            incremental: false,
+            media: Vec::new(),
+            elsewhere: Vec::new(),
+        }
+    }
+}
+
+impl Scene {
+    pub fn source(&self) -> PathBuf {
+        self.directory.path().join("source")
+    }
+
+    pub fn destination(&self) -> PathBuf {
+        self.directory.path().join("destination")
+    }
+
+    fn state(&self, role: Role) -> PathBuf {
+        self.directory.path().join(match role {
+            Role::Source => "journals-source",
+            Role::Destination => "journals-destination",
+        })
+    }
+
+    pub fn settings(&self, role: Role) -> Settings {
+        Settings {
+            encryption: self.encryption,
+            streams: 1,
+            // Not those of a real host, whose engines may be at work.
+            ports: (47000, 47999),
+            auto_converge: true,
+            verify_memory: false,
+            runtime_directory: self.directory.path().into(),
+            log_directory: self.directory.path().join("logs"),
+            state_directory: self.state(role),
+        }
+    }
+
+    /// A sparse image: `data` MiB of noise in the middle of `size` MiB, and a byte at its very end.
+    pub fn image(&mut self, name: &str, size: u64, data: u64) -> PathBuf {
+        let path = self.source().join(name);
+        let file = File::create(&path).unwrap();
+        let length = size * MIB - 77;
+        file.set_len(length).unwrap();
+        let start = (size - data) / 2 * MIB + 4096;
+        for block in 0..data {
+            file.write_all_at(&noise(block ^ size, MIB as usize), start + block * MIB)
+                .unwrap();
+        }
+        file.write_all_at(b"!", length - 1).unwrap();
+        self.own(&path, disk(self.items.len()));
+        path
+    }
+
+    pub fn own(&mut self, path: &Path, part: Part) {
+        self.items.push(Item {
+            path: path.to_owned(),
+            part,
+        });
+    }
+
+    pub fn serve(&self) -> Request {
+        Request::ColdServe(Box::new(Serve {
+            guest: self.guest.clone(),
+            host: "host1".into(),
+            address: "127.0.0.1".into(),
+            listen: Some("127.0.0.1".into()),
+            items: self.items.clone(),
+            media: Vec::new(),
+            metadata: Vec::new(),
+            autostart: false,
+            definition: None,
+            options: self.options,
+            settings: self.settings(Role::Source),
+        }))
+    }
+
+    pub fn pull(&self, offer: &ColdOffer) -> Request {
+        let place = |file: &ferry_contract::cold::File| {
+            let other = self.elsewhere.iter().find(|(source, _)| *source == file.path);
+            match (other, file.path.strip_prefix(self.source())) {
+                (Some((_, path)), _) => path.clone(),
+                (None, Ok(inside)) => self.destination().join(inside),
+                (None, Err(_)) => file.path.clone(),
+            }
+        };
+        Request::ColdPull(Box::new(Pull {
+            guest: self.guest.clone(),
+            host: "host2".into(),
+            offer: offer.clone(),
+            plan: Plan {
+                places: offer.inventory.files.iter().map(place).collect(),
+                media: self.media.clone(),
+                incremental: self.incremental,
+                definition: "<domain/>".into(),
+            },
+            streams: None,
+            settings: self.settings(Role::Destination),
+        }))
+    }
+
+    /// A source that serves, and what it offers.
+    pub fn begin(&self) -> (Engine, ColdOffer) {
+        let mut source = Engine::start("cold-source");
+        match source.ask(&self.serve()) {
+            Reply::ColdOffer(offer) => (source, *offer),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Both engines, and everything pulled.
+    pub fn pulled(&self) -> (Engine, Engine) {
+        let (source, offer) = self.begin();
+        let mut destination = Engine::start("cold-destination");
+        let pulled = destination.ask(&self.pull(&offer));
+        assert_eq!(pulled, Reply::ColdPulled);
+        (source, destination)
+    }
+
+    /// Both engines, and the destination's files in place.
+    pub fn placed(&self) -> (Engine, Engine) {
+        let (source, mut destination) = self.pulled();
+        assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
+        (source, destination)
+    }
+
+    pub fn journal(&self, role: Role) -> Option<Journal> {
+        let text = fs::read(journal::path(&self.state(role), self.guest.uuid)).ok()?;
+        Some(Journal::parse(&text).unwrap())
+    }
+
+    pub fn await_state(&self, role: Role, state: State) {
+        await_some(&format!("{role:?} to be {state:?}"), || {
+            self.journal(role).filter(|journal| journal.state == state)
+        });
+    }
+
+    pub fn recovery(&self, role: Role, abort: bool) -> Engine {
+        let mut engine = Engine::start("cold-recover");
+        engine.tell(&Request::ColdRecover {
+            journal: journal::path(&self.state(role), self.guest.uuid),
+            abort,
+            settings: self.settings(role),
+        });
+        engine
+    }
+
+    /// A whole recovery whose answer this is.
+    pub fn recover(&self, role: Role) -> Recovered {
+        let mut engine = self.recovery(role, false);
+        recovered(&mut engine)
+    }
+
+    /// Nothing of ours is left but the files themselves.
+    pub fn assert_clean(&self) {
+        let mut open = vec![self.directory.path().to_owned()];
+        while let Some(directory) = open.pop() {
+            for entry in fs::read_dir(&directory).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.file_name().unwrap().to_string_lossy().into_owned();
+                let ours =
+                    name.contains(".ferry-") || name.ends_with(".json") || name.ends_with(".json.part");
+                let log = path.starts_with(self.directory.path().join("logs"));
+                assert!(log || !ours, "{} is left", path.display());
+                if path.is_dir() {
+                    open.push(path);
+                }
+            }
+        }
+    }
+
+    /// The destination has nothing at all.
+    pub fn assert_not_there(&self) {
+        let left: Vec<_> = fs::read_dir(self.destination()).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+pub fn recovered(engine: &mut Engine) -> Recovered {
+    match engine.hear() {
+        Some(Reply::ColdRecovered(recovered)) => recovered,
+        other => panic!("{other:?}"),
+    }
+}
+
+pub fn disk(number: usize) -> Part {
+    Part::Disk {
+        target: format!("vd{}", char::from(b'a' + number as u8)),
+        layer: 0,
+        format: "raw".into(),
+        relative: false,
+    }
+}
+
+/// Bytes without a pattern, always the same ones.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    });
+    words.flat_map(u64::to_le_bytes).take(length).collect()
+}
+
+/// The content of a file, by an independent tool.
+pub fn sha256(path: &Path) -> String {
+    let output = Command::new("sha256sum").arg(path).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split(' ')
+        .next()
+        .unwrap()
+        .trim_start_matches('\\')
+        .to_owned()
+}
+
+pub fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().blocks() * 512
+}
+
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
