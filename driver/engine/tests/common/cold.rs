@@ -104,6 +104,12 @@ impl Engine {
         self.end();
     }
 
+    /// Closes the plug-in's end, as a daemon that dies does, and waits for the engine to end.
+    pub fn hang_up(self) {
+        self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        self.end();
+    }
+
     /// Waits until it has ended by itself.
     pub fn end(mut self) {
         while self.hear().is_some() {}
