@@ -56,7 +56,10 @@ pub fn run(uri: &str, guests: &[String]) -> Result<bool> {
 
 /// What the journals of this host say.
 fn open() -> Result<Vec<Open>> {
-    let directory = ferry_host::config().unwrap_or_default().state_directory.join(DIRECTORY);
+    let directory = ferry_host::config()
+        .unwrap_or_default()
+        .state_directory
+        .join(DIRECTORY);
     let entries = match std::fs::read_dir(&directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
