@@ -56,14 +56,12 @@ impl Error {
 
     /// Whether libvirt refused because the connection only reads.
     pub fn is_read_only(&self) -> bool {
-        let code = virt_sys::VIR_ERR_OPERATION_DENIED as c_int;
-        match self {
-            Self::Ours { .. } => false,
-            // SAFETY: NULL or an error that is valid until it is dropped.
-            Self::Libvirt(SavedError(error)) => {
-                unsafe { error.as_ref() }.is_some_and(|error| error.code == code)
-            }
-        }
+        let Self::Libvirt(SavedError(error)) = self else {
+            return false;
+        };
+        // SAFETY: NULL or an error that is valid until it is dropped.
+        let error = unsafe { error.as_ref() };
+        error.is_some_and(|error| error.code == virt_sys::VIR_ERR_OPERATION_DENIED as c_int)
     }
 
     /// Makes this the thread's libvirt error, which the dispatcher sends to the client.

@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use ferry_tests::guest::beat::Listener;
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
 use ferry_tests::scene::Scene;
