@@ -172,7 +172,7 @@ fn nothing_is_written_without_the_memory() -> Result<()> {
         fs::create_dir(one.path(OUT))?;
         fs::set_permissions(one.path(OUT), fs::Permissions::from_mode(0o777))?;
         one.run(&["qemu-img", "create", "-q", "-f", "qcow2", DISK, "16M"])?;
-        let scene = Scene::start(lab, one, usual("guarded").disk(DISK, "qcow2"), 1)?;
+        let scene = Scene::start(lab, one, usual("guarded").rate(Rate(200)).disk(DISK, "qcow2"), 1)?;
         let mut host = one;
         for (name, way) in MOVES {
             host.leave_ignoring_shared(scene.name())?;
