@@ -180,7 +180,7 @@ impl Attached {
         for group in join_cgroups_of(&process) {
             tracing::debug!(group = %group.display(), "joined the guest's control group");
         }
-        let landing = Landing::new(files, Arc::clone(place.meter))?;
+        let landing = Landing::new(files, Arc::clone(place.meter), Arc::clone(place.signals))?;
         watch.ignore_shared()?;
         let (first, last) = place.settings.ports;
         let listener = bind(listen, first..=last)?;

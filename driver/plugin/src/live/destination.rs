@@ -300,7 +300,10 @@ pub fn finish(
     let committed = match cancelled {
         true => Err(None),
         false => match session.engine.ask(&Request::Finish, Some(LOADED)) {
-            Ok(Reply::Committed) => Ok(()),
+            Ok(Reply::Committed) => {
+                session.engine.let_go_of_memory();
+                Ok(())
+            }
             Ok(reply) => Err(Some(unexpected(&reply))),
             Err(failure) => Err(Some(failure.into())),
         },
