@@ -97,8 +97,12 @@ impl<'a> Scene<'a> {
     /// Interrupts the pull, and returns what virsh said.
     fn interrupted(&self, options: &[&str], fault: impl FnOnce() -> Result<()>) -> Result<String> {
         let slow = Slow::to(self.lab, self.two, LINK)?;
-        let mut underway = self.one.begin_cold("g", self.two, &[&["--undefinesource"], options].concat())?;
-        underway.wait_for_job("files to be on their way", |job| job.figure("disk_processed") > 4 << 20)?;
+        let mut underway = self
+            .one
+            .begin_cold("g", self.two, &[&["--undefinesource"], options].concat())?;
+        underway.wait_for_job("files to be on their way", |job| {
+            job.figure("disk_processed") > 4 << 20
+        })?;
         fault()?;
         drop(slow);
         let said = underway.fails()?;
@@ -107,7 +111,10 @@ impl<'a> Scene<'a> {
     }
 
     fn kill(&self, host: &Host, name: &str) -> Result<()> {
-        let process = host.processes_named(name)?.pop().with_context(|| format!("no {name}"))?;
+        let process = host
+            .processes_named(name)?
+            .pop()
+            .with_context(|| format!("no {name}"))?;
         signal(&process, SIGKILL)
     }
 
@@ -176,7 +183,9 @@ fn the_network_is_cut_for_a_moment() -> Result<()> {
         let scene = Scene::new(lab)?;
         let slow = Slow::to(lab, scene.two, LINK)?;
         let mut underway = scene.one.begin_cold("g", scene.two, &["--undefinesource"])?;
-        underway.wait_for_job("files to be on their way", |job| job.figure("disk_processed") > 4 << 20)?;
+        underway.wait_for_job("files to be on their way", |job| {
+            job.figure("disk_processed") > 4 << 20
+        })?;
         let cut = Cut::reset(scene.one)?;
         std::thread::sleep(Duration::from_secs(2));
         drop(cut);
@@ -204,7 +213,10 @@ fn they_die_between_the_phases() -> Result<()> {
             Ok(client)
         };
         for (what, fault) in [
-            ("the source's engine", &(|| signal(&engine(one)?, SIGKILL)) as &dyn Fn() -> Result<()>),
+            (
+                "the source's engine",
+                &(|| signal(&engine(one)?, SIGKILL)) as &dyn Fn() -> Result<()>,
+            ),
             ("the destination's engine", &|| signal(&engine(two)?, SIGKILL)),
             ("the destination's daemon", &|| two.restart_libvirtd(true)),
         ] {
@@ -227,7 +239,9 @@ fn they_die_between_the_phases() -> Result<()> {
         let said = one.exec(&["virsh", "start", "g"])?;
         ensure!(!said.status.success(), "the guest starts on both hosts");
         scene.settles()?;
-        scene.is_at_the_destination().context("after the source's daemon")?;
+        scene
+            .is_at_the_destination()
+            .context("after the source's daemon")?;
         scene.comes_back()
     })
 }
@@ -240,7 +254,8 @@ fn the_client_is_killed() -> Result<()> {
         scene.interrupted(&[], || scene.kill(scene.one, "virsh"))?;
         scene.is_at_the_source()?;
         wait_until("the destination to be as before", SETTLE, || {
-            Ok(scene.two.state("g")?.is_none() && same_files(&scene.nowhere[1], &scene.two.guests_files()?).is_ok())
+            Ok(scene.two.state("g")?.is_none()
+                && same_files(&scene.nowhere[1], &scene.two.guests_files()?).is_ok())
         })?;
         scene.moves_again()
     })

@@ -263,7 +263,10 @@ pub fn definition_file(guest: &str) -> Option<cold::Definition> {
         path,
         inode: found.ino(),
         size: found.size(),
-        modified: found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec()),
+        modified: found
+            .mtime()
+            .saturating_mul(1_000_000_000)
+            .saturating_add(found.mtime_nsec()),
     })
 }
 
