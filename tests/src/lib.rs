@@ -11,12 +11,14 @@
 //!   scene            a lab with a guest in it, moved and judged
 //!   underway         a migration while it runs
 //!   link             a link made slow
+//!   monitor          a guest's private monitor, in the engine's place
 //!   timeline         what virt-ferry is told and tells on a host
 //!   phases           a client that runs the phases of a migration one by one
 //!   fault            slow and cut links, killed processes, and how a guest must come out of it
 //!   wait             waiting for a condition, never for a time
 //! ```
 
+pub mod authority;
 pub mod clean;
 pub mod cold;
 pub mod fault;
@@ -24,6 +26,7 @@ pub mod guest;
 pub mod host;
 pub mod lab;
 pub mod link;
+pub mod monitor;
 pub mod phases;
 pub mod scene;
 pub mod timeline;

@@ -138,6 +138,14 @@ impl<'a> Phases<'a> {
         Ok(confirmed.map(drop))
     }
 
+    /// The whole of it by the function that clients had before libvirt 1.1, whose phases have no typed parameters.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn migrate_as_of_old(&mut self) -> Result<Left<()>> {
+        Ok(self.ask("migrate", json!({}))?.map(drop))
+    }
+
     /// All phases as virsh runs them (libvirt 11.3, virDomainMigrateVersion3Full), with both hosts' cookies changed on their way.
     /// The first error.
     ///

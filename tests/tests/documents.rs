@@ -105,6 +105,11 @@ fn written() -> Result<Vec<String>> {
             vec![block("pc.ram", 1 << 30, 1 << 20)],
         ),
         (Encryption::Never, Vec::new(), vec![block("pc.ram", PAGE, 0)]),
+        (
+            Encryption::Certificates,
+            Vec::new(),
+            vec![block("pc.ram", PAGE, 0)],
+        ),
         (Encryption::Always, vec![0xff; 8190], many.collect()),
         (
             Encryption::Always,
@@ -118,6 +123,7 @@ fn written() -> Result<Vec<String>> {
     for (encryption, host, port) in [
         (Encryption::Always, "host2.example.org", 49152),
         (Encryption::Never, "fe80::1%eth0", 1),
+        (Encryption::Certificates, "192.0.2.1", 49152),
         (Encryption::Always, "192.0.2.1", 65535),
     ] {
         let answer = Answer {

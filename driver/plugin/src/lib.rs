@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  libvirt's dispatcher
-//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainDefineXML…, execve
+//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainSave…, virInitialize, …, execve
 //!  ┌─────▼──────┐   not ours    ┌─────────────────┐
 //!  │ interpose/ │ ────────────▶ │ the real libvirt│
 //!  └─────┬──────┘               └────────▲────────┘
@@ -26,3 +26,5 @@ mod live;
 mod load;
 mod mark;
 mod sessions;
+mod turns;
+mod workers;

@@ -1,6 +1,7 @@
 //! The migrations this daemon takes part in, by role and guest.
 
 use crate::engine::Engine;
+use crate::workers::{self, Leaving};
 use ferry_contract::cookie::Offer;
 use ferry_contract::session::Guest;
 use std::path::PathBuf;
@@ -74,6 +75,7 @@ pub struct Session {
     cancelled: AtomicBool,
     handed_over: AtomicBool,
     claimed: AtomicBool,
+    _leaving: Option<Leaving>,
 }
 
 /// The right to end a session, until this is dropped.
@@ -108,6 +110,7 @@ impl Session {
             cancelled: AtomicBool::new(false),
             handed_over: AtomicBool::new(false),
             claimed: AtomicBool::new(false),
+            _leaving: (role == Role::Source).then(workers::leaving),
         }
     }
 
@@ -145,6 +148,50 @@ impl Session {
     /// Whether the operator gave it up.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+/// A migration away from here that libvirt has begun, or is about to, and that may have no session yet: an abort that
+/// comes meanwhile must not be lost.
+pub struct Opening {
+    cancelled: Arc<AtomicBool>,
+}
+
+static OPENING: Mutex<Vec<(Uuid, Arc<AtomicBool>)>> = Mutex::new(Vec::new());
+
+fn openings() -> MutexGuard<'static, Vec<(Uuid, Arc<AtomicBool>)>> {
+    // As with the sessions.
+    OPENING.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Opening {
+    /// To be had before libvirt's Begin, since an abort can come as soon as that has taken the job.
+    pub fn of(guest: Uuid) -> Self {
+        let cancelled = Arc::default();
+        openings().push((guest, Arc::clone(&cancelled)));
+        Self { cancelled }
+    }
+
+    /// Whether it was given up before it had a session. To be asked once the session is listed.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        openings().retain(|(_, cancelled)| !Arc::ptr_eq(cancelled, &self.cancelled));
+    }
+}
+
+/// The operator gave up this guest's migration away from here, whether or not it has a session yet.
+pub fn cancel(guest: Uuid) {
+    // Noted first: a session that is listed after this look-up finds the note.
+    for (_, cancelled) in openings().iter().filter(|(other, _)| *other == guest) {
+        cancelled.store(true, Ordering::Release);
+    }
+    if let Some(session) = by_uuid(Role::Source, guest) {
+        session.cancel();
     }
 }
 

@@ -79,7 +79,7 @@ impl Outgoing {
         let count = self.lanes.len() as u64;
         let mut sent = Sent::default();
         std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..count)
+            let workers = (0..count)
                 .zip(&mut self.lanes)
                 .map(|(number, lane)| {
                     let share = Share {
@@ -90,9 +90,11 @@ impl Outgoing {
                         meter,
                         signals,
                     };
-                    scope.spawn(move || lane.send(&share, round))
+                    std::thread::Builder::new()
+                        .spawn_scoped(scope, move || lane.send(&share, round))
+                        .map_err(Error::system("start a thread"))
                 })
-                .collect();
+                .collect::<Result<Vec<_>, _>>()?;
             for worker in workers {
                 let part = worker
                     .join()

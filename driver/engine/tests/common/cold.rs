@@ -104,6 +104,12 @@ impl Engine {
         self.end();
     }
 
+    /// Closes the plug-in's end, as a daemon that dies does, and waits for the engine to end.
+    pub fn hang_up(self) {
+        self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        self.end();
+    }
+
     /// Waits until it has ended by itself.
     pub fn end(mut self) {
         while self.hear().is_some() {}
@@ -173,6 +179,7 @@ impl Scene {
 
     pub fn settings(&self, role: Role) -> Settings {
         Settings {
+            certificates: None,
             encryption: self.encryption,
             streams: 1,
             // Not those of a real host, whose engines may be at work.

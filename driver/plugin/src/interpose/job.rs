@@ -3,11 +3,12 @@
 
 use super::border;
 use crate::cold;
-use crate::libvirt::{real, Domain, Error};
+use crate::libvirt::{entries, real, Domain, Error};
 use crate::live::job;
 use std::os::raw::{c_int, c_uint, c_ulong};
 use virt_sys::{
-    virDomainJobInfoPtr, virDomainPtr, virTypedParameterPtr, VIR_DOMAIN_JOB_STATS_COMPLETED,
+    virDomainJobInfoPtr, virDomainPtr, virTypedParameterPtr, VIR_DOMAIN_JOB_NONE,
+    VIR_DOMAIN_JOB_STATS_COMPLETED, VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED,
     VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY,
 };
 
@@ -30,7 +31,10 @@ pub unsafe extern "C" fn virDomainGetJobInfo(domain: virDomainPtr, info: virDoma
             if real(domain, info) < 0 {
                 return Err(Error::libvirt());
             }
-            if let (Some(progress), false) = (job::progress(Domain::borrow(domain)), info.is_null()) {
+            if info.is_null() || (*info).type_ == VIR_DOMAIN_JOB_NONE as c_int {
+                return Ok(0);
+            }
+            if let Some(progress) = job::progress(Domain::borrow(domain)) {
                 progress.complete_info(&mut *info);
             }
         }
@@ -62,10 +66,24 @@ pub unsafe extern "C" fn virDomainGetJobStats(
             if real(domain, kind, params, nparams, flags) < 0 {
                 return Err(Error::libvirt());
             }
-            if flags & VIR_DOMAIN_JOB_STATS_COMPLETED == 0 && !params.is_null() && !nparams.is_null() {
-                if let Some(progress) = job::progress(Domain::borrow(domain)) {
-                    progress.complete_stats(&mut *params, &mut *nparams);
-                }
+            if kind.is_null()
+                || params.is_null()
+                || nparams.is_null()
+                || *kind == VIR_DOMAIN_JOB_NONE as c_int
+            {
+                return Ok(0);
+            }
+            let domain = Domain::borrow(domain);
+            let progress = match flags & VIR_DOMAIN_JOB_STATS_COMPLETED {
+                0 => job::progress(domain),
+                _ => job::completed(domain, entries(*params, *nparams)),
+            };
+            if let Some(progress) = progress {
+                progress.complete_stats(&mut *params, &mut *nparams);
+            }
+            let kept = VIR_DOMAIN_JOB_STATS_COMPLETED | VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED;
+            if flags & kept == VIR_DOMAIN_JOB_STATS_COMPLETED {
+                job::forget(domain);
             }
         }
         Ok(0)

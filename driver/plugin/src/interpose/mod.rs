@@ -4,10 +4,12 @@
 //! a libvirt error of this one call.
 
 mod define;
+mod event;
 mod exec;
 mod job;
 mod migration;
 mod save;
+mod start;
 
 use crate::libvirt::Error;
 use std::panic::{catch_unwind, AssertUnwindSafe};

@@ -17,5 +17,5 @@ pub use cookie::Cookie;
 pub use definition::Metadata;
 pub use domain::{c_string, Connection, Domain, OwnedConnection, OwnedDomain};
 pub use error::Error;
-pub use params::Params;
+pub use params::{entries, Params};
 pub use storage::{Pool, Storage};

@@ -8,6 +8,18 @@ use virt_sys::{
     VIR_TYPED_PARAM_STRING, VIR_TYPED_PARAM_ULLONG,
 };
 
+/// A list of typed parameters as C has it.
+///
+/// # Safety
+/// `params` is NULL or points to `count` parameters that outlive `'a`.
+pub unsafe fn entries<'a>(params: virTypedParameterPtr, count: c_int) -> &'a [virTypedParameter] {
+    match usize::try_from(count) {
+        // SAFETY: as the caller says.
+        Ok(count) if count > 0 && !params.is_null() => unsafe { std::slice::from_raw_parts(params, count) },
+        _ => &[],
+    }
+}
+
 /// A list of typed parameters. The caller's own list is never changed: it belongs to the dispatcher.
 pub struct Params<'a> {
     entries: Vec<virTypedParameter>,
@@ -22,15 +34,9 @@ impl<'a> Params<'a> {
     /// # Safety
     /// `params` is NULL or points to `count` parameters, with their strings, that outlive `'a`.
     pub unsafe fn borrow(params: virTypedParameterPtr, count: c_int) -> Self {
-        let entries = match usize::try_from(count) {
-            // SAFETY: as the caller says.
-            Ok(count) if count > 0 && !params.is_null() => unsafe {
-                std::slice::from_raw_parts(params, count).to_vec()
-            },
-            _ => Vec::new(),
-        };
         Self {
-            entries,
+            // SAFETY: as the caller says.
+            entries: unsafe { entries(params, count) }.to_vec(),
             strings: Vec::new(),
             caller: PhantomData,
         }

@@ -1,14 +1,15 @@
 //! The host the guest comes to: Prepare, Finish.
 
 use super::uri::{self, DataAddress};
-use super::{options, unexpected, DISABLED, LOADED, LOCAL};
+use super::{options, settings, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::guest_memory;
 use crate::libvirt::phase::{self, MallocString, Prepared};
 use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
 use crate::sessions::{self, Promise, Role, Session};
+use crate::turns::Moving;
 use ferry_contract::config::Config;
-use ferry_contract::control::{Reply, Request};
+use ferry_contract::control::{Reply, Request, Settings};
 use ferry_contract::cookie::{self, Answer, Offer};
 use ferry_contract::session::Guest;
 use ferry_host as host;
@@ -78,6 +79,7 @@ fn natively(connection: Connection, params: &Params, cookie: &[u8], flags: u32) 
 /// What is known of an arriving guest before anything is started.
 struct Arrival {
     config: Config,
+    settings: Settings,
     host: String,
     guest: Guest,
     offer: Offer,
@@ -106,6 +108,7 @@ impl Arrival {
         // What the engines do is between them; a client also drops some of these flags and not their parameters.
         let (params, flags) = options::for_libvirt(params, flags);
         options::read(&params, flags)?;
+        let mut settings = settings(&config, flags)?;
         let (name, uuid) = identity(cookie).ok_or("libvirt's cookie names no guest")?;
         let name = params
             .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
@@ -120,9 +123,13 @@ impl Arrival {
                 uri::parse(given).ok_or_else(|| format!("the engine does not take the URI {given}"))?
             }
         };
+        if let Some(port) = data.port {
+            settings.ports = (port, port);
+        }
         let incoming = incoming_socket(&host::incoming_directory(&config), offer.session, &name);
         Ok(Self {
             config,
+            settings,
             host: name_here,
             guest: Guest { name, uuid },
             offer,
@@ -143,10 +150,6 @@ impl Arrival {
         })?;
         let engine = Engine::start(&self.config, "destination", &self.host)
             .map_err(|error| failed(error.to_string()))?;
-        let mut settings = self.config.settings();
-        if let Some(port) = self.data.port {
-            settings.ports = (port, port);
-        }
         let (promise, promised) = Promise::make(&self.offer);
         let request = Request::Reserve {
             guest: self.guest.clone(),
@@ -154,7 +157,7 @@ impl Arrival {
             offer: self.offer.clone(),
             memory_directory: host::memory_directory(),
             promised,
-            settings,
+            settings: self.settings.clone(),
         };
         match engine.ask(&request, Some(LOCAL))? {
             Reply::Reserved => Ok(Reservation::Made(engine, promise)),
@@ -221,7 +224,7 @@ impl Arrival {
                     self.host
                 ))
             })?;
-        session.engine.guard(&monitor)?;
+        session.engine.guard(&monitor, Moving::here(self.guest.uuid))?;
         let attach = Request::Attach {
             monitor,
             incoming: self.incoming.clone(),

@@ -2,7 +2,9 @@
 //! engine's to judge.
 //!
 //! Three things become of an option: libvirt's own phases see it and do it (names, definitions, disks), the engine does
-//! it and the phases do not see it ([`for_libvirt`]), or the whole migration is libvirt's own.
+//! it and the phases do not see it ([`for_libvirt`]), or the whole migration is libvirt's own. TLS is both's: the engine
+//! protects the memory, libvirt its disks over NBD and what it checks itself (`migrate_tls_force`); QEMU's own stream,
+//! which the engine relays, is then protected twice.
 
 use crate::libvirt::Params;
 use ferry_contract::control::{AutoConverge, Options};
@@ -20,6 +22,7 @@ const TAKEN: u32 = VIR_MIGRATE_LIVE
     | VIR_MIGRATE_ABORT_ON_ERROR
     | STORAGE
     | VIR_MIGRATE_NON_SHARED_SYNCHRONOUS_WRITES
+    | VIR_MIGRATE_TLS
     | DONE_BY_ENGINE;
 
 /// libvirt copies disks, over NBD.
@@ -34,13 +37,12 @@ const NAMES: &[(u32, &str)] = &[
     (VIR_MIGRATE_OFFLINE, "offline"),
     (VIR_MIGRATE_RDMA_PIN_ALL, "rdma-pin-all"),
     (VIR_MIGRATE_POSTCOPY, "postcopy"),
-    (VIR_MIGRATE_TLS, "tls"),
     (VIR_MIGRATE_POSTCOPY_RESUME, "postcopy-resume"),
     (VIR_MIGRATE_ZEROCOPY, "zerocopy"),
 ];
 
-/// Parameters that libvirt's phases see and do.
-const DONE_BY_LIBVIRT: [&CStr; 11] = [
+/// Parameters that libvirt's phases see and do. The engine uses the certificates that TLS is about, too.
+const DONE_BY_LIBVIRT: [&CStr; 12] = [
     VIR_MIGRATE_PARAM_URI,
     VIR_MIGRATE_PARAM_DEST_NAME,
     VIR_MIGRATE_PARAM_DEST_XML,
@@ -52,6 +54,7 @@ const DONE_BY_LIBVIRT: [&CStr; 11] = [
     VIR_MIGRATE_PARAM_MIGRATE_DISKS_DETECT_ZEROES,
     VIR_MIGRATE_PARAM_DISKS_PORT,
     VIR_MIGRATE_PARAM_DISKS_URI,
+    VIR_MIGRATE_PARAM_TLS_DESTINATION,
 ];
 
 /// Parameters of what the engine does: each with the flag it belongs to, without which libvirt refuses it.
@@ -106,7 +109,15 @@ pub fn read(params: &Params, flags: u32) -> Result<Options, String> {
         compression: compression(params, flags)?,
         auto_converge: auto_converge(params, flags)?,
         storage,
+        tls_name: tls_name(params).map(str::to_owned),
     })
+}
+
+/// The name that the destination's certificate must bear, where the operator has said so.
+pub fn tls_name<'a>(params: &'a Params) -> Option<&'a str> {
+    params
+        .utf8(VIR_MIGRATE_PARAM_TLS_DESTINATION)
+        .filter(|name| !name.is_empty())
 }
 
 /// libvirt's MiB/s in bytes a second. OpenStack always says how much: 0, which is no limit, as is libvirt's largest
@@ -235,6 +246,19 @@ mod tests {
     }
 
     #[test]
+    fn tls_is_the_engines_and_libvirts() {
+        let params = Params::none().with(VIR_MIGRATE_PARAM_TLS_DESTINATION, "host2");
+        let asked = read(&params, LIVE | VIR_MIGRATE_TLS).unwrap();
+        assert_eq!(asked.tls_name.as_deref(), Some("host2"));
+        let (left, flags) = for_libvirt(&params, LIVE | VIR_MIGRATE_TLS);
+        assert_eq!(flags, LIVE | VIR_MIGRATE_TLS);
+        assert_eq!(tls_name(&left), Some("host2"));
+        // As for QEMU, an empty name is none.
+        let empty = Params::none().with(VIR_MIGRATE_PARAM_TLS_DESTINATION, "");
+        assert_eq!(read(&empty, LIVE | VIR_MIGRATE_TLS).unwrap().tls_name, None);
+    }
+
+    #[test]
     fn libvirt_words_its_own_errors() {
         let parallel = Params::none().with_integer(VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS, 4);
         // Turn parallel migration on to tune it.
@@ -245,9 +269,9 @@ mod tests {
 
     #[test]
     fn what_is_not_taken_is_named() {
-        let postcopy = LIVE | VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_TLS;
+        let postcopy = LIVE | VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_ZEROCOPY;
         let refusal = |params: &Params, flags| read(params, flags).unwrap_err();
-        assert!(refusal(&Params::none(), postcopy).contains("postcopy, tls"));
+        assert!(refusal(&Params::none(), postcopy).contains("postcopy, zerocopy"));
         assert!(read(&Params::none(), LIVE | 1 << 31).is_err());
         let xbzrle = Params::none().with(VIR_MIGRATE_PARAM_COMPRESSION, "xbzrle");
         assert!(refusal(&xbzrle, LIVE | VIR_MIGRATE_COMPRESSED).contains("xbzrle"));

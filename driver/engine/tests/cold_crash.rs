@@ -1,0 +1,384 @@
+//! Either cold engine dies, at each state of its journal: afterwards one host owns the guest, with all of its files.
+//!
+//! The invariants: never may both hosts start the guest; one of them always has all files; after recovery exactly one may
+//! start it, and nothing of ours is left; the source's files go only once the destination's journal says owned.
+
+mod common;
+
+use common::cold::{recovered, sha256, Engine, Scene, MIB};
+use ferry_contract::cold::journal::{Role, State};
+use ferry_contract::cold::{Options, Recovered};
+use ferry_contract::control::{Reply, Request};
+use nix::sys::signal::Signal;
+use std::path::PathBuf;
+
+/// A guest of one disk, and which of the hosts have it registered.
+struct Guest {
+    scene: Scene,
+    disk: PathBuf,
+    digest: String,
+    at_source: bool,
+    at_destination: bool,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let mut scene = Scene::default();
+        let disk = scene.image("disk.raw", 24, 16);
+        let digest = sha256(&disk);
+        Self {
+            scene,
+            disk,
+            digest,
+            at_source: true,
+            at_destination: false,
+        }
+    }
+
+    fn there(&self) -> PathBuf {
+        self.scene.destination().join("disk.raw")
+    }
+
+    /// Who may start it now, as the hook decides.
+    fn owners(&self) -> (bool, bool) {
+        let free = |role| {
+            self.scene
+                .journal(role)
+                .is_none_or(|journal| journal.fence().is_none())
+        };
+        (
+            self.at_source && free(Role::Source),
+            self.at_destination && free(Role::Destination),
+        )
+    }
+
+    /// What holds at every instant.
+    fn check(&self) {
+        let owners = self.owners();
+        assert_ne!(owners, (true, true), "both may start it");
+        let complete = |path: &PathBuf| path.exists() && sha256(path) == self.digest;
+        assert!(complete(&self.disk) || complete(&self.there()), "nobody has it");
+    }
+
+    /// libvirt registers it at the destination.
+    fn define(&mut self) {
+        self.check();
+        assert_eq!(sha256(&self.there()), self.digest);
+        self.at_destination = true;
+        self.check();
+    }
+
+    /// The source's plug-in has heard that it has left.
+    fn leave(&mut self, source: &mut Engine) {
+        self.check();
+        self.at_source = false;
+        let deleted = source.ask(&Request::ColdDelete {
+            keep: false,
+            in_use: Vec::new(),
+        });
+        assert!(matches!(deleted, Reply::ColdDeleted(deleted) if deleted.deleted == [self.disk.clone()]));
+        self.check();
+    }
+
+    /// It has moved, and nothing is left.
+    fn assert_moved(&self) {
+        assert_eq!(self.owners(), (false, true));
+        assert!(!self.disk.exists());
+        assert_eq!(sha256(&self.there()), self.digest);
+        self.scene.assert_clean();
+    }
+
+    /// It is where it was, nothing is left, and it can be moved now.
+    fn assert_stays_and_moves_again(mut self) {
+        assert_eq!(self.owners(), (true, false));
+        assert_eq!(sha256(&self.disk), self.digest);
+        let (source, destination) = self.scene.pulled();
+        self.finish(source, destination);
+        self.assert_moved();
+    }
+
+    /// Finish and Confirm.
+    fn finish(&mut self, mut source: Engine, mut destination: Engine) {
+        self.check();
+        assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
+        self.define();
+        assert_eq!(
+            destination.ask(&Request::ColdOwned),
+            Reply::ColdOwned { told: true }
+        );
+        self.check();
+        assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+        self.leave(&mut source);
+        source.end();
+        destination.end();
+    }
+}
+
+#[test]
+fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there() {
+    let mut guest = Guest::new();
+    guest.scene.options.bandwidth = 4 * MIB;
+    let (mut source, offer) = guest.scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&guest.scene.pull(&offer));
+    common::await_that("some blocks", || {
+        let mut parts = std::fs::read_dir(guest.scene.destination()).unwrap();
+        parts
+            .next()
+            .is_some_and(|part| common::cold::allocated(&part.unwrap().path()) >= 4 * MIB)
+    });
+    destination.crash();
+    guest.check();
+    // Neither host may start it as long as the source's engine serves it.
+    assert_eq!(guest.owners(), (false, false));
+    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+    source.end();
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    guest.check();
+
+    guest.scene.options = Options::default();
+    let (source, destination) = guest.scene.pulled();
+    // 16 MiB of noise and a byte at the end; what was there is compared and not sent.
+    assert!(
+        destination.statistics.data <= 13 * MIB,
+        "{:?}",
+        destination.statistics
+    );
+    guest.finish(source, destination);
+    guest.assert_moved();
+}
+
+#[test]
+fn what_a_crash_left_and_nobody_wants_is_removed() {
+    let guest = Guest::new();
+    let (mut source, destination) = guest.scene.pulled();
+    destination.crash();
+    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+    source.end();
+    let mut recovery = guest.scene.recovery(Role::Destination, true);
+    assert_eq!(recovered(&mut recovery), Recovered::Undone);
+    recovery.end();
+    guest.scene.assert_not_there();
+    // The source keeps a note for a destination that might have been about to ask; it fences nothing.
+    assert_eq!(guest.owners(), (true, false));
+    guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn the_source_dies_while_it_serves() {
+    let mut guest = Guest::new();
+    guest.scene.options.bandwidth = MIB;
+    let (source, offer) = guest.scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&guest.scene.pull(&offer));
+    guest.scene.await_state(Role::Destination, State::Pulling);
+    source.crash();
+    assert_eq!(guest.owners(), (false, false));
+    destination.tell(&Request::Cancel);
+    assert!(matches!(destination.hear(), Some(Reply::Failed(_))));
+    destination.end();
+    assert_eq!(guest.scene.recover(Role::Source), Recovered::Stays);
+    guest.scene.options.bandwidth = 0;
+    guest.scene.assert_clean();
+    guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn the_destination_dies_when_everything_is_there() {
+    let guest = Guest::new();
+    let (mut source, destination) = guest.scene.pulled();
+    guest.scene.await_state(Role::Destination, State::Ready);
+    destination.crash();
+    guest.check();
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+    guest.assert_stays_and_moves_again();
+}
+
+/// Both engines, the source's stopped and the destination's asking it to let go.
+fn committing(guest: &Guest) -> (Engine, Engine) {
+    let (source, mut destination) = guest.scene.pulled();
+    source.signal(Signal::SIGSTOP);
+    destination.tell(&Request::ColdCommit);
+    guest.scene.await_state(Role::Destination, State::Committing);
+    assert_eq!(guest.owners(), (false, false));
+    (source, destination)
+}
+
+#[test]
+fn the_destination_dies_while_it_asks_and_the_source_lets_go() {
+    let mut guest = Guest::new();
+    let (mut source, destination) = committing(&guest);
+    // What it asked is in the source's socket, or on its way.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    destination.crash();
+    source.signal(Signal::SIGCONT);
+    guest.scene.await_state(Role::Source, State::Committed);
+    assert_eq!(guest.owners(), (false, false));
+    let mut recovery = guest.scene.recovery(Role::Destination, false);
+    assert_eq!(recovered(&mut recovery), Recovered::Define);
+    guest.define();
+    assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+    guest.leave(&mut source);
+    source.end();
+    recovery.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn both_die_while_the_destination_asks_and_the_source_had_not_let_go() {
+    let guest = Guest::new();
+    let (source, destination) = committing(&guest);
+    source.crash();
+    destination.crash();
+    assert_eq!(guest.scene.journal(Role::Source).unwrap().state, State::Prepared);
+    let mut there = guest.scene.recovery(Role::Destination, false);
+    let mut here = guest.scene.recovery(Role::Source, false);
+    assert_eq!(recovered(&mut here), Recovered::Stays);
+    guest.check();
+    assert_eq!(recovered(&mut there), Recovered::Undone);
+    here.end();
+    there.end();
+    guest.scene.assert_not_there();
+    guest.scene.assert_clean();
+    guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn the_destination_dies_with_the_files_in_place() {
+    let mut guest = Guest::new();
+    let (mut source, destination) = guest.scene.placed();
+    destination.crash();
+    assert_eq!(guest.owners(), (false, false));
+    let mut recovery = guest.scene.recovery(Role::Destination, false);
+    assert_eq!(recovered(&mut recovery), Recovered::Define);
+    guest.define();
+    assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    recovery.end();
+    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+    guest.leave(&mut source);
+    source.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn both_die_with_the_files_in_place() {
+    let mut guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    source.crash();
+    destination.crash();
+    assert_eq!(guest.owners(), (false, false));
+    let mut here = guest.scene.recovery(Role::Source, false);
+    let mut there = guest.scene.recovery(Role::Destination, false);
+    assert_eq!(recovered(&mut there), Recovered::Define);
+    guest.define();
+    assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    there.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn libvirt_cannot_register_it_and_the_source_has_it_again() {
+    let guest = Guest::new();
+    let (mut source, mut destination) = guest.scene.placed();
+    assert_eq!(destination.ask(&Request::ColdAbort), Reply::ColdAborted);
+    destination.end();
+    assert!(source.refusal(&Request::ColdConfirm).cause.contains("stays here"));
+    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+    source.end();
+    guest.scene.assert_not_there();
+    guest.scene.assert_clean();
+    guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn the_source_dies_before_it_hears_that_the_guest_is_there() {
+    let mut guest = Guest::new();
+    let (source, mut destination) = guest.scene.placed();
+    source.crash();
+    guest.define();
+    let mut here = guest.scene.recovery(Role::Source, false);
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn the_source_dies_after_it_has_heard() {
+    let mut guest = Guest::new();
+    let (source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
+    source.crash();
+    assert_eq!(guest.owners(), (false, true));
+    let mut here = guest.scene.recovery(Role::Source, false);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn the_destination_dies_before_it_has_told() {
+    let mut guest = Guest::new();
+    let (mut source, mut destination) = guest.scene.placed();
+    guest.define();
+    source.signal(Signal::SIGSTOP);
+    destination.tell(&Request::ColdOwned);
+    guest.scene.await_state(Role::Destination, State::Owned);
+    destination.crash();
+    assert_eq!(guest.owners(), (false, true));
+    source.signal(Signal::SIGCONT);
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Arrived);
+    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+    guest.leave(&mut source);
+    source.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn the_plug_ins_die_and_the_engines_put_things_in_order() {
+    // Before the source has let go, both undo; after it, both leave everything to recoveries.
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    destination.hang_up();
+    common::await_that("the source to have it again", || {
+        guest.scene.journal(Role::Source).is_none()
+    });
+    source.hang_up();
+    guest.scene.assert_not_there();
+    guest.scene.assert_clean();
+
+    let mut guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    destination.hang_up();
+    assert_eq!(
+        guest.scene.journal(Role::Destination).unwrap().state,
+        State::Placed
+    );
+    let mut there = guest.scene.recovery(Role::Destination, false);
+    assert_eq!(recovered(&mut there), Recovered::Define);
+    guest.define();
+    assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    there.end();
+    source.hang_up();
+    let mut here = guest.scene.recovery(Role::Source, false);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    guest.assert_moved();
+}
