@@ -17,6 +17,7 @@ const LIMIT: &str = "120";
 pub struct Underway<'a> {
     pub(crate) from: &'a Host,
     pub(crate) domain: String,
+    offline: bool,
     child: Option<Child>,
 }
 
@@ -76,6 +77,7 @@ impl Host {
         Ok(Underway {
             from: self,
             domain: domain.to_owned(),
+            offline: mode.contains(&"--offline"),
             child: Some(child),
         })
     }
@@ -142,7 +144,12 @@ impl Underway<'_> {
                     );
                 }
             }
-            let job = self.from.job(&self.domain)?;
+            // A guest that does not run has a job only once its files are served.
+            let job = self.from.job(&self.domain);
+            let job = job.or_else(|error| match self.offline {
+                true => Ok(Job::default()),
+                false => Err(error),
+            })?;
             Ok(wanted(&job).then_some(job))
         })
     }

@@ -1,6 +1,7 @@
 //! What is in the way of a cold migration is said before a byte moves, and everything stays as it was.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Stdio};
 
 use anyhow::{ensure, Context, Result};
@@ -90,10 +91,15 @@ impl Writer {
             .spawn()?;
         let writer = Writer(writer);
         wait_until("the disk to be open", PATIENCE, || {
-            Ok(!host
-                .exec(&["qemu-img", "info", "-f", "raw", disk])?
-                .status
-                .success())
+            let mut writers = host.processes_named("qemu-io")?.into_iter();
+            Ok(writers.any(|writer| {
+                let open = fs::read_dir(writer.proc().join("fd"))
+                    .into_iter()
+                    .flatten()
+                    .flatten();
+                let mut files = open.filter_map(|entry| fs::read_link(entry.path()).ok());
+                files.any(|file| file == Path::new(disk))
+            }))
         })?;
         Ok(writer)
     }

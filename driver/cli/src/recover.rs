@@ -7,7 +7,6 @@ use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use virt::connect::Connect;
-use virt::domain::Domain;
 
 /// For both hosts' engines to find each other.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -36,7 +35,7 @@ pub fn run(uri: &str, guests: &[String]) -> Result<bool> {
     }
     let libvirt = Connect::open(Some(uri)).with_context(|| format!("cannot ask libvirt at {uri}"))?;
     // Not a guest's definition, but the word at which the plug-in looks: libvirt itself refuses it.
-    let _ = Domain::define_xml(&libvirt, RECOVER);
+    let _ = libvirt.define_domain_xml(RECOVER);
     let deadline = Instant::now() + PATIENCE;
     loop {
         let open = concerned()?;

@@ -1,6 +1,7 @@
 //! The host the guest comes to: Prepare, Finish.
 
 use super::definition::{Definition, Source};
+use super::inventory::TPM;
 use super::machine::Machine;
 use super::plan::{self, Here, Places};
 use super::sessions::{self, Session};
@@ -137,6 +138,7 @@ impl Arrival {
 
     /// Has the engine bring all files; as long as that takes.
     fn pull(&self, params: &Params, flags: u32) -> Result<Engine, Error> {
+        make_tpm_directory(&self.plan.places).map_err(here)?;
         let engine = Engine::start(&self.config, "cold-destination", &self.host).map_err(here)?;
         let pull = Pull {
             guest: self.guest.clone(),
@@ -201,6 +203,17 @@ pub struct Arrived {
     pub places: Vec<PathBuf>,
     /// What libvirt registers.
     pub definition: String,
+}
+
+/// On a host that has not had a guest with a TPM yet, the directory for their state is missing: made as libvirt makes it
+/// (libvirt 11.3, `qemuTPMEmulatorInitStorage`).
+fn make_tpm_directory(places: &[PathBuf]) -> Result<(), String> {
+    use std::os::unix::fs::DirBuilderExt;
+    if !places.iter().any(|place| place.starts_with(TPM)) {
+        return Ok(());
+    }
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(TPM);
+    made.map_err(|error| format!("cannot make {TPM}: {error}"))
 }
 
 /// What is known without the engine to be in the guest's way.

@@ -199,6 +199,11 @@ fn log(file: &File, inventory: &Inventory, name: &str, here: &impl Here) -> Resu
     let (Some(rest), Some(directory)) = (rest, directory) else {
         return Err(format!("{} is not where libvirt keeps logs", file.path.display()));
     };
+    // swtpm's is made with a host's first TPM; QEMU's is always there.
+    let directory = match here.exists(directory) {
+        true => directory,
+        false => Path::new(LOGS[0]),
+    };
     let plain = directory.join(format!("{name}{rest}"));
     if !here.exists(&plain) {
         return Ok(plain);
@@ -392,7 +397,11 @@ mod tests {
             "<nvram>/w/VARS.fd</nvram>",
             "<tpm><backend type='emulator' version='2.0'/></tpm>",
         );
-        let host = Host(&["/var/log/libvirt/qemu/new.log"]);
+        let host = Host(&[
+            "/var/log/libvirt/qemu",
+            "/var/log/swtpm/libvirt/qemu",
+            "/var/log/libvirt/qemu/new.log",
+        ]);
         assert_eq!(
             files(&all, &guest, "new", &host).unwrap(),
             [
@@ -400,6 +409,15 @@ mod tests {
                 &tpm,
                 "/var/log/libvirt/qemu/new.log.from-1",
                 "/var/log/swtpm/libvirt/qemu/new-swtpm.log"
+            ]
+        );
+        // A host that has had no TPM yet.
+        let places = files(&all, &guest, "new", &Host(&["/var/log/libvirt/qemu"])).unwrap();
+        assert_eq!(
+            places[2..],
+            [
+                LOGS[0].to_owned() + "/new.log",
+                LOGS[0].to_owned() + "/new-swtpm.log"
             ]
         );
     }

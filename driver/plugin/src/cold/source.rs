@@ -304,11 +304,28 @@ pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left)
     match engine.ask(&Request::ColdDelete { keep, in_use }, Some(LOCAL))? {
         Reply::ColdDeleted(deleted) => {
             tell(guest, &deleted);
+            if !keep {
+                sweep(guest);
+            }
             pools::refresh(connection, deleted.deleted.iter().map(PathBuf::as_path));
             Ok(())
         }
         reply => Err(unexpected(&reply)),
     }
+}
+
+/// What is left of a TPM whose state has moved: swtpm's lock file, which is empty, and directories that then are.
+fn sweep(guest: &Guest) {
+    let own = Path::new(inventory::TPM).join(guest.uuid.to_string());
+    for version in std::fs::read_dir(&own).into_iter().flatten().flatten() {
+        let state = std::fs::read_dir(version.path()).into_iter().flatten().flatten();
+        if state.map(|entry| entry.file_name()).eq([".lock"]) {
+            let _ = std::fs::remove_file(version.path().join(".lock"));
+        }
+        // One that is not empty stays.
+        let _ = std::fs::remove_dir(version.path());
+    }
+    let _ = std::fs::remove_dir(own);
 }
 
 fn tell(guest: &Guest, deleted: &Deleted) {

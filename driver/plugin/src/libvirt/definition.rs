@@ -94,6 +94,7 @@ impl Domain {
 
     /// Removes its definition, snapshots' and checkpoints' metadata included; no file of the guest's own.
     pub fn undefine(self) -> Result<(), Error> {
+        self.forget_checkpoints()?;
         // SAFETY: a valid domain.
         let undefined =
             done(unsafe { virDomainUndefineFlags(self.pointer(), UNDEFINE | VIR_DOMAIN_UNDEFINE_KEEP_TPM) });
@@ -103,6 +104,34 @@ impl Domain {
             true => done(unsafe { virDomainUndefineFlags(self.pointer(), UNDEFINE) }),
             false => Err(error),
         })
+    }
+
+    /// Removes the metadata of its checkpoints, children first: libvirt 11.3 takes KEEP_TPM for a flag of its list of
+    /// checkpoints, and then leaves them when it undefines a guest.
+    fn forget_checkpoints(self) -> Result<(), Error> {
+        for checkpoint in self.list_checkpoints()?.into_iter().rev() {
+            // SAFETY: a checkpoint of the list, ours to free.
+            unsafe {
+                let deleted = done(virDomainCheckpointDelete(
+                    checkpoint,
+                    VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY,
+                ));
+                virDomainCheckpointFree(checkpoint);
+                deleted?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Its checkpoints, parents before children, each the caller's to free.
+    fn list_checkpoints(self) -> Result<Vec<virDomainCheckpointPtr>, Error> {
+        let mut list = std::ptr::null_mut();
+        // SAFETY: a valid domain and a pointer to write.
+        let count = counted(unsafe {
+            virDomainListAllCheckpoints(self.pointer(), &mut list, VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL)
+        })?;
+        // SAFETY: a list of that many checkpoints.
+        Ok(unsafe { listed(list, count) })
     }
 
     /// Its snapshots, parents before children.
@@ -134,25 +163,20 @@ impl Domain {
 
     /// Its checkpoints, parents before children; the last is the current one.
     pub fn checkpoints(self) -> Result<Vec<Metadata>, Error> {
-        let mut list = std::ptr::null_mut();
-        // SAFETY: a valid domain and a pointer to write.
-        let count = counted(unsafe {
-            virDomainListAllCheckpoints(self.pointer(), &mut list, VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL)
-        })?;
-        // SAFETY: a list of that many checkpoints, each of which is ours to free.
-        unsafe {
-            let described = |checkpoint| {
-                let xml = taken(virDomainCheckpointGetXMLDesc(
+        let described = |checkpoint| {
+            // SAFETY: a checkpoint of the list, ours to free; the string is from malloc and ours.
+            unsafe {
+                let xml = text(virDomainCheckpointGetXMLDesc(
                     checkpoint,
                     VIR_DOMAIN_CHECKPOINT_XML_SECURE,
                 ));
                 virDomainCheckpointFree(checkpoint);
                 xml.map(|xml| Metadata { xml, current: false })
-                    .ok_or_else(Error::libvirt)
-            };
-            let all: Vec<_> = listed(list, count).into_iter().map(described).collect();
-            all.into_iter().collect()
-        }
+            }
+        };
+        // All of them are freed, also after a failure.
+        let all: Vec<_> = self.list_checkpoints()?.into_iter().map(described).collect();
+        all.into_iter().collect()
     }
 
     /// Tells libvirt of a snapshot that is in the images already.
