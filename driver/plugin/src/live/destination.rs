@@ -104,10 +104,10 @@ impl Arrival {
         if !config.enabled {
             return Err(DISABLED.into());
         }
+        let mut settings = settings(&config, flags)?;
         // What the engines do is between them; a client also drops some of these flags and not their parameters.
         let (params, flags) = options::for_libvirt(params, flags);
         options::read(&params, flags)?;
-        let mut settings = settings(&config, flags)?;
         let (name, uuid) = identity(cookie).ok_or("libvirt's cookie names no guest")?;
         let name = params
             .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
