@@ -21,6 +21,7 @@ pub mod clean;
 pub mod fault;
 pub mod guest;
 pub mod host;
+pub mod huge_pages;
 pub mod lab;
 pub mod link;
 pub mod phases;

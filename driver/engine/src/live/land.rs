@@ -2,7 +2,7 @@
 
 use super::Error;
 use crate::control::Meter;
-use crate::memory::RamFile;
+use crate::memory::{Backing, RamFile};
 use crate::wire::Apply;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
@@ -17,10 +17,11 @@ pub struct Landing {
 
 impl Landing {
     /// Lands in these files, which are emptied first: what the source never sends is a hole there and must be
-    /// one here, whatever QEMU has put there since it started.
+    /// one here, whatever QEMU has put there since it started. Huge pages stay: somebody else could take them, and the
+    /// source tells of all.
     pub fn new(files: Vec<RamFile>, meter: Arc<Meter>) -> Result<Self, Error> {
         for file in &files {
-            if file.resident()? > 0 {
+            if file.backing() == Backing::Tmpfs && file.resident()? > 0 {
                 file.punch(0..file.len())?;
             }
         }
@@ -52,9 +53,15 @@ impl Apply for Landing {
             .map_err(io::Error::other)
     }
 
+    /// Where huge pages are, whole ones are holes at the source, and less is zeros that are there.
     fn zero(&mut self, block: u16, offset: u64, span: u64) -> io::Result<()> {
-        self.file(block)?
-            .punch(offset..offset + span)
-            .map_err(io::Error::other)
+        let file = self.file(block)?;
+        let page = file.backing().page();
+        let range = offset..offset + span;
+        let landed = match offset.is_multiple_of(page) && span.is_multiple_of(page) {
+            true => file.punch(range),
+            false => file.clear(range),
+        };
+        landed.map_err(io::Error::other)
     }
 }
