@@ -3,7 +3,7 @@
 use super::signals::{End, Signals};
 use super::Error;
 use crate::control::Meter;
-use crate::memory::{FileError, RamFile};
+use crate::memory::{Backing, FileError, RamFile};
 use crate::wire::Apply;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
@@ -19,10 +19,11 @@ pub struct Landing {
 
 impl Landing {
     /// Lands in these files, which are emptied first: what the source never sends is a hole there and must be
-    /// one here, whatever QEMU has put there since it started.
+    /// one here, whatever QEMU has put there since it started. Huge pages stay: somebody else could take them, and the
+    /// source tells of all.
     pub fn new(files: Vec<RamFile>, meter: Arc<Meter>, signals: Arc<Signals>) -> Result<Self, Error> {
         for file in &files {
-            if file.resident()? > 0 {
+            if file.backing() == Backing::Tmpfs && file.resident()? > 0 {
                 file.punch(0..file.len())?;
             }
         }
@@ -61,9 +62,15 @@ impl Apply for Landing {
             .map_err(|error| self.failed(error))
     }
 
+    /// Where huge pages are, whole ones are holes at the source, and less is zeros that are there.
     fn zero(&mut self, block: u16, offset: u64, span: u64) -> io::Result<()> {
-        self.file(block)?
-            .punch(offset..offset + span)
-            .map_err(|error| self.failed(error))
+        let file = self.file(block)?;
+        let page = file.backing().page();
+        let range = offset..offset + span;
+        let landed = match offset.is_multiple_of(page) && span.is_multiple_of(page) {
+            true => file.punch(range),
+            false => file.clear(range),
+        };
+        landed.map_err(|error| self.failed(error))
     }
 }
