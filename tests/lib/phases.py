@@ -11,6 +11,7 @@ One JSON object a line on standard input, one in return on standard output, {"er
   {"phase": "prepare", "host": URI, "xml": XML, "cookie": C, "flags": N}    -> {"cookie", "uri"}
   {"phase": "perform", "domain": NAME, "uri": URI, "cookie": C, "flags": N} -> {"cookie"}
   {"phase": "finish",  "host": URI, "domain": NAME, "cookie": C, "flags": N, "cancelled": BOOL} -> {"cookie"}
+  {"phase": "migrate", "host": URI, "domain": NAME, "flags": N}             -> {}, all phases as virDomainMigrate2 runs them
   {"phase": "confirm", "domain": NAME, "cookie": C, "flags": N, "cancelled": BOOL} -> {}
 
 "domain" is a guest of this host, but for finish, where it is the one that arrives. Connections stay open until the end of input.
@@ -19,7 +20,7 @@ One JSON object a line on standard input, one in return on standard output, {"er
 import json
 import sys
 from ctypes import (CDLL, POINTER, Structure, Union, byref, c_char, c_char_p, c_double, c_int, c_longlong, c_uint,
-                    c_ulonglong, c_void_p, string_at)
+                    c_ulong, c_ulonglong, c_void_p, string_at)
 
 libvirt = CDLL("libvirt.so.0")
 
@@ -38,7 +39,8 @@ class Error(Structure):
 
 
 libvirt.virGetLastError.restype = POINTER(Error)
-for name in ("virConnectOpen", "virDomainLookupByName", "virDomainMigrateBegin3Params", "virDomainMigrateFinish3Params"):
+for name in ("virConnectOpen", "virDomainLookupByName", "virDomainMigrateBegin3Params", "virDomainMigrateFinish3Params",
+             "virDomainMigrate2"):
     getattr(libvirt, name).restype = c_void_p
 
 libvirt.virInitialize()
@@ -130,7 +132,13 @@ def confirm(ask):
     return {}
 
 
-PHASES = {"begin": begin, "prepare": prepare, "perform": perform, "finish": finish, "confirm": confirm}
+def migrate(ask):
+    succeeded(libvirt.virDomainMigrate2(domain(ask["domain"]), connection(ask["host"]), None, c_ulong(ask["flags"]), None, None,
+                                        c_ulong(0)))
+    return {}
+
+
+PHASES = {"begin": begin, "prepare": prepare, "perform": perform, "finish": finish, "confirm": confirm, "migrate": migrate}
 
 for line in sys.stdin:
     asked = json.loads(line)

@@ -4,10 +4,11 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 
 use crate::host::{Host, Process};
 use crate::lab::Lab;
+use crate::monitor::{self, IgnoreShared};
 use crate::wait::wait_for;
 
 /// What is given to an engine for ending, and to libvirtd for noticing.
@@ -15,8 +16,8 @@ const SETTLE: Duration = Duration::from_secs(10);
 
 impl Lab {
     /// Makes sure that nothing of virt-ferry is left on host `number`, which gets a few seconds to settle:
-    /// no engine process, no socket, no userfaultfd or tracer in a QEMU, no job on a guest, no capability
-    /// x-ignore-shared that would make a later save lose the guest's memory, no memory file without its guest.
+    /// no engine process, no socket, no mount, no userfaultfd, tracer or stopped thread in a QEMU, no job on a guest, no
+    /// capability x-ignore-shared that would make a later save lose the guest's memory, nor the mark of it, no memory file without its guest.
     ///
     /// # Errors
     /// All that is left, by name.
@@ -51,6 +52,8 @@ fn leftovers(host: &Host) -> Result<Vec<String>> {
                 .map(|name| format!("{directory}/{name}")),
         );
     }
+    found.extend(listeners(host)?);
+    found.extend(host.new_mounts()?);
     for process in host.processes()? {
         if process
             .arguments
@@ -67,8 +70,13 @@ fn leftovers(host: &Host) -> Result<Vec<String>> {
             (Ok(job), _) if job.split_whitespace().collect::<Vec<_>>() != ["Job", "type:", "None"] => {
                 found.push(format!("{domain} still has a job: {job}"));
             }
-            (Ok(_), Ok(true)) => found.push(format!("x-ignore-shared is left on in {domain}")),
-            (Ok(_), Ok(false)) => {}
+            (Ok(_), Ok(IgnoreShared { on: true, .. })) => {
+                found.push(format!("x-ignore-shared is left on in {domain}"));
+            }
+            (Ok(_), Ok(IgnoreShared { marked: true, .. })) => {
+                found.push(format!("{domain} is still marked as in an engine's hands"));
+            }
+            (Ok(_), Ok(_)) => {}
             (Err(error), _) | (_, Err(error)) => found.push(format!("{domain} does not answer: {error:#}")),
         }
     }
@@ -92,6 +100,14 @@ fn qemu_leftovers(qemu: &Process) -> Vec<String> {
             found.push(format!("QEMU {} holds a userfaultfd, {fd}", qemu.pid));
         }
     }
+    for thread in names_in(&qemu.proc().join("task")) {
+        let stat =
+            fs::read_to_string(qemu.proc().join("task").join(&thread).join("stat")).unwrap_or_default();
+        let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        if state.starts_with(['T', 't']) {
+            found.push(format!("thread {thread} of QEMU {} is stopped", qemu.pid));
+        }
+    }
     let status = fs::read_to_string(qemu.proc().join("status")).unwrap_or_default();
     let tracer = status
         .lines()
@@ -104,19 +120,41 @@ fn qemu_leftovers(qemu: &Process) -> Vec<String> {
     found
 }
 
-fn ignores_shared(host: &Host, domain: &str) -> Result<bool> {
+/// Ports on which engines wait for guests.
+const PORTS: std::ops::RangeInclusive<u16> = 49152..=49215;
+
+/// Sockets that still listen on one of the engines' ports.
+fn listeners(host: &Host) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        let path = format!("/proc/{}/net/{table}", host.init());
+        for line in fs::read_to_string(&path).with_context(|| path.clone())?.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            // Local address and state, in hexadecimal digits; 0A listens.
+            let [_, local, _, "0A", ..] = words[..] else {
+                continue;
+            };
+            let port = local
+                .rsplit_once(':')
+                .map(|(_, port)| u16::from_str_radix(port, 16));
+            if let Some(Ok(port)) = port.filter(|port| port.as_ref().is_ok_and(|port| PORTS.contains(port))) {
+                found.push(format!("somebody listens on port {port}"));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Asked on the private monitor, where there is one: see there.
+fn ignores_shared(host: &Host, domain: &str) -> Result<IgnoreShared> {
+    if let Some(found) = host.ignores_shared(domain)? {
+        return Ok(found);
+    }
     let answer = host.qmp(domain, r#"{"execute":"query-migrate-capabilities"}"#)?;
-    let capabilities = answer["return"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let Some(capability) = capabilities
-        .iter()
-        .find(|entry| entry["capability"] == "x-ignore-shared")
-    else {
-        bail!(
-            "{}: the QEMU of {domain} has no capability x-ignore-shared: {answer}",
-            host.name()
-        );
-    };
-    Ok(capability["state"] == true)
+    Ok(IgnoreShared {
+        on: monitor::ignores_shared(&answer["return"])?,
+        marked: false,
+    })
 }
 
 /// The names in a directory; none where it does not exist.

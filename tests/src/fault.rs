@@ -4,8 +4,12 @@
 //!   link::Slow ──> Host::begin_migration ──> Underway::reaches(stage) ──> the fault ──> Underway::fails ──> Scene::is_unharmed
 //! ```
 
+use std::fs::{self, File};
+
 use anyhow::{bail, ensure, Context, Result};
+use nix::fcntl::{fallocate, FallocateFlags};
 use nix::sys::signal::{kill, Signal};
+use nix::sys::statvfs::fstatvfs;
 use nix::unistd::Pid;
 
 use crate::host::{Host, Process};
@@ -23,6 +27,17 @@ pub enum Disturbed {
     StopAndCopy,
 }
 
+/// The reset itself must pass, also to this host's own end.
+const RESET: [&str; 7] = [
+    "--tcp-flags",
+    "RST",
+    "NONE",
+    "-j",
+    "REJECT",
+    "--reject-with",
+    "tcp-reset",
+];
+
 /// A network that does not work, until this is dropped.
 #[must_use]
 pub struct Cut<'a> {
@@ -36,7 +51,7 @@ impl<'a> Cut<'a> {
     /// # Errors
     /// What iptables said.
     pub fn silent(host: &'a Host) -> Result<Self> {
-        Self::filter(host, &["DROP"])
+        Self::filter(host, &["-j", "DROP"])
     }
 
     /// Whatever an engine on this host sends or hears is answered by a reset.
@@ -44,17 +59,35 @@ impl<'a> Cut<'a> {
     /// # Errors
     /// What iptables said.
     pub fn reset(host: &'a Host) -> Result<Self> {
-        Self::filter(host, &["REJECT", "--reject-with", "tcp-reset"])
+        Self::filter(host, &RESET)
     }
 
-    fn filter(host: &'a Host, target: &[&'static str]) -> Result<Self> {
+    /// So is every connection between engines that has carried so many bytes, both ways together.
+    ///
+    /// # Errors
+    /// What iptables said.
+    pub fn reset_after(host: &'a Host, bytes: &'a str) -> Result<Self> {
+        let counted = [
+            "-m",
+            "connbytes",
+            "--connbytes-dir",
+            "both",
+            "--connbytes-mode",
+            "bytes",
+            "--connbytes",
+            bytes,
+        ];
+        Self::filter(host, &[&counted, &RESET[..]].concat())
+    }
+
+    fn filter(host: &'a Host, target: &[&'a str]) -> Result<Self> {
         let mut cut = Cut {
             host,
             mends: Vec::new(),
         };
         for chain in ["OUTPUT", "INPUT"] {
             for port in ["--dport", "--sport"] {
-                let rule = [&[chain, "-p", "tcp", port, "49152:49215", "-j"], target].concat();
+                let rule = [&[chain, "-p", "tcp", port, "49152:49215"], target].concat();
                 host.run(&[&["iptables", "-w", "-A"], &rule[..]].concat())?;
                 cut.mends.push([&["iptables", "-w", "-D"], &rule[..]].concat());
             }
@@ -81,6 +114,72 @@ impl Drop for Cut<'_> {
         for mend in &self.mends {
             // The lab may be gone.
             let _ = self.host.exec(mend);
+        }
+    }
+}
+
+/// Takes room away from the guests of a host until dropped; the file has no name, as it is nobody's leftover.
+#[must_use]
+pub struct Hog {
+    _file: File,
+}
+
+impl Hog {
+    /// Leaves so many MiB of what is free now.
+    ///
+    /// # Errors
+    /// If less is free already.
+    pub fn leaving(host: &Host, mib: u64) -> Result<Self> {
+        let path = host.path("/var/lib/libvirt/qemu/ram/hog");
+        let file = File::create(&path).with_context(|| path.display().to_string())?;
+        fs::remove_file(&path)?;
+        let room = fstatvfs(&file)?;
+        let free = room.blocks_available() * room.fragment_size();
+        let length = free.checked_sub(mib << 20).context("less is free")?;
+        // Pages that others take meanwhile are not to be had.
+        let mut taken = 0;
+        for step in [64 << 20, 1 << 20, 1 << 16] {
+            while taken + step <= length
+                && fallocate(
+                    &file,
+                    FallocateFlags::empty(),
+                    taken.try_into()?,
+                    step.try_into()?,
+                )
+                .is_ok()
+            {
+                taken += step;
+            }
+        }
+        Ok(Hog { _file: file })
+    }
+}
+
+/// A file system so full that nothing more can be written to it, over a directory of a host, until dropped.
+#[must_use]
+pub struct Full<'a> {
+    host: &'a Host,
+    directory: &'a str,
+}
+
+impl<'a> Full<'a> {
+    /// Lays it over `directory`.
+    ///
+    /// # Errors
+    /// What mount or dd said, if it is not full.
+    pub fn at(host: &'a Host, directory: &'a str) -> Result<Self> {
+        host.run(&["mount", "-t", "tmpfs", "-o", "size=64k", "full", directory])?;
+        let full = Full { host, directory };
+        let filled = host.exec(&["dd", "if=/dev/zero", &format!("of={directory}/filler"), "bs=4k"])?;
+        ensure!(!filled.status.success(), "{directory} does not fill up");
+        Ok(full)
+    }
+}
+
+impl Drop for Full<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.host.run(&["umount", "-l", self.directory]) {
+            eprintln!("{} stays full: {error:#}", self.directory);
         }
     }
 }

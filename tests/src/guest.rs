@@ -69,6 +69,8 @@ pub enum Backing {
     Memfd,
     /// Anonymous memory, by name.
     Anonymous,
+    /// Huge pages, shared.
+    HugePages,
     /// What the host chooses: the definition says nothing.
     Unsaid,
 }
@@ -106,6 +108,11 @@ pub struct Guest {
     pub(crate) nic: Option<Nic>,
     pub(crate) disks: Vec<Image>,
     pub(crate) free_page_reporting: bool,
+    pub(crate) cells: u32,
+    pub(crate) room_mib: u64,
+    pub(crate) immediate: bool,
+    pub(crate) uefi: bool,
+    pub(crate) devices: Vec<String>,
     pub(crate) dir: PathBuf,
 }
 
@@ -125,6 +132,11 @@ impl Guest {
             nic: None,
             disks: Vec::new(),
             free_page_reporting: false,
+            cells: 0,
+            room_mib: 0,
+            immediate: false,
+            uefi: false,
+            devices: Vec::new(),
             dir: PathBuf::from(Self::DIR),
         }
     }
@@ -172,6 +184,36 @@ impl Guest {
     /// Its chipset.
     pub fn machine(mut self, machine: Machine) -> Self {
         self.machine = machine;
+        self
+    }
+
+    /// NUMA cells, which share memory and vCPUs evenly: no more than there are vCPUs.
+    pub fn cells(mut self, cells: u32) -> Self {
+        self.cells = cells;
+        self
+    }
+
+    /// Room for memory devices, in MiB; they need a NUMA cell.
+    pub fn room_mib(mut self, mib: u64) -> Self {
+        self.room_mib = mib;
+        self
+    }
+
+    /// Memory that is all there from the start (`<allocation mode='immediate'/>`).
+    pub fn immediate(mut self) -> Self {
+        self.immediate = true;
+        self
+    }
+
+    /// UEFI in flash memory instead of a BIOS.
+    pub fn uefi(mut self) -> Self {
+        self.uefi = true;
+        self
+    }
+
+    /// A further device, as libvirt's XML has it.
+    pub fn device(mut self, xml: &str) -> Self {
+        self.devices.push(xml.to_owned());
         self
     }
 

@@ -2,7 +2,9 @@
 //!
 //! Files and processes are read from outside, through `/proc` of the host's init; commands go through `nsenter`.
 
-use std::fs;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -23,6 +25,8 @@ pub struct Host {
     init: u32,
     /// The lab's directory.
     lab: PathBuf,
+    /// What was mounted when the lab came up.
+    mounts: BTreeSet<String>,
 }
 
 /// A process of a host.
@@ -50,6 +54,7 @@ impl Host {
             number,
             init,
             lab: lab.to_owned(),
+            mounts: mounts(init),
         }
     }
 
@@ -81,6 +86,19 @@ impl Host {
         let path = path.as_ref();
         let root = Path::new("/proc").join(self.init.to_string()).join("root");
         root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// What has been mounted since the lab came up, in words.
+    ///
+    /// # Errors
+    /// If the host is gone.
+    pub fn new_mounts(&self) -> Result<Vec<String>> {
+        let now = mounts(self.init);
+        ensure!(!now.is_empty(), "{} is gone", self.name);
+        let new = now.difference(&self.mounts);
+        Ok(new
+            .map(|place| format!("something is mounted at {place}"))
+            .collect())
     }
 
     /// The directory of its logs, outside: libvirtd.log, qemu/, virt-ferry/.
@@ -197,7 +215,8 @@ impl Host {
             return Ok(Some(String::from_utf8_lossy(&output.stdout).trim().to_owned()));
         }
         let said = String::from_utf8_lossy(&output.stderr);
-        if said.contains("failed to get domain") {
+        // The second where it goes between virsh's two questions.
+        if said.contains("failed to get domain") || said.contains("Domain not found") {
             return Ok(None);
         }
         bail!("{}: domstate {domain}: {}", self.name, said.trim());
@@ -375,6 +394,17 @@ impl Host {
         bail!("{}: {domain} has no memory file", self.name)
     }
 
+    /// An empty disk image of this size, for QEMU to use.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn image(&self, path: &str, mib: u64) -> Result<()> {
+        let file = self.path(path);
+        fs::create_dir_all(file.parent().context("a directory")?)?;
+        File::create(&file)?.set_len(mib << 20)?;
+        Ok(fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?)
+    }
+
     /// Ends libvirtd (`kill`: by SIGKILL, else by SIGTERM), starts it anew and waits until it answers.
     ///
     /// # Errors
@@ -400,6 +430,13 @@ impl Host {
         fs::write(self.path(&file), xml).with_context(|| format!("{}: {file}", self.name))?;
         Ok(file)
     }
+}
+
+/// Where anything is mounted, as the process of this number sees it.
+fn mounts(process: u32) -> BTreeSet<String> {
+    let table = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+    let places = table.lines().filter_map(|line| line.split(' ').nth(4));
+    places.map(str::to_owned).collect()
 }
 
 fn domain_name(xml: &str) -> Result<String> {

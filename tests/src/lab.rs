@@ -9,9 +9,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::OnceLock;
 
 use anyhow::{ensure, Context, Result};
 
+use crate::guest::beat::Listener;
 use crate::host::Host;
 
 /// The hosts whose libvirtd is given virt-ferry.
@@ -122,6 +124,7 @@ pub struct Lab {
     directory: PathBuf,
     hosts: Vec<Host>,
     switch: Host,
+    witness: OnceLock<Listener>,
     /// The lab lives while this is open.
     alive: Option<ChildStdin>,
 }
@@ -162,6 +165,7 @@ impl Lab {
             directory,
             hosts,
             switch,
+            witness: OnceLock::new(),
             alive,
         })
     }
@@ -195,6 +199,19 @@ impl Lab {
     /// The place where the hosts' links meet: for pinging guests from outside, and for shaping or cutting links.
     pub fn switch(&self) -> &Host {
         &self.switch
+    }
+
+    /// Who hears the heartbeats of all guests, at the switch, from the first call on.
+    ///
+    /// # Errors
+    /// If it cannot listen there.
+    pub fn witness(&self) -> Result<&Listener> {
+        if self.witness.get().is_none() {
+            let namespace = PathBuf::from(format!("/proc/{}/ns/net", self.switch.init()));
+            // One that came first stands.
+            let _ = self.witness.set(Listener::start(Some(&namespace))?);
+        }
+        self.witness.get().context("nobody listens")
     }
 
     /// The directory all hosts see as `/lab`.

@@ -6,22 +6,28 @@
 //!   lab::Lab         several libvirt hosts (script tests/lab); gone when dropped, or when this process dies
 //!   host::Host       one of them: commands, virsh, guests, logs, processes
 //!   guest            guests that check their own memory
+//!   cold             guests that are shut off, with files of all kinds
 //!   clean            that a migration left nothing of virt-ferry on a host
 //!   scene            a lab with a guest in it, moved and judged
 //!   underway         a migration while it runs
 //!   link             a link made slow
+//!   monitor          a guest's private monitor, in the engine's place
 //!   timeline         what virt-ferry is told and tells on a host
 //!   phases           a client that runs the phases of a migration one by one
 //!   fault            slow and cut links, killed processes, and how a guest must come out of it
 //!   wait             waiting for a condition, never for a time
 //! ```
 
+pub mod authority;
 pub mod clean;
+pub mod cold;
 pub mod fault;
 pub mod guest;
 pub mod host;
+pub mod huge_pages;
 pub mod lab;
 pub mod link;
+pub mod monitor;
 pub mod phases;
 pub mod scene;
 pub mod timeline;

@@ -11,10 +11,14 @@ use anyhow::{bail, ensure, Context, Result};
 use serde_json::{json, Value};
 
 use crate::host::Host;
+use crate::lab::Lab;
 use crate::scene::Scene;
 
 /// VIR_MIGRATE_LIVE.
 pub const LIVE: u32 = 1 << 0;
+/// `--offline --persistent --undefinesource --copy-storage-all`: VIR_MIGRATE_OFFLINE, _PERSIST_DEST, _UNDEFINE_SOURCE and
+/// _NON_SHARED_DISK.
+pub const COLD: u32 = 1 << 10 | 1 << 3 | 1 << 4 | 1 << 6;
 /// VIR_MIGRATE_CHANGE_PROTECTION: the guest keeps a job from Begin to Confirm, as virsh asks for it.
 pub const PROTECTED: u32 = 1 << 8;
 
@@ -37,8 +41,16 @@ impl<'a> Phases<'a> {
     /// # Errors
     /// If it cannot be started.
     pub fn new(scene: &Scene, from: &Host, to: &'a Host, flags: u32) -> Result<Self> {
+        Self::of(scene.lab, scene.name(), from, to, flags)
+    }
+
+    /// The same for a guest that does not run.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn of(lab: &Lab, domain: &str, from: &Host, to: &'a Host, flags: u32) -> Result<Self> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("lib/phases.py");
-        fs::copy(&script, scene.lab.share().join("phases.py")).context("phases.py")?;
+        fs::copy(&script, lab.share().join("phases.py")).context("phases.py")?;
         let mut client = from
             .command("timeout")
             .args(["--kill-after=5", "300", "python3", "/lab/phases.py"])
@@ -49,7 +61,7 @@ impl<'a> Phases<'a> {
         let asks = client.stdin.take();
         let answers = client.stdout.take().context("no pipe")?;
         Ok(Phases {
-            domain: scene.name().to_owned(),
+            domain: domain.to_owned(),
             to,
             flags,
             client,
@@ -124,6 +136,14 @@ impl<'a> Phases<'a> {
     pub fn confirm(&mut self, cookie: Option<&str>, cancelled: bool) -> Result<Left<()>> {
         let confirmed = self.ask("confirm", json!({ "cookie": cookie, "cancelled": cancelled }))?;
         Ok(confirmed.map(drop))
+    }
+
+    /// The whole of it by the function that clients had before libvirt 1.1, whose phases have no typed parameters.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn migrate_as_of_old(&mut self) -> Result<Left<()>> {
+        Ok(self.ask("migrate", json!({}))?.map(drop))
     }
 
     /// All phases as virsh runs them (libvirt 11.3, virDomainMigrateVersion3Full), with both hosts' cookies changed on their way.

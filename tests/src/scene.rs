@@ -20,6 +20,7 @@ pub struct Scene<'a> {
     /// The lab.
     pub lab: &'a Lab,
     name: String,
+    ip: Ipv4Addr,
     console: Console,
     remote: Remote,
     checks: std::cell::Cell<u32>,
@@ -52,11 +53,13 @@ impl<'a> Scene<'a> {
         let guest = guest.network("labbr0", address);
         let directory = lab.share().join("guests");
         guest.install(&directory)?;
+        lab.witness()?.forget(address.ip);
         host.create(&guest.xml())?;
         let namespace = PathBuf::from(format!("/proc/{}/ns/net", lab.switch().init()));
         let scene = Scene {
             lab,
             name: guest.name().to_owned(),
+            ip: address.ip,
             console: Console::new(guest.log_in(&directory)),
             remote: Remote::new(Some(&namespace), address.ip)?,
             checks: std::cell::Cell::new(0),
@@ -92,7 +95,31 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// The guest runs on `host`, on no other, its memory is good and it makes progress.
+    /// The guest has gone back in time just now: what it says a second time is no other copy of it.
+    ///
+    /// # Errors
+    /// If nobody listens.
+    pub fn goes_back(&self) -> Result<()> {
+        self.lab.witness()?.forget(self.ip);
+        Ok(())
+    }
+
+    /// Nobody has heard the guest say anything twice, as two copies of it would.
+    ///
+    /// # Errors
+    /// If somebody has.
+    pub fn ran_once(&self) -> Result<()> {
+        let heard = self.lab.witness()?.heard(self.ip);
+        ensure!(
+            heard.repeated == 0,
+            "the guest ran twice: of {} heartbeats {} were no newer than one before",
+            heard.received,
+            heard.repeated
+        );
+        Ok(())
+    }
+
+    /// The guest runs on `host`, on no other, its memory is good, it makes progress, and has run nowhere else meanwhile.
     ///
     /// # Errors
     /// If not.
@@ -106,7 +133,7 @@ impl<'a> Scene<'a> {
         {
             let state = other.state(&self.name)?;
             ensure!(
-                state.as_deref().is_none_or(|state| state == "shut off"),
+                state.as_deref().is_none_or(|state| state.starts_with("shut off")),
                 "the guest is {state:?} on {} too",
                 other.name()
             );
@@ -118,7 +145,7 @@ impl<'a> Scene<'a> {
             after.t >= before.t && after.errors == 0,
             "{before:?}, then {after:?}"
         );
-        Ok(())
+        self.ran_once()
     }
 
     /// Moves the guest with virsh and judges the arrival.

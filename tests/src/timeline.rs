@@ -63,6 +63,8 @@ pub enum Outcome {
 /// The guest's memory, in bytes.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Ram {
+    /// Pieces it is in.
+    pub blocks: u32,
     /// All of it.
     pub bytes: u64,
     /// What was no hole.

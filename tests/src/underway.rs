@@ -1,6 +1,7 @@
 //! A migration under way, to be watched and interfered with.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::process::{Child, Output, Stdio};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ const LIMIT: &str = "120";
 pub struct Underway<'a> {
     pub(crate) from: &'a Host,
     pub(crate) domain: String,
+    offline: bool,
     child: Option<Child>,
 }
 
@@ -24,6 +26,24 @@ pub struct Underway<'a> {
 pub struct Job(BTreeMap<String, String>);
 
 impl Job {
+    /// From lines of a name, a colon and a value.
+    pub fn parse(text: &str) -> Self {
+        let words = text.lines().filter_map(|line| line.split_once(':'));
+        Job(words
+            .map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
+            .collect())
+    }
+
+    /// Whether it has this figure.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// Whether there was no job.
+    pub fn is_none(&self) -> bool {
+        self.0.get("Job type").is_some_and(|kind| kind == "0")
+    }
+
     /// A figure, 0 where the job does not have it.
     pub fn figure(&self, name: &str) -> u64 {
         self.0.get(name).and_then(|text| text.parse().ok()).unwrap_or(0)
@@ -36,9 +56,18 @@ impl Host {
     /// # Errors
     /// If virsh cannot be started.
     pub fn begin_migration(&self, domain: &str, to: &Host, options: &[&str]) -> Result<Underway<'_>> {
+        self.underway(domain, to, &["--live"], options)
+    }
+
+    /// Starts `virsh migrate` of this mode.
+    ///
+    /// # Errors
+    /// If virsh cannot be started.
+    pub fn underway(&self, domain: &str, to: &Host, mode: &[&str], options: &[&str]) -> Result<Underway<'_>> {
         let child = self
             .command("timeout")
-            .args([LIMIT, "virsh", "--connect", "qemu:///system", "migrate", "--live"])
+            .args([LIMIT, "virsh", "--connect", "qemu:///system", "migrate"])
+            .args(mode)
             .args([domain, &to.uri()])
             .args(options)
             .stdout(Stdio::piped())
@@ -48,6 +77,33 @@ impl Host {
         Ok(Underway {
             from: self,
             domain: domain.to_owned(),
+            offline: mode.contains(&"--offline"),
+            child: Some(child),
+        })
+    }
+
+    /// The same by somebody who sits at a terminal, with a percentage to look at.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn begin_migration_by_hand(&self, domain: &str, to: &Host, options: &[&str]) -> Result<Underway<'_>> {
+        let virsh = format!(
+            "timeout --foreground {LIMIT} virsh --connect qemu:///system migrate --live --verbose {domain} {} {}",
+            to.uri(),
+            options.join(" ")
+        );
+        let child = self
+            .command("script")
+            .args(["--quiet", "--return", "--command", &virsh, "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("{}: cannot start script", self.name()))?;
+        Ok(Underway {
+            from: self,
+            domain: domain.to_owned(),
+            offline: false,
             child: Some(child),
         })
     }
@@ -57,11 +113,19 @@ impl Host {
     /// # Errors
     /// What virsh said.
     pub fn job(&self, domain: &str) -> Result<Job> {
-        let text = self.virsh(&["domjobinfo", domain, "--rawstats"])?;
-        let words = text.lines().filter_map(|line| line.split_once(':'));
-        Ok(Job(words
-            .map(|(name, value)| (name.trim().to_owned(), value.trim().to_owned()))
-            .collect()))
+        Ok(Job::parse(&self.virsh(&["domjobinfo", domain, "--rawstats"])?))
+    }
+
+    /// The guest's last job, which libvirt forgets once somebody has asked, unless it is to `keep` it.
+    ///
+    /// # Errors
+    /// What virsh said.
+    pub fn completed_job(&self, domain: &str, keep: bool) -> Result<Job> {
+        let options = ["--rawstats", "--completed", "--keep-completed"];
+        let options = &options[..2 + usize::from(keep)];
+        Ok(Job::parse(
+            &self.virsh(&[&["domjobinfo", domain], options].concat())?,
+        ))
     }
 }
 
@@ -81,9 +145,37 @@ impl Underway<'_> {
                     );
                 }
             }
-            let job = self.from.job(&self.domain)?;
+            // A guest that does not run has a job only once its files are served.
+            let job = self.from.job(&self.domain);
+            let job = job.or_else(|error| match self.offline {
+                true => Ok(Job::default()),
+                false => Err(error),
+            })?;
             Ok(wanted(&job).then_some(job))
         })
+    }
+
+    /// Presses Ctrl-C at the terminal, and returns what virsh has shown there. virsh heeds the key, once, from when it has
+    /// shown how far the migration is.
+    ///
+    /// # Errors
+    /// If nobody sits at a terminal, or virsh had to be ended.
+    pub fn interrupt(mut self) -> Result<String> {
+        let child = self
+            .child
+            .as_mut()
+            .context("virsh migrate was waited for already")?;
+        let mut keys = child.stdin.take().context("there is no terminal")?;
+        let screen = child.stdout.as_mut().context("there is no terminal")?;
+        let (mut shown, mut part) = (String::new(), [0; 4096]);
+        while shown.matches("Migration: [").count() < 2 {
+            let count = screen.read(&mut part)?;
+            ensure!(count > 0, "virsh has ended: {shown}");
+            shown += &String::from_utf8_lossy(&part[..count]);
+        }
+        keys.write_all(b"\x03")?;
+        let output = self.end()?;
+        Ok(shown + &String::from_utf8_lossy(&output.stdout))
     }
 
     fn take(&mut self) -> Result<Output> {

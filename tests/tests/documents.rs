@@ -91,6 +91,7 @@ fn block(name: &str, size: u64, resident: u64) -> Block {
         name: name.into(),
         size,
         resident,
+        page: PAGE,
     }
 }
 
@@ -105,6 +106,19 @@ fn written() -> Result<Vec<String>> {
             vec![block("pc.ram", 1 << 30, 1 << 20)],
         ),
         (Encryption::Never, Vec::new(), vec![block("pc.ram", PAGE, 0)]),
+        (
+            Encryption::Certificates,
+            Vec::new(),
+            vec![block("pc.ram", PAGE, 0)],
+        ),
+        (
+            Encryption::Always,
+            vec![0x30; 400],
+            vec![Block {
+                page: 2 << 20,
+                ..block("ram-node0", 1 << 30, 1 << 30)
+            }],
+        ),
         (Encryption::Always, vec![0xff; 8190], many.collect()),
         (
             Encryption::Always,
@@ -118,6 +132,7 @@ fn written() -> Result<Vec<String>> {
     for (encryption, host, port) in [
         (Encryption::Always, "host2.example.org", 49152),
         (Encryption::Never, "fe80::1%eth0", 1),
+        (Encryption::Certificates, "192.0.2.1", 49152),
         (Encryption::Always, "192.0.2.1", 65535),
     ] {
         let answer = Answer {
@@ -395,7 +410,12 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let (built, root) = (directory.path().join("built"), directory.path().join("root"));
     fs::create_dir(&built)?;
-    for name in ["libvirt_driver_ferry.so", "virt-ferry-engine", "virt-ferry"] {
+    for name in [
+        "libvirt_driver_ferry.so",
+        "virt-ferry-engine",
+        "virt-ferry",
+        "virt-ferry-hook",
+    ] {
         fs::write(built.join(name), name)?;
     }
     let local = root.join("etc/apparmor.d/local/usr.sbin.libvirtd");
@@ -429,6 +449,7 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
         default.engine.strip_prefix("/")?.to_string_lossy().as_ref(),
         "usr/lib/virt-ferry/libvirt_driver_ferry.so",
         "usr/bin/virt-ferry",
+        "etc/libvirt/hooks/qemu.d/virt-ferry",
         "usr/lib/systemd/system/libvirtd.service.d/virt-ferry.conf",
         "usr/lib/systemd/system/virtqemud.service.d/virt-ferry.conf",
         ferry_contract::config::PATH.trim_start_matches('/'),

@@ -1,10 +1,15 @@
 //! What virt-ferry does not take goes libvirt's own way, exactly as without it, and a log line says why.
 
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Child;
+
 use anyhow::{ensure, Context, Result};
 use ferry_tests::guest::Backing;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options, Plugin};
-use ferry_tests::scene::{said, usual, Scene};
+use ferry_tests::scene::{said, usual, Scene, PATIENCE};
+use ferry_tests::wait::wait_until;
 
 /// What the plug-in's log line has in it, whatever the reason.
 const OWN_WAY: &str = "libvirt's own migration";
@@ -79,6 +84,70 @@ fn guests_whose_memory_is_no_shared_file() -> Result<()> {
         }
         nothing_of_ours(lab)
     })
+}
+
+/// Devices and memory that somebody else writes, or that QEMU does not leave out: all that stands in the way is named.
+#[test]
+fn guests_with_memory_of_another_kind() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        for host in [one, two] {
+            let file = host.path("/var/lib/libvirt/images/nvdimm.img");
+            fs::create_dir_all(file.parent().context("a directory")?)?;
+            File::create(&file)?.set_len(128 << 20)?;
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
+        }
+        let guest = usual("strange").cells(1).room_mib(512);
+        let guest = guest
+            .device(
+                "<shmem name='strange' role='master'><model type='ivshmem-plain'/>\
+                 <size unit='M'>1</size></shmem>",
+            )
+            .device(
+                "<memory model='nvdimm' access='shared'><source>\
+                 <path>/var/lib/libvirt/images/nvdimm.img</path></source>\
+                 <target><size unit='MiB'>128</size><node>0</node></target></memory>",
+            );
+        let scene = Scene::start(lab, one, guest, 1)?;
+        moves_natively(&scene, one, two, &[], "ivshmem")?;
+        moves_natively(&scene, two, one, &["--p2p"], "nvdimm")?;
+        one.remove("strange")?;
+
+        // Its disk is another process.
+        let disk = "/run/libvirt/vhost.sock";
+        let export = format!("vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={disk}");
+        let mut served = Vec::new();
+        for host in [one, two] {
+            let mut server = host.command("qemu-storage-daemon");
+            server.args([
+                "--blockdev",
+                "null-co,node-name=n,size=4194304",
+                "--export",
+                &export,
+            ]);
+            served.push(Served(server.spawn().context("qemu-storage-daemon")?));
+            wait_until("the disk to be served", PATIENCE, || Ok(host.path(disk).exists()))?;
+            host.run(&["chmod", "666", disk])?;
+        }
+        let guest = usual("served").device(&format!(
+            "<disk type='vhostuser' device='disk'><driver name='qemu' type='raw'/>\
+             <source type='unix' path='{disk}'/><target dev='vda' bus='virtio'/></disk>"
+        ));
+        let scene = Scene::start(lab, one, guest, 1)?;
+        moves_natively(&scene, one, two, &[], "vhost-user-blk")?;
+        nothing_of_ours(lab)
+    })
+}
+
+/// Ended with the test.
+struct Served(Child);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // What it started in the host ends with the lab.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 #[test]

@@ -1,11 +1,9 @@
 //! What the guest's peers on the network see of its move.
 
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
-use ferry_tests::guest::beat::Listener;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::scene::{address, usual, Scene, PATIENCE};
@@ -136,8 +134,7 @@ fn the_heartbeat_goes_on() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
         let scene = Scene::start(lab, one, usual("heard"), 1)?;
-        let namespace = PathBuf::from(format!("/proc/{}/ns/net", lab.switch().init()));
-        let listener = Listener::start(Some(&namespace))?;
+        let listener = lab.witness()?;
         let ip = address(1).ip;
         for (from, to, options) in [(one, two, &[][..]), (two, one, &["--p2p"])] {
             listener.reset();

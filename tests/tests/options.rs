@@ -1,7 +1,6 @@
 //! What an operator may ask of a migration, asked for: the engine moves the guest, and does as it is told.
 
-use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -93,6 +92,161 @@ fn bandwidth_is_kept_to_and_may_change_under_way() -> Result<()> {
     })
 }
 
+/// The definition that a command prints, with a title in it.
+fn titled(host: &Host, command: &[&str], title: &str) -> Result<String> {
+    let xml = host.virsh(command)?;
+    let file = format!("/run/{}.xml", title.replace(' ', "-"));
+    let xml = xml.replacen("</name>", &format!("</name>\n  <title>{title}</title>"), 1);
+    fs::write(host.path(&file), xml)?;
+    Ok(file)
+}
+
+/// What the guest is called, how it is defined, and where its memory goes.
+#[test]
+fn names_definitions_and_addresses_are_as_asked() -> Result<()> {
+    with_guest("asked", |lab, scene| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        one.make_persistent("asked")?;
+        two.run(&["ip", "address", "add", "192.168.77.212/24", "dev", "labbr0"])?;
+        let slow = Slow::to(lab, two, 200)?;
+        let mut moving = one.begin_migration(
+            "asked",
+            two,
+            &[
+                "--persistent",
+                "--undefinesource",
+                "--dname",
+                "renamed",
+                "--migrateuri",
+                "tcp://192.168.77.212",
+                "--listen-address",
+                "192.168.77.212",
+            ],
+        )?;
+        moving.wait_for_job("memory to be on its way", |job| {
+            job.figure("memory_processed") > 0
+        })?;
+        let engines = "( sport >= :49152 and sport <= :49215 )";
+        let arriving = two.run(&["ss", "-Htn", "state", "established", engines])?;
+        ensure!(
+            !arriving.is_empty() && arriving.lines().all(|line| line.contains("192.168.77.212:")),
+            "the memory does not come to the address that was asked for: {arriving}"
+        );
+        drop(slow);
+        moving.succeeds()?;
+        one.assert_moved_away(1)?;
+        two.wait_for_state("renamed", "running")?;
+        scene.check()?;
+        ensure!(one.state("asked")?.is_none(), "host1 still defines the guest");
+        ensure!(two.is_persistent("renamed")?, "host2 does not define the guest");
+
+        let there = titled(two, &["dumpxml", "--migratable", "renamed"], "in transit")?;
+        let rest = titled(
+            two,
+            &["dumpxml", "--inactive", "--migratable", "renamed"],
+            "at rest",
+        )?;
+        let definitions = ["--xml", &there, "--persistent-xml", &rest];
+        let options = [
+            &["--p2p", "--persistent", "--dname", "asked", "--suspend"],
+            &definitions[..],
+        ]
+        .concat();
+        two.migrate("renamed", one, &options)?;
+        two.assert_moved_away(1)?;
+        one.wait_for_state("asked", "paused")?;
+        one.virsh(&["resume", "asked"])?;
+        scene.lives_on(one)?;
+        let title = |config: &[&str]| one.virsh(&[&["desc", "asked", "--title"], config].concat());
+        ensure!(title(&[])? == "in transit", "{}", title(&[])?);
+        ensure!(title(&["--config"])? == "at rest", "{}", title(&["--config"])?);
+        // Not to be undefined, it is still defined where it came from.
+        ensure!(two
+            .state("renamed")?
+            .is_some_and(|state| state.starts_with("shut off")));
+        two.remove("renamed")
+    })
+}
+
+/// A guest that fails to write its disk stops; whoever asked for it wants it to stay then, and go on once it can.
+#[test]
+fn an_io_error_ends_the_migration_where_asked() -> Result<()> {
+    const DISK: &str = "/run/small/disk.raw";
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        for host in [one, two] {
+            host.run(&["mkdir", "-m", "755", "/run/small"])?;
+            host.run(&["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", "/run/small"])?;
+            host.image(DISK, 32)?;
+        }
+        let guest = usual("writer").disk(DISK, "raw").disk_load(32, Rate(60));
+        let _scene = Scene::start(lab, one, guest, 1)?;
+        for options in [
+            &["--unsafe", "--abort-on-error"][..],
+            &["--p2p", "--unsafe", "--abort-on-error"],
+        ] {
+            let slow = Slow::to(lab, two, 200)?;
+            let mut moving = one.begin_migration("writer", two, options)?;
+            moving.wait_for_job("memory to be on its way", |job| {
+                job.figure("memory_processed") > 0
+            })?;
+            wait_until("the guest to fail at its disk", PATIENCE, || {
+                // No room, and blocks that were written once need some again.
+                let _ = one.exec(&[
+                    "dd",
+                    "if=/dev/zero",
+                    "of=/run/small/full",
+                    "bs=64k",
+                    "oflag=append",
+                    "conv=notrunc",
+                ])?;
+                one.run(&[
+                    "fallocate",
+                    "--punch-hole",
+                    "--offset",
+                    "0",
+                    "--length",
+                    "32M",
+                    DISK,
+                ])?;
+                let _ = one.exec(&[
+                    "dd",
+                    "if=/dev/zero",
+                    "of=/run/small/full",
+                    "bs=64k",
+                    "oflag=append",
+                    "conv=notrunc",
+                ])?;
+                Ok(one
+                    .state("writer")?
+                    .is_some_and(|state| state == "paused (I/O error)"))
+            })?;
+            drop(slow);
+            let error = moving.fails()?;
+            ensure!(error.contains("I/O error"), "{error}");
+            let state = one.state("writer")?;
+            ensure!(state.as_deref() == Some("paused (I/O error)"), "{state:?}");
+            one.run(&["rm", "/run/small/full"])?;
+            one.virsh(&["resume", "writer"])?;
+            one.wait_for_state("writer", "running")?;
+        }
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+/// Waiting for too long ends in post-copy only where that was asked for, which virsh and libvirt see to.
+#[test]
+fn a_timeout_into_postcopy_needs_postcopy() -> Result<()> {
+    with_guest("patience", |lab, scene| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let refused = one.begin_migration("patience", two, &["--timeout", "5", "--timeout-postcopy"])?;
+        let error = refused.fails()?;
+        ensure!(error.contains("postcopy"), "{error}");
+        scene.lives_on(one)
+    })
+}
+
 #[test]
 fn parallel_streams_are_as_many_as_asked() -> Result<()> {
     with_guest("wide", |lab, scene| {
@@ -136,23 +290,14 @@ fn compressed_memory_takes_less_of_the_link() -> Result<()> {
     })
 }
 
-/// An image of this size on a host's own disk.
-fn image(host: &Host, path: &str, mib: u64) -> Result<()> {
-    let file = host.path(path);
-    fs::create_dir_all(file.parent().context("a directory")?)?;
-    File::create(&file)?.set_len(mib * MIB)?;
-    fs::set_permissions(&file, fs::Permissions::from_mode(0o666))?;
-    Ok(())
-}
-
 /// libvirt copies the disk, which the guest reads, writes and compares all the while; the engine the memory.
 #[test]
 fn disks_go_along() -> Result<()> {
     const DISK: &str = "/var/lib/libvirt/images/along.raw";
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
-        image(one, DISK, 64)?;
-        image(two, DISK, 64)?;
+        one.image(DISK, 64)?;
+        two.image(DISK, 64)?;
         let guest = usual("along").disk(DISK, "raw").disk_load(16, Rate(40));
         let scene = Scene::start(lab, one, guest, 1)?;
         let blocks = scene.remote().status(PATIENCE)?.disk;
@@ -164,7 +309,7 @@ fn disks_go_along() -> Result<()> {
         for (turn, options) in options.into_iter().enumerate() {
             let (from, to) = if turn % 2 == 0 { (one, two) } else { (two, one) };
             // What an earlier turn left must not be taken for what this one copied.
-            image(to, DISK, 64)?;
+            to.image(DISK, 64)?;
             scene
                 .move_to(from, to, options)
                 .with_context(|| format!("{options:?}"))?;

@@ -7,14 +7,15 @@ use anyhow::{ensure, Context, Result};
 use ferry_tests::fault::Disturbed::{self, PreCopy, StopAndCopy};
 use ferry_tests::fault::{engine, names, signal, Cut};
 use ferry_tests::guest::{Guest, Rate};
-use ferry_tests::host::Process;
+use ferry_tests::host::{Host, Process};
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
 use ferry_tests::scene::{usual, Scene, PATIENCE};
+use ferry_tests::underway::Underway;
 use ferry_tests::wait::wait_until;
 use nix::sys::signal::Signal::{SIGKILL, SIGSTOP};
 
-/// What the slow link lets through, Mbit a second: the first pass takes about ten seconds, the last copy one or two.
+/// What the slow link lets through, Mbit a second: the first pass takes about six seconds, the last copy one or two.
 const LINK: u32 = 80;
 
 /// Where a migration is disturbed, and virsh's options for it.
@@ -28,12 +29,12 @@ const ALWAYS: [When; 4] = [
     (StopAndCopy, &["--p2p"]),
 ];
 
-/// For faults that take half a minute to be noticed.
-const TWICE: [When; 2] = [(PreCopy, &[]), (StopAndCopy, &["--p2p"])];
+/// For faults that nobody is told of, which take half a minute to be noticed.
+const TOGETHER: [When; 2] = [(PreCopy, &[]), (StopAndCopy, &["--p2p"])];
 
 /// A guest that writes more than the slow link can carry, so that much is left for the last copy.
 fn busy(name: &str) -> Guest {
-    usual(name).working_set(32).rate(Rate::mib(64))
+    usual(name).filled(16).working_set(32).rate(Rate::mib(64))
 }
 
 /// Disturbs a migration from host1 to host2 in this stage and returns what virsh said. A cut lasts until then.
@@ -51,11 +52,16 @@ fn disturbed(
     drop(slow);
     let said = underway.fails()?;
     drop(cut);
-    wait_until("the hosts to reach each other", PATIENCE, || {
-        Ok(one.exec(&["ping", "-c1", "-W1", two.name()])?.status.success())
-    })?;
+    mended(scene.lab)?;
     println!("{stage:?} {options:?}: {said}");
     Ok(said)
+}
+
+fn mended(lab: &Lab) -> Result<()> {
+    let (one, two) = (lab.host(1), lab.host(2));
+    wait_until("the hosts to reach each other", PATIENCE, || {
+        Ok(one.exec(&["ping", "-c1", "-W1", two.name()])?.status.success())
+    })
 }
 
 /// The guest is as it was, and moves to and fro.
@@ -71,20 +77,69 @@ fn as_before(scene: &Scene) -> Result<()> {
 /// Does to migrations what `fault` does, and judges how the guest comes out of it.
 fn disturb(
     name: &str,
-    times: &[When],
     fault: impl for<'a> Fn(&'a Lab) -> Result<Option<Cut<'a>>>,
     judge: impl Fn(&Scene, &str) -> Result<()>,
 ) -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let scene = Scene::start(lab, lab.host(1), busy(name), 1)?;
-        for (stage, options) in times {
+        for (stage, options) in ALWAYS {
             let context = || format!("in {stage:?}, {options:?}");
-            let said = disturbed(&scene, *stage, options, &fault).with_context(context)?;
+            let said = disturbed(&scene, stage, options, &fault).with_context(context)?;
             judge(&scene, &said).with_context(context)?;
             as_before(&scene).with_context(context)?;
         }
         Ok(())
     })
+}
+
+/// Does to several migrations at once, each in a stage of its own, what `fault` does: the wait until it is noticed is one.
+fn disturb_together(
+    name: &str,
+    fault: impl for<'a> FnOnce(&'a Lab) -> Result<Option<Cut<'a>>>,
+    judge: impl Fn(&Scene, &str) -> Result<()>,
+) -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let mut scenes = Vec::new();
+        for number in 1..=TOGETHER.len() {
+            let guest = busy(&format!("{name}-{number}"));
+            scenes.push(Scene::start(lab, one, guest, u8::try_from(number)?)?);
+        }
+        let slow = Slow::to(lab, two, 2 * LINK)?;
+        let mut underway = Vec::new();
+        for (scene, (stage, options)) in scenes.iter().zip(TOGETHER) {
+            let mut migration = one.begin_migration(scene.name(), two, options)?;
+            migration
+                .reaches(stage)
+                .with_context(|| format!("{stage:?}, {options:?}"))?;
+            underway.push(migration);
+        }
+        let cut = fault(lab)?;
+        drop(slow);
+        let said = underway
+            .into_iter()
+            .map(Underway::fails)
+            .collect::<Result<Vec<_>>>()?;
+        drop(cut);
+        mended(lab)?;
+        for ((scene, said), when) in scenes.iter().zip(said).zip(TOGETHER) {
+            println!("{when:?}: {said}");
+            judge(scene, &said)
+                .and_then(|()| as_before(scene))
+                .with_context(|| format!("in {when:?}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// Stops all engines of a host, as if their processors had been taken away.
+fn hang(host: &Host) -> Result<Option<Cut<'static>>> {
+    let engines = host.processes_named("virt-ferry-engine")?;
+    ensure!(engines.len() == TOGETHER.len(), "{engines:?}");
+    for engine in engines {
+        signal(&engine, SIGSTOP)?;
+    }
+    Ok(None)
 }
 
 fn kill(process: Result<Process>) -> Result<Option<Cut<'static>>> {
@@ -96,7 +151,6 @@ fn kill(process: Result<Process>) -> Result<Option<Cut<'static>>> {
 fn the_sources_engine_is_killed() -> Result<()> {
     disturb(
         "source-engine",
-        &ALWAYS,
         |lab| kill(engine(lab.host(1))),
         |scene, said| {
             names(said, &["engine", "host1", "SIGKILL"])?;
@@ -110,7 +164,6 @@ fn the_sources_engine_is_killed() -> Result<()> {
 fn the_destinations_engine_is_killed() -> Result<()> {
     disturb(
         "dest-engine",
-        &ALWAYS,
         |lab| kill(engine(lab.host(2))),
         |_, said| names(said, &["192.168.77.12", "host1"]),
     )
@@ -120,7 +173,6 @@ fn the_destinations_engine_is_killed() -> Result<()> {
 fn the_destinations_qemu_is_killed() -> Result<()> {
     disturb(
         "dest-qemu",
-        &ALWAYS,
         |lab| kill(lab.host(2).qemu("dest-qemu")),
         |_, said| names(said, &["QEMU", "host2"]),
     )
@@ -130,17 +182,16 @@ fn the_destinations_qemu_is_killed() -> Result<()> {
 fn the_connections_are_reset() -> Result<()> {
     disturb(
         "reset",
-        &ALWAYS,
         |lab| Cut::reset(lab.host(1)).map(Some),
-        |_, said| names(said, &["192.168.77.12", "host1"]),
+        // Both ends are told at once: either may be the first to say so.
+        |_, said| names(said, &["192.168.77.1", "on host host"]),
     )
 }
 
 #[test]
 fn the_network_swallows_all_packets() -> Result<()> {
-    disturb(
+    disturb_together(
         "silence",
-        &TWICE,
         |lab| Cut::silent(lab.host(1)).map(Some),
         |_, said| names(said, &["192.168.77.12", "host1", "network"]),
     )
@@ -148,9 +199,8 @@ fn the_network_swallows_all_packets() -> Result<()> {
 
 #[test]
 fn the_hosts_are_parted() -> Result<()> {
-    disturb(
+    disturb_together(
         "parted",
-        &TWICE,
         |lab| Cut::off(lab, lab.host(2)).map(Some),
         |_, said| names(said, &["192.168.77.12", "host1"]),
     )
@@ -158,26 +208,18 @@ fn the_hosts_are_parted() -> Result<()> {
 
 #[test]
 fn the_destinations_engine_hangs() -> Result<()> {
-    disturb(
+    disturb_together(
         "hung-engine",
-        &TWICE,
-        |lab| {
-            signal(&engine(lab.host(2))?, SIGSTOP)?;
-            Ok(None)
-        },
+        |lab| hang(lab.host(2)),
         |_, said| names(said, &["192.168.77.12", "host1"]),
     )
 }
 
 #[test]
 fn the_sources_engine_hangs() -> Result<()> {
-    disturb(
+    disturb_together(
         "hung-engine",
-        &TWICE,
-        |lab| {
-            signal(&engine(lab.host(1))?, SIGSTOP)?;
-            Ok(None)
-        },
+        |lab| hang(lab.host(1)),
         |scene, said| {
             names(said, &["engine", "host1", "silent"])?;
             scene.survives_save_and_restore(scene.lab.host(1))
@@ -189,7 +231,6 @@ fn the_sources_engine_hangs() -> Result<()> {
 fn the_destinations_daemon_is_killed() -> Result<()> {
     disturb(
         "dest-daemon",
-        &ALWAYS,
         |lab| {
             lab.host(2).restart_libvirtd(true)?;
             Ok(None)
@@ -206,7 +247,6 @@ fn the_destinations_daemon_is_killed() -> Result<()> {
 fn the_sources_daemon_and_engine_are_killed() -> Result<()> {
     disturb(
         "source-both",
-        &ALWAYS,
         |lab| {
             let one = lab.host(1);
             let engine = engine(one)?;
@@ -224,7 +264,6 @@ fn the_sources_daemon_and_engine_are_killed() -> Result<()> {
 fn the_sources_daemon_is_killed() -> Result<()> {
     disturb(
         "source-daemon",
-        &ALWAYS,
         |lab| {
             lab.host(1).restart_libvirtd(true)?;
             Ok(None)

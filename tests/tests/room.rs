@@ -1,10 +1,7 @@
 //! Reservation: a guest that would not fit is refused before anything is started for it.
 
-use std::fs::{self, File};
-use std::os::fd::AsRawFd;
-
 use anyhow::{ensure, Context, Result};
-use ferry_tests::host::Host;
+use ferry_tests::fault::Hog;
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
 use ferry_tests::scene::{usual, Scene};
@@ -13,28 +10,6 @@ use ferry_tests::scene::{usual, Scene};
 const ROOM: u64 = 512;
 /// The room that the usual guest, with about 120 MiB resident, does not fit into.
 const TOO_LITTLE: u64 = 60;
-
-/// Takes room away from the guests of a host until dropped; the file has no name, as it is nobody's leftover.
-struct Hog {
-    _file: File,
-}
-
-impl Hog {
-    fn leaving(host: &Host, mib: u64) -> Result<Self> {
-        let path = host.path("/var/lib/libvirt/qemu/ram/hog");
-        let file = File::create(&path).with_context(|| path.display().to_string())?;
-        fs::remove_file(&path)?;
-        let length = i64::try_from((ROOM - mib) << 20)?;
-        // SAFETY: an open descriptor and plain numbers.
-        let taken = unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) };
-        ensure!(
-            taken == 0,
-            "cannot take {length} bytes: {}",
-            std::io::Error::last_os_error()
-        );
-        Ok(Hog { _file: file })
-    }
-}
 
 fn lab() -> Options {
     Options::default().ram_size(&format!("{ROOM}m"))

@@ -1,12 +1,13 @@
 //! `virt-ferry`: what an administrator asks on the command line.
 
 mod check;
+mod recover;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Live migration of libvirt's guests with a memory path of its own.
+/// Migration of libvirt's guests with a memory path of its own, and of guests that are shut off with all their files.
 #[derive(Parser)]
 #[command(
     version,
@@ -31,13 +32,25 @@ enum Command {
         #[arg(short, long, default_value = "qemu:///system")]
         connect: String,
     },
+    /// Bring interrupted cold migrations to an end, and say how each stands
+    ///
+    /// The daemon does so by itself, for about an hour; this makes it try at once. A guest that is between two hosts starts on
+    /// neither until both have agreed: run it on both. Ends with 0 if nothing is left, 1 if something is.
+    Recover {
+        /// Guests, by name; without any, all of this host's
+        guests: Vec<String>,
+        /// libvirt's URI
+        #[arg(short, long, default_value = "qemu:///system")]
+        connect: String,
+    },
 }
 
 fn main() -> ExitCode {
-    let Arguments {
-        command: Command::Check { guests, connect },
-    } = Arguments::parse();
-    match run(&connect, &guests) {
+    let done = match Arguments::parse().command {
+        Command::Check { guests, connect } => run(&connect, &guests),
+        Command::Recover { guests, connect } => recover::run(&connect, &guests),
+    };
+    match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {

@@ -2,7 +2,7 @@
 
 use crate::control::Settings;
 use crate::session::Encryption;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use std::path::PathBuf;
 
 /// Where the plug-in looks for its configuration; it need not exist.
@@ -15,6 +15,7 @@ pub struct Config {
     /// `false`: every migration is libvirt's own, and no QEMU gets a private monitor.
     pub enabled: bool,
     /// Whether the engines encrypt; the stricter of the two hosts decides.
+    #[serde(deserialize_with = "encryption")]
     pub encryption: Encryption,
     /// Parallel streams for the memory, 1 to 16.
     pub streams: u16,
@@ -88,6 +89,20 @@ pub enum GuestMemory {
     AsDefined,
 }
 
+/// What a host may choose; certificates are asked for by a migration.
+fn encryption<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Encryption, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Choice {
+        Always,
+        Never,
+    }
+    Ok(match Choice::deserialize(deserializer)? {
+        Choice::Always => Encryption::Always,
+        Choice::Never => Encryption::Never,
+    })
+}
+
 /// A configuration that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -134,6 +149,7 @@ impl Config {
     pub fn settings(&self) -> Settings {
         Settings {
             encryption: self.encryption,
+            certificates: None,
             streams: self.streams,
             ports: (self.ports[0], self.ports[1]),
             auto_converge: self.auto_converge,
@@ -184,6 +200,14 @@ mod tests {
             panic!("accepted")
         };
         assert!(text.contains("line 2") && text.contains("encrypt"), "{text}");
+    }
+
+    #[test]
+    fn certificates_are_no_hosts_choice() {
+        let Err(Error::Syntax(text)) = Config::parse("encryption = \"certificates\"\n") else {
+            panic!("accepted")
+        };
+        assert!(text.contains("`always` or `never`"), "{text}");
     }
 
     #[test]

@@ -28,8 +28,10 @@ pub const MAX_LINE: usize = 16 << 20;
 /// What the engine needs of the configuration, handed over so that one migration sees one configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
-    /// See [`Encryption`].
+    /// See [`Encryption`]; what this host's configuration says.
     pub encryption: Encryption,
+    /// This migration is to be protected by libvirt's own certificates (`--tls`), which are these on this host.
+    pub certificates: Option<Certificates>,
     /// Parallel streams for memory, 1 to 16.
     pub streams: u16,
     /// First and last TCP port the destination may listen on.
@@ -44,6 +46,25 @@ pub struct Settings {
     pub log_directory: PathBuf,
     /// Where the journals of cold migrations are.
     pub state_directory: PathBuf,
+}
+
+impl Settings {
+    /// What this host asks for in this migration.
+    pub fn wanted(&self) -> Encryption {
+        match self.certificates {
+            Some(_) => Encryption::Certificates,
+            None => self.encryption,
+        }
+    }
+}
+
+/// libvirt's own certificates for migrations, as this host's qemu.conf has them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Certificates {
+    /// The directory that holds `ca-cert.pem` and the others (`migrate_tls_x509_cert_dir`).
+    pub directory: PathBuf,
+    /// A destination wants to see the source's certificate (`migrate_tls_x509_verify`).
+    pub verify: bool,
 }
 
 /// What the operator asked of one migration, beyond the configuration.
@@ -63,6 +84,9 @@ pub struct Options {
     /// libvirt copies disks before it lets QEMU migrate (`--copy-storage-all`, `--copy-storage-inc`): long after the
     /// switch-over has been offered.
     pub storage: bool,
+    /// The name that the destination's certificate must bear (`--tls-destination`); without it, that of the host the
+    /// source connects to.
+    pub tls_name: Option<String>,
 }
 
 /// How much slower the vCPUs become, in percent of their time.
@@ -147,6 +171,8 @@ pub enum Request {
         memory_directory: PathBuf,
         /// Bytes already promised to other migrations in flight and not yet resident.
         promised: u64,
+        /// Bytes of huge pages promised to other migrations whose QEMU has not started yet.
+        promised_huge: u64,
         /// The configuration in force.
         settings: Settings,
     },

@@ -17,6 +17,7 @@ use quick_xml::name::ResolveResult;
 use quick_xml::NsReader;
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
+use std::ops::Range;
 use uuid::Uuid;
 
 /// The namespace of our elements; the last part is the version of their shape.
@@ -34,6 +35,9 @@ const MAX_CERTIFICATE: usize = 8 << 10;
 /// The largest block accepted, in bytes: far beyond what x86 can address, far from overflowing a sum.
 const MAX_BLOCK_SIZE: u64 = 1 << 52;
 
+/// The largest page accepted, in bytes: the largest there is.
+const MAX_PAGE: u64 = 1 << 34;
+
 /// What the source's Begin says: this guest can move through the engines.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
@@ -43,7 +47,7 @@ pub struct Offer {
     pub token: Token,
     /// What the source wants; the destination's answer decides.
     pub encryption: Encryption,
-    /// The source's certificate for this session, DER.
+    /// The source's certificate for this session, DER; empty where libvirt's own are used.
     pub certificate: Vec<u8>,
     /// What will be moved.
     pub blocks: Vec<Block>,
@@ -54,9 +58,10 @@ pub struct Offer {
 pub struct Answer {
     /// The session of the offer.
     pub session: Uuid,
-    /// Whether this session is encrypted: always, unless both hosts say never.
+    /// Whether this session is encrypted: with libvirt's certificates where the migration asks for them; else always,
+    /// unless both hosts say never.
     pub encryption: Encryption,
-    /// The destination's certificate for this session, DER.
+    /// The destination's certificate for this session, DER; empty where libvirt's own are used.
     pub certificate: Vec<u8>,
     /// The host to connect to, a name or an address as in the migration URI.
     pub host: String,
@@ -170,6 +175,67 @@ pub fn is_probe(cookie: &[u8]) -> bool {
     matches!(Element::find(cookie, "probe"), Ok(Some(_)))
 }
 
+/// Adds to the figures of the job that the source tells the destination, in libvirt's own `<statistics>` of the cookie
+/// of the real Perform: the destination shows them as its own (`virsh domjobinfo --completed`). A cookie without
+/// them stays as it is.
+pub fn with_figures<'a>(
+    cookie: &[u8],
+    figures: impl IntoIterator<Item = (&'a str, u64)>,
+) -> Result<Vec<u8>, Error> {
+    let text = text(cookie)?;
+    let Some(place) = content_of(text, "statistics")? else {
+        return Ok(cookie.to_vec());
+    };
+    let mut content = text[place.clone()].to_owned();
+    for (name, value) in figures {
+        add(&mut content, name, value);
+    }
+    bounded([&text[..place.start], &content, &text[place.end..], "\0"].concat())
+}
+
+/// Adds to a number in `<name>number</name>`, as libvirt writes them, or adds the element.
+fn add(content: &mut String, name: &str, value: u64) {
+    let tag = format!("<{name}>");
+    let number = content.find(&tag).map(|at| at + tag.len()).and_then(|start| {
+        let end = start + content[start..].find('<')?;
+        Some((start..end, content[start..end].parse::<u64>().ok()?))
+    });
+    match number {
+        Some((place, known)) => content.replace_range(place, &known.saturating_add(value).to_string()),
+        None => content.push_str(&format!("<{name}>{value}</{name}>")),
+    }
+}
+
+/// Where the content of the root's first child of this name is.
+fn content_of(text: &str, name: &str) -> Result<Option<Range<usize>>, Error> {
+    let mut reader = NsReader::from_str(text);
+    // A position in a text fits.
+    let position = |reader: &NsReader<&[u8]>| usize::try_from(reader.buffer_position()).unwrap_or(usize::MAX);
+    let (mut depth, mut begin) = (0u32, None);
+    loop {
+        let before = position(&reader);
+        match reader
+            .read_event()
+            .map_err(|error| Error::Cookie(error.to_string()))?
+        {
+            Event::Start(start) => {
+                if depth == 1 && begin.is_none() && start.name().into_inner() == name {
+                    begin = Some(position(&reader));
+                }
+                depth += 1;
+            }
+            Event::End(_) => {
+                depth = depth.saturating_sub(1);
+                if let (1, Some(begin)) = (depth, begin) {
+                    return Ok(Some(begin..before));
+                }
+            }
+            Event::Eof => return Ok(None),
+            _ => {}
+        }
+    }
+}
+
 /// The text of libvirt's own element of this name (`name`, `uuid`) in a cookie.
 pub fn text_of(cookie: &[u8], name: &str) -> Result<Option<String>, Error> {
     let mut reader = NsReader::from_str(text(cookie)?);
@@ -206,11 +272,15 @@ impl Offer {
             // Writing to a String cannot fail.
             let _ = write!(
                 xml,
-                "<ferry:memory block='{}' size='{}' resident='{}'/>",
+                "<ferry:memory block='{}' size='{}' resident='{}'",
                 escape(&block.name),
                 block.size,
                 block.resident
             );
+            if block.is_huge() {
+                let _ = write!(xml, " page='{}'", block.page);
+            }
+            xml.push_str("/>");
         }
         xml.push_str("</ferry:offer>");
         xml
@@ -294,12 +364,15 @@ fn block(head: &Attributes) -> Result<Block, Error> {
         name: head.text("block")?.to_owned(),
         size: head.parsed("size")?,
         resident: head.parsed("resident")?,
+        page: head.optional("page")?.unwrap_or(PAGE),
     };
     let sane = !block.name.is_empty()
         && block.name.len() <= 255
         && block.size > 0
         && block.size <= MAX_BLOCK_SIZE
-        && block.size.is_multiple_of(PAGE)
+        && (PAGE..=MAX_PAGE).contains(&block.page)
+        && block.page.is_power_of_two()
+        && block.size.is_multiple_of(block.page)
         && block.resident <= block.size;
     sane.then_some(block)
         .ok_or_else(|| Error::Element("a memory block has an impossible name or size".into()))
@@ -323,6 +396,7 @@ impl Attributes {
         match self.text("encryption")? {
             "always" => Ok(Encryption::Always),
             "never" => Ok(Encryption::Never),
+            "certificates" => Ok(Encryption::Certificates),
             _ => Err(Error::Element("attribute encryption cannot be read".into())),
         }
     }
@@ -423,19 +497,17 @@ fn insert(cookie: &[u8], element: &str) -> Result<Vec<u8>, Error> {
     let end = text
         .rfind("</qemu-migration>")
         .ok_or_else(|| Error::Cookie("it has no <qemu-migration>".into()))?;
-    let longer = [
-        &text.as_bytes()[..end],
-        element.as_bytes(),
-        &text.as_bytes()[end..],
-        b"\0",
-    ]
-    .concat();
-    if longer.len() > MAX_COOKIE {
+    bounded([&text[..end], element, &text[end..], "\0"].concat())
+}
+
+/// A cookie that libvirt will take.
+fn bounded(cookie: String) -> Result<Vec<u8>, Error> {
+    if cookie.len() > MAX_COOKIE {
         return Err(Error::Cookie(format!(
-            "with our element it is longer than {MAX_COOKIE} bytes"
+            "with what we add it is longer than {MAX_COOKIE} bytes"
         )));
     }
-    Ok(longer)
+    Ok(cookie.into_bytes())
 }
 
 #[cfg(test)]
@@ -455,11 +527,13 @@ mod tests {
                     name: "pc.ram".into(),
                     size: 1 << 30,
                     resident: 1 << 20,
+                    page: 2 << 20,
                 },
                 Block {
                     name: "odd<>&'\" name".into(),
                     size: PAGE,
                     resident: 0,
+                    page: PAGE,
                 },
             ],
         }
@@ -483,6 +557,15 @@ mod tests {
         assert_eq!(answer(&cookie), Ok(None));
         let cookie = with_answer(COOKIE, &an_answer()).unwrap();
         assert_eq!(answer(&cookie), Ok(Some(an_answer())));
+        for encryption in [Encryption::Always, Encryption::Never, Encryption::Certificates] {
+            let protected = Offer {
+                encryption,
+                certificate: Vec::new(),
+                ..an_offer()
+            };
+            let cookie = with_offer(COOKIE, &protected).unwrap();
+            assert_eq!(offer(&cookie), Ok(Some(protected)));
+        }
     }
 
     #[test]
@@ -500,6 +583,24 @@ mod tests {
         let other = String::from_utf8(with_offer(COOKIE, &an_offer()).unwrap()).unwrap();
         let other = other.replace(NAMESPACE, "https://example.org/");
         assert_eq!(offer(other.as_bytes()), Ok(None));
+    }
+
+    #[test]
+    fn figures_are_added_to_libvirts() {
+        let job = |statistics: &str| {
+            format!(
+                "<qemu-migration>\n  <x><statistics>1</statistics></x>\n{statistics}</qemu-migration>\n\0"
+            )
+        };
+        let told = job("  <statistics>\n    <memory_total>7</memory_total>\n  </statistics>\n");
+        let figures = [("memory_total", 100), ("memory_constant", 3)];
+        let told = String::from_utf8(with_figures(told.as_bytes(), figures).unwrap()).unwrap();
+        assert_eq!(
+            told,
+            job("  <statistics>\n    <memory_total>107</memory_total>\n  <memory_constant>3</memory_constant></statistics>\n")
+        );
+        let none = job("");
+        assert_eq!(with_figures(none.as_bytes(), figures).unwrap(), none.as_bytes());
     }
 
     #[test]
@@ -521,6 +622,10 @@ mod tests {
             ("size='4096'", "size='-1'"),
             ("size='4096'", "size='99999999999999999999'"),
             ("resident='0'", "resident='8192'"),
+            ("page='2097152'", "page='0'"),
+            ("page='2097152'", "page='3145728'"),
+            ("page='2097152'", "page='2147483648'"),
+            ("page='2097152'", "page='99999999999999999999'"),
             ("block='pc.ram'", "block=''"),
             ("block='pc.ram' ", ""),
         ] {
@@ -544,6 +649,7 @@ mod tests {
             bad[index] ^= 0x15;
             let _ = offer(&bad);
             let _ = insert(&bad, "<x/>");
+            let _ = with_figures(&bad, [("name", 1)]);
         }
     }
 

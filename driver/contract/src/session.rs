@@ -89,6 +89,22 @@ pub enum Encryption {
     Always,
     /// Plain TCP: the guest's memory is readable on the network between the hosts.
     Never,
+    /// TLS 1.3 with libvirt's own certificates, as its migrations with TLS use them: what one migration asks for
+    /// (`virsh migrate --tls`), no host's configuration.
+    Certificates,
+}
+
+impl Encryption {
+    /// What holds where the two hosts want this and that. Certificates are asked for in one call that goes to both
+    /// hosts: `None` where only one has heard of them.
+    pub fn agreed(self, other: Self) -> Option<Self> {
+        match (self, other) {
+            (Self::Certificates, Self::Certificates) => Some(Self::Certificates),
+            (Self::Certificates, _) | (_, Self::Certificates) => None,
+            (Self::Never, Self::Never) => Some(Self::Never),
+            (Self::Always, _) | (_, Self::Always) => Some(Self::Always),
+        }
+    }
 }
 
 impl fmt::Display for Encryption {
@@ -96,6 +112,7 @@ impl fmt::Display for Encryption {
         f.write_str(match self {
             Self::Always => "always",
             Self::Never => "never",
+            Self::Certificates => "certificates",
         })
     }
 }
@@ -118,6 +135,15 @@ pub struct Block {
     pub size: u64,
     /// Bytes that are resident on the source; the destination reserves that much.
     pub resident: u64,
+    /// Bytes of the pages it is made of on the source: [`PAGE`], or a huge page's (hugetlbfs).
+    pub page: u64,
+}
+
+impl Block {
+    /// Whether it is made of huge pages that the host keeps apart from all other memory.
+    pub fn is_huge(&self) -> bool {
+        self.page > PAGE
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,11 @@
 //! This host: its configuration, names and directories.
 
+mod certificates;
+mod conf;
+
+pub use certificates::certificates;
+
+use conf::Conf;
 use ferry_contract::config::{Config, PATH};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -7,7 +13,6 @@ use std::path::{Path, PathBuf};
 
 /// Where libvirt keeps each guest's private directory (system mode).
 const QEMU_LIB: &str = "/var/lib/libvirt/qemu";
-const QEMU_CONF: &str = "/etc/libvirt/qemu.conf";
 /// The private monitor's socket in the guest's private directory.
 pub const MONITOR: &str = "virt-ferry-monitor.sock";
 /// The most of a configuration file that is read.
@@ -37,13 +42,14 @@ pub fn name() -> String {
 
 /// The address other hosts reach this one by, where qemu.conf names one (`migration_host`, brackets allowed).
 pub fn migration_host() -> Option<String> {
-    let host = qemu_conf("migration_host")?;
+    let conf = Conf::of_qemu();
+    let host = conf.string("migration_host")?;
     Some(host.trim_start_matches('[').trim_end_matches(']').to_owned())
 }
 
 /// The address to listen on, where qemu.conf names one (`migration_address`).
 pub fn migration_address() -> Option<String> {
-    qemu_conf("migration_address")
+    Conf::of_qemu().string("migration_address").map(str::to_owned)
 }
 
 /// The address that stands for all of this host's: as libvirt listens (libvirt 11.3, `qemuMigrationDstPrepareAny`).
@@ -55,7 +61,7 @@ pub fn any_address() -> String {
 /// The directory for guests' RAM files: `memory_backing_dir` in qemu.conf, with libvirt's own subdirectory where
 /// it is set (libvirt 11.3, `virQEMUDriverConfigLoadMemoryEntry`: `<memory_backing_dir>/libvirt/qemu`).
 pub fn memory_directory() -> PathBuf {
-    match qemu_conf("memory_backing_dir") {
+    match Conf::of_qemu().string("memory_backing_dir") {
         Some(directory) => Path::new(&directory).join("libvirt/qemu"),
         None => Path::new(QEMU_LIB).join("ram"),
     }
@@ -90,27 +96,6 @@ pub fn tmpfs(directory: &Path) -> Option<Room> {
     })
 }
 
-fn qemu_conf(key: &str) -> Option<String> {
-    string_setting(&read(Path::new(QEMU_CONF)).ok()?, key)
-}
-
-/// The last `key = "value"` of a libvirt configuration file.
-fn string_setting(text: &str, key: &str) -> Option<String> {
-    let mut values = text.lines().filter_map(|line| {
-        let value = line
-            .trim()
-            .strip_prefix(key)?
-            .trim_start()
-            .strip_prefix('=')?
-            .trim();
-        value.strip_prefix('"')?.split('"').next()
-    });
-    values
-        .next_back()
-        .filter(|value| !value.is_empty())
-        .map(str::to_owned)
-}
-
 /// The socket of the private monitor of a running domain; `None` where its QEMU was started without one.
 ///
 /// Its private directory is named by number and the first 20 characters of its name (libvirt 11.3,
@@ -127,6 +112,19 @@ pub fn monitor(id: u32, name: &str) -> Option<PathBuf> {
     })?;
     let socket = private.path().join(MONITOR);
     socket.exists().then_some(socket)
+}
+
+/// The sockets of all private monitors on this host, those that nobody serves any more among them.
+pub fn monitors() -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(QEMU_LIB) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"domain-"))
+        .map(|entry| entry.path().join(MONITOR))
+        .filter(|socket| socket.exists())
+        .collect()
 }
 
 /// Where incoming QEMUs bind the sockets the engine connects to.
@@ -159,18 +157,5 @@ mod tests {
         assert_eq!(tmpfs(Path::new("/proc/self")), None);
         let room = tmpfs(Path::new("/dev/shm/not/there")).unwrap();
         assert!(room.size >= room.free && room.size > 0);
-    }
-
-    #[test]
-    fn settings_are_found_as_libvirt_finds_them() {
-        let text =
-            "# migration_host = \"no\"\nmigration_host=\"a\"\n  migration_host = \"host.example\" # why\n\
-                    migration_hosts = \"x\"\nempty = \"\"\n";
-        assert_eq!(
-            string_setting(text, "migration_host").as_deref(),
-            Some("host.example")
-        );
-        assert_eq!(string_setting(text, "empty"), None);
-        assert_eq!(string_setting(text, "absent"), None);
     }
 }

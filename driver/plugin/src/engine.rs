@@ -5,6 +5,7 @@
 //! fails the migration on this host; QEMU and libvirt then do what they do when a network fails.
 
 use crate::mark;
+use crate::turns::Moving;
 use ferry_contract::config::Config;
 use ferry_contract::control::{Failure, FailureKind, Message, Reply, Request, Statistics, MAX_LINE};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -34,6 +35,7 @@ pub struct Engine {
 
 struct Shared {
     host: String,
+    program: PathBuf,
     /// Held while a request is under way: there is one answer at a time.
     asking: Mutex<()>,
     socket: Mutex<UnixStream>,
@@ -45,11 +47,19 @@ struct Shared {
 struct State {
     reply: Option<Reply>,
     statistics: Statistics,
-    /// The monitor of the QEMU the engine works on, to be rescued if the engine dies.
-    monitor: Option<PathBuf>,
+    /// The QEMU the engine works on.
+    hold: Option<Hold>,
     /// The failure the engine ended with: it has no more to say.
     failed: Option<Failure>,
     gone: Option<String>,
+}
+
+/// A QEMU in an engine's hands.
+struct Hold {
+    /// Its monitor: it is to be rescued if the engine dies.
+    monitor: PathBuf,
+    /// Until then nobody has it write its memory.
+    _turn: Moving,
 }
 
 /// An engine that cannot be started.
@@ -80,16 +90,16 @@ impl Engine {
             .map_err(failed)?;
         let shared = Arc::new(Shared {
             host: host.to_owned(),
+            program: config.engine.clone(),
             asking: Mutex::new(()),
             socket: Mutex::new(ours),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
-        let program = config.engine.clone();
         let listener = Arc::clone(&shared);
         let started = std::thread::Builder::new()
             .name("ferry-engine".into())
-            .spawn(move || listen(&listener, BufReader::new(reader), child, &program));
+            .spawn(move || listen(&listener, BufReader::new(reader), child));
         // Without the thread the socket closes, and the engine ends by itself.
         started.map_err(failed)?;
         Ok(Self { shared })
@@ -151,19 +161,39 @@ impl Engine {
     }
 
     /// From now on, should the engine die, this QEMU is told not to ignore shared memory any more: by this daemon, or
-    /// where it dies too, by whoever finds the mark.
+    /// where it dies too, by whoever finds the mark. The turn ends after that, too.
     ///
     /// # Errors
     /// The mark cannot be made: the engine must not touch this QEMU.
-    pub fn guard(&self, monitor: &Path) -> Result<(), Failure> {
+    pub fn guard(&self, monitor: &Path, turn: Moving) -> Result<(), Failure> {
+        // What an earlier engine left must not go unseen: this one, ended in order, takes the mark with it.
+        if mark::is_set(monitor) {
+            rescue(&self.shared.program, monitor).map_err(|why| {
+                self.failure(format!(
+                    "an earlier engine may have left x-ignore-shared on: {why}"
+                ))
+            })?;
+        }
         mark::set(monitor).map_err(|error| {
             let place = monitor.parent().unwrap_or(monitor).display();
             self.failure(format!(
                 "cannot make a file in the guest's directory {place}: {error}"
             ))
         })?;
-        self.shared.lock().monitor = Some(monitor.to_owned());
+        self.shared.lock().hold = Some(Hold {
+            monitor: monitor.to_owned(),
+            _turn: turn,
+        });
         Ok(())
+    }
+
+    /// The engine has said that its QEMU honours all memory again, and does not change that any more: whoever waits to
+    /// write the memory need not wait for the engine's end.
+    pub fn let_go_of_memory(&self) {
+        let hold = self.shared.lock().hold.take();
+        if let Some(hold) = &hold {
+            mark::clear(&hold.monitor);
+        }
     }
 
     /// How far the memory is.
@@ -211,7 +241,7 @@ impl Shared {
 }
 
 /// The life of the session's thread: hear the engine out, bury it, and rescue its guest if it died at work.
-fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, program: &Path) {
+fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child) {
     let why = loop {
         let mut line = Vec::new();
         match lines.by_ref().take(MAX_LINE as u64).read_until(b'\n', &mut line) {
@@ -245,11 +275,11 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, p
     let status = bury(&mut child);
     let clean = status.is_some_and(|status| status.success());
     let how = status.map_or_else(|| "it cannot be killed".into(), |status| status.to_string());
-    let monitor = shared.lock().monitor.take();
-    match (clean, &monitor) {
-        (true, Some(monitor)) => mark::clear(monitor),
+    let hold = shared.lock().hold.take();
+    match (clean, &hold) {
+        (true, Some(Hold { monitor, .. })) => mark::clear(monitor),
         // Before anybody hears of the end: libvirt's next job on this guest may be a save.
-        (false, Some(monitor)) => match rescue(program, monitor) {
+        (false, Some(Hold { monitor, .. })) => match rescue(&shared.program, monitor) {
             Ok(()) => tracing::warn!(?monitor, "an engine died at work; x-ignore-shared is off"),
             // QEMU itself has gone, most likely; no save gets past the guard otherwise.
             Err(why) => {
@@ -261,6 +291,7 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child, p
         },
         (_, None) => {}
     }
+    drop(hold);
     shared.lock().gone = Some(format!("{why} ({how}); see the daemon's log"));
     shared.changed.notify_all();
 }
@@ -286,6 +317,42 @@ fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
         pause = (pause * 2).min(Duration::from_millis(50));
     }
     None
+}
+
+/// Why a command has no output.
+pub enum RunError {
+    /// It cannot be started.
+    Start(std::io::Error),
+    /// It ended so, or had to be ended.
+    Ended(String),
+}
+
+/// Runs a command that says little, and returns what it says.
+///
+/// # Errors
+/// That it cannot be started, fails, or takes longer than `limit`.
+pub fn run(command: &mut Command, limit: Duration) -> Result<String, RunError> {
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn();
+    let mut child = child.map_err(RunError::Start)?;
+    let Some(status) = wait(&mut child, limit) else {
+        let _ = child.kill();
+        bury(&mut child);
+        return Err(RunError::Ended(format!("no answer in {} s", limit.as_secs())));
+    };
+    let mut said = String::new();
+    if let Some(output) = child.stdout.take() {
+        // What is no text says nothing.
+        let _ = output.take(MAX_LINE as u64).read_to_string(&mut said);
+    }
+    match status.success() {
+        true => Ok(said),
+        false => Err(RunError::Ended(status.to_string())),
+    }
 }
 
 /// x-ignore-shared left on would cost the guest its memory at the next save: has it cleared.

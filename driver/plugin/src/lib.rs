@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  libvirt's dispatcher
-//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainDefineXML…, execve
+//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainSave…, virInitialize, …, execve
 //!  ┌─────▼──────┐   not ours    ┌─────────────────┐
 //!  │ interpose/ │ ────────────▶ │ the real libvirt│
 //!  └─────┬──────┘               └────────▲────────┘
@@ -17,6 +17,7 @@
 //! Rules of this house: catch every panic at the border, bound every wait, hold no lock while waiting, fall
 //! through when in doubt. The plug-in decides and delegates; it never copies a page.
 
+mod cold;
 mod engine;
 mod guest_memory;
 mod interpose;
@@ -25,3 +26,5 @@ mod live;
 mod load;
 mod mark;
 mod sessions;
+mod turns;
+mod workers;

@@ -1,6 +1,7 @@
 //! The migrations this daemon takes part in, by role and guest.
 
 use crate::engine::Engine;
+use crate::workers::{self, Leaving};
 use ferry_contract::cookie::Offer;
 use ferry_contract::session::Guest;
 use std::path::PathBuf;
@@ -20,26 +21,44 @@ pub enum Role {
 /// Bytes of memory promised to arriving guests, whether or not they have arrived yet.
 static PROMISED: AtomicU64 = AtomicU64::new(0);
 
+/// Bytes of huge pages promised to guests whose QEMU has not started yet.
+static PROMISED_HUGE: AtomicU64 = AtomicU64::new(0);
+
 /// Memory promised to one arriving guest, for as long as this lives.
 pub struct Promise(u64);
+
+/// Huge pages promised to one arriving guest until its QEMU, which takes them all, has started: then this is dropped.
+pub struct HugePromise(u64);
 
 impl Promise {
     /// Promises memory for these blocks; also returns what others have been promised and do not hold yet.
     pub fn make(offer: &Offer) -> (Self, u64) {
-        let bytes = offer
-            .blocks
-            .iter()
-            .map(|block| block.resident)
-            .fold(0, u64::saturating_add);
+        let blocks = offer.blocks.iter().filter(|block| !block.is_huge());
+        let bytes = blocks.map(|block| block.resident).fold(0, u64::saturating_add);
         // Sums of what hosts offer stay far below 2^64: each block is bounded by the cookie's parser.
         let others = PROMISED.fetch_add(bytes, Ordering::Relaxed);
         (Self(bytes), others.saturating_sub(landed()))
     }
 }
 
+impl HugePromise {
+    /// [`Promise::make`] for huge pages.
+    pub fn make(offer: &Offer) -> (Self, u64) {
+        let blocks = offer.blocks.iter().filter(|block| block.is_huge());
+        let bytes = blocks.map(|block| block.size).fold(0, u64::saturating_add);
+        (Self(bytes), PROMISED_HUGE.fetch_add(bytes, Ordering::Relaxed))
+    }
+}
+
 impl Drop for Promise {
     fn drop(&mut self) {
         PROMISED.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
+impl Drop for HugePromise {
+    fn drop(&mut self) {
+        PROMISED_HUGE.fetch_sub(self.0, Ordering::Relaxed);
     }
 }
 
@@ -74,6 +93,7 @@ pub struct Session {
     cancelled: AtomicBool,
     handed_over: AtomicBool,
     claimed: AtomicBool,
+    _leaving: Option<Leaving>,
 }
 
 /// The right to end a session, until this is dropped.
@@ -108,6 +128,7 @@ impl Session {
             cancelled: AtomicBool::new(false),
             handed_over: AtomicBool::new(false),
             claimed: AtomicBool::new(false),
+            _leaving: (role == Role::Source).then(workers::leaving),
         }
     }
 
@@ -145,6 +166,50 @@ impl Session {
     /// Whether the operator gave it up.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+/// A migration away from here that libvirt has begun, or is about to, and that may have no session yet: an abort that
+/// comes meanwhile must not be lost.
+pub struct Opening {
+    cancelled: Arc<AtomicBool>,
+}
+
+static OPENING: Mutex<Vec<(Uuid, Arc<AtomicBool>)>> = Mutex::new(Vec::new());
+
+fn openings() -> MutexGuard<'static, Vec<(Uuid, Arc<AtomicBool>)>> {
+    // As with the sessions.
+    OPENING.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Opening {
+    /// To be had before libvirt's Begin, since an abort can come as soon as that has taken the job.
+    pub fn of(guest: Uuid) -> Self {
+        let cancelled = Arc::default();
+        openings().push((guest, Arc::clone(&cancelled)));
+        Self { cancelled }
+    }
+
+    /// Whether it was given up before it had a session. To be asked once the session is listed.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        openings().retain(|(_, cancelled)| !Arc::ptr_eq(cancelled, &self.cancelled));
+    }
+}
+
+/// The operator gave up this guest's migration away from here, whether or not it has a session yet.
+pub fn cancel(guest: Uuid) {
+    // Noted first: a session that is listed after this look-up finds the note.
+    for (_, cancelled) in openings().iter().filter(|(other, _)| *other == guest) {
+        cancelled.store(true, Ordering::Release);
+    }
+    if let Some(session) = by_uuid(Role::Source, guest) {
+        session.cancel();
     }
 }
 

@@ -71,8 +71,7 @@ fn show(lab: &Lab, out: &Path) -> Result<()> {
     ));
     say("It knows what each of its pages must hold, and looks. Every millisecond it sends a heartbeat.");
     let scene = Scene::start(lab, one, guest, NUMBER)?;
-    let namespace = PathBuf::from(format!("/proc/{}/ns/net", lab.switch().init()));
-    let listener = Listener::start(Some(&namespace))?;
+    let listener = lab.witness()?;
     let mut journey = Journey { scene, listener, out };
     say(&journey.verdict("before")?);
 
@@ -109,7 +108,7 @@ fn introduction(host: &Host) -> Result<String> {
 
 struct Journey<'a> {
     scene: Scene<'a>,
-    listener: Listener,
+    listener: &'a Listener,
     out: &'a Path,
 }
 

@@ -142,6 +142,12 @@ impl Listener {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
+    /// Forgets what was heard of the guest at `ip`: it begins anew, or goes back in time.
+    pub fn forget(&self, ip: Ipv4Addr) {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.remove(&ip);
+    }
+
     /// Waits until `count` heartbeats of the guest at `ip` were heard since the start or the last reset.
     ///
     /// # Errors

@@ -35,22 +35,24 @@ impl Guest {
         let Guest {
             memory_mib, vcpus, ..
         } = self;
-        let (name, boot, backing, devices) = (
+        let (name, room, boot, backing, cells, devices) = (
             escaped(&self.name),
+            self.room_xml(),
             self.boot_xml(),
             self.backing_xml(),
+            self.cells_xml(),
             self.devices_xml(),
         );
         format!(
             "<domain type='{kind}'>
   <name>{name}</name>
-  <memory unit='MiB'>{memory_mib}</memory>
+{room}  <memory unit='MiB'>{memory_mib}</memory>
 {backing}  <vcpu>{vcpus}</vcpu>
   <os>
     <type arch='x86_64' machine='{machine}'>hvm</type>
 {boot}  </os>
   <features><acpi/><apic/></features>
-  <clock offset='utc'><timer name='hpet' present='no'/></clock>
+{cells}  <clock offset='utc'><timer name='hpet' present='no'/></clock>
   <on_poweroff>destroy</on_poweroff>
   <on_reboot>destroy</on_reboot>
   <on_crash>destroy</on_crash>
@@ -65,7 +67,41 @@ impl Guest {
         escaped(&self.dir.join(name).to_string_lossy())
     }
 
+    fn room_xml(&self) -> String {
+        match self.room_mib {
+            0 => String::new(),
+            room => format!(
+                "  <maxMemory slots='8' unit='MiB'>{}</maxMemory>\n",
+                self.memory_mib + room
+            ),
+        }
+    }
+
+    fn cells_xml(&self) -> String {
+        if self.cells == 0 {
+            return String::new();
+        }
+        let (vcpus, mib) = (self.vcpus / self.cells, self.memory_mib / u64::from(self.cells));
+        let cells = (0..self.cells).map(|cell| {
+            let (first, last) = (cell * vcpus, (cell + 1) * vcpus - 1);
+            format!("<cell id='{cell}' cpus='{first}-{last}' memory='{mib}' unit='MiB' memAccess='shared'/>")
+        });
+        format!("  <cpu><numa>{}</numa></cpu>\n", cells.collect::<String>())
+    }
+
     fn boot_xml(&self) -> String {
+        let firmware = match self.uefi {
+            // Debian's package ovmf.
+            true => {
+                "    <loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>\n    \
+                 <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'/>\n"
+            }
+            false => "",
+        };
+        firmware.to_owned() + &self.kernel_xml()
+    }
+
+    fn kernel_xml(&self) -> String {
         match &self.kind {
             Kind::Linux(config) => format!(
                 "    <kernel>{}</kernel>\n    <initrd>{}</initrd>\n    <cmdline>{}</cmdline>\n",
@@ -83,9 +119,15 @@ impl Guest {
             Backing::PrivateFile => "<source type='file'/>",
             Backing::Memfd => "<source type='memfd'/><access mode='shared'/>",
             Backing::Anonymous => "<source type='anonymous'/>",
+            Backing::HugePages => "<hugepages/><access mode='shared'/>",
             Backing::Unsaid => return String::new(),
         };
-        format!("  <memoryBacking>{inner}</memoryBacking>\n")
+        let allocation = if self.immediate {
+            "<allocation mode='immediate'/>"
+        } else {
+            ""
+        };
+        format!("  <memoryBacking>{inner}{allocation}</memoryBacking>\n")
     }
 
     fn devices_xml(&self) -> String {
@@ -131,6 +173,9 @@ impl Guest {
             ""
         };
         add(format_args!("<memballoon model='virtio'{reporting}/>"));
+        for device in &self.devices {
+            add(format_args!("{device}"));
+        }
         xml
     }
 }

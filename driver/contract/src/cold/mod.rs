@@ -37,6 +37,9 @@ use std::str::FromStr;
 /// The unit in which files are asked for, hashed and compared, bytes.
 pub const BLOCK: u64 = 1 << 20;
 
+/// What `virt-ferry recover` gives libvirt to define: no guest, but the word at which the plug-in looks at its journals.
+pub const RECOVER: &str = "<virt-ferry-recover/>";
+
 /// A file the source's plug-in found, before the engine has looked at it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Item {

@@ -247,7 +247,8 @@ fn out_of_turn(answer: &Answer) -> Error {
 /// How to speak to the source that made this offer.
 pub fn peer(offer: &ColdOffer, encryption: Encryption, identity: Identity) -> Result<Peer, Error> {
     let protection = match encryption {
-        Encryption::Always => Protection::Encrypted {
+        // libvirt's own certificates are not asked for here: whatever is not plain is pinned.
+        Encryption::Always | Encryption::Certificates => Protection::Encrypted {
             identity,
             peer: offer.certificate.clone(),
         },

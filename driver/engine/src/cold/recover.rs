@@ -86,7 +86,7 @@ fn security(journal: &Journal) -> Security {
                 plain: encryption == Encryption::Never,
             }
         }
-        (Role::Destination, Encryption::Always) => Protection::Encrypted {
+        (Role::Destination, Encryption::Always | Encryption::Certificates) => Protection::Encrypted {
             identity,
             peer: journal.peer_certificate.clone().unwrap_or_default(),
         },

@@ -7,6 +7,7 @@
 
 use super::land::Landing;
 use super::messages::{downtime, Answer, Ask, DestinationPause, SourcePause};
+use super::protection::{self, AtDestination};
 use super::relay;
 use super::reserve::{self, Backing};
 use super::signals::{End, Signals};
@@ -17,12 +18,10 @@ use crate::control::{Control, Meter};
 use crate::qemu::cgroup::join_cgroups_of;
 use crate::qemu::{discover, Process, RamBlock};
 use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage};
-use crate::wire::{
-    message, Connection, DataReceiver, Identity, Listener, Protection, Purpose, Security, Totals,
-};
+use crate::wire::{message, Connection, DataReceiver, Listener, Purpose, Security, Totals};
 use ferry_contract::control::{Reply, Request, Settings};
 use ferry_contract::cookie::{self, Offer};
-use ferry_contract::session::{Encryption, Guest};
+use ferry_contract::session::{Block, Encryption, Guest};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
@@ -55,6 +54,7 @@ fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
         offer,
         memory_directory,
         promised,
+        promised_huge,
         settings,
     }) = signals.next_request(Some(deadline(UNTIL_ATTACH)))
     else {
@@ -62,6 +62,10 @@ fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     };
     let span = tracing::info_span!("migration", guest = guest.name, role = "destination");
     let _entered = span.enter();
+    let protection = match AtDestination::of(&settings, &offer) {
+        Ok(protection) => protection,
+        Err(error) => return control.reply(Reply::Failed(error.failure(&host))),
+    };
     let place = Place {
         control,
         meter,
@@ -70,8 +74,9 @@ fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
         host,
         offer,
         settings,
+        protection,
     };
-    match reserve(&place.offer, &memory_directory, promised) {
+    match reserve(&place.offer, &memory_directory, promised, promised_huge) {
         Ok(Backing::Memory) => control.reply(Reply::Reserved),
         Ok(Backing::Other) => {
             let directory = memory_directory.display();
@@ -101,10 +106,15 @@ fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     let _ = std::fs::remove_file(&incoming);
 }
 
-fn reserve(offer: &Offer, directory: &Path, promised: u64) -> Result<Backing, Error> {
+fn reserve(offer: &Offer, directory: &Path, promised: u64, promised_huge: u64) -> Result<Backing, Error> {
+    let (huge, files): (Vec<_>, Vec<_>) = offer.blocks.iter().cloned().partition(Block::is_huge);
+    reserve::check_huge(&huge, promised_huge, reserve::free_huge)?;
+    if files.is_empty() {
+        return Ok(Backing::Memory);
+    }
     let (room, backing) = reserve::survey(directory)?;
     if backing == Backing::Memory {
-        reserve::check(&offer.blocks, promised, room, directory)?;
+        reserve::check(&files, promised, room, directory)?;
     }
     Ok(backing)
 }
@@ -118,6 +128,7 @@ struct Place<'a> {
     host: String,
     offer: Offer,
     settings: Settings,
+    protection: AtDestination,
 }
 
 impl Place<'_> {
@@ -131,7 +142,7 @@ impl Place<'_> {
             },
             local_host: self.host.clone(),
             peer_host: String::new(),
-            encryption: (self.encryption() == Encryption::Always).then(|| "TLS 1.3".into()),
+            encryption: protection::words(self.protection.encryption),
             streams: u32::from(self.settings.streams),
         });
         recorder.ram(Ram {
@@ -140,14 +151,6 @@ impl Place<'_> {
             resident: self.offer.blocks.iter().map(|block| block.resident).sum(),
         });
         recorder
-    }
-
-    /// Always, unless both hosts say never.
-    fn encryption(&self) -> Encryption {
-        match (self.settings.encryption, self.offer.encryption) {
-            (Encryption::Never, Encryption::Never) => Encryption::Never,
-            _ => Encryption::Always,
-        }
     }
 
     /// The migration has failed here; libvirt will end the incoming QEMU and all its memory.
@@ -170,7 +173,6 @@ struct Attached {
     watch: Arc<Watch>,
     landing: Landing,
     listener: Listener,
-    identity: Identity,
 }
 
 impl Attached {
@@ -184,9 +186,8 @@ impl Attached {
         for group in join_cgroups_of(&process) {
             tracing::debug!(group = %group.display(), "joined the guest's control group");
         }
-        let landing = Landing::new(files, Arc::clone(place.meter))?;
+        let landing = Landing::new(files, Arc::clone(place.meter), Arc::clone(place.signals))?;
         watch.ignore_shared()?;
-        let identity = Identity::generate(place.offer.session)?;
         let (first, last) = place.settings.ports;
         let listener = bind(listen, first..=last)?;
         place.signals.watch_listener(listener.stopper());
@@ -194,7 +195,6 @@ impl Attached {
             watch,
             landing,
             listener,
-            identity,
         })
     }
 
@@ -202,23 +202,16 @@ impl Attached {
     fn serve(self, place: &Place<'_>, incoming: PathBuf, address: String, mut recorder: Recorder) {
         let answer = cookie::Answer {
             session: place.offer.session,
-            encryption: place.encryption(),
-            certificate: self.identity.certificate().to_vec(),
+            encryption: place.protection.encryption,
+            certificate: place.protection.certificate.clone(),
             host: address,
             port: self.listener.address().port(),
-        };
-        let protection = match place.encryption() {
-            Encryption::Always => Protection::Encrypted {
-                identity: self.identity,
-                peer: place.offer.certificate.clone(),
-            },
-            Encryption::Never => Protection::Plain,
         };
         let token = (*place.offer.token.bytes()).into();
         let security = Security {
             session: place.offer.session,
             token,
-            protection,
+            protection: place.protection.protection.clone(),
         };
         place
             .meter
@@ -312,8 +305,14 @@ pub(crate) fn bind(listen: Option<&str>, ports: std::ops::RangeInclusive<u16>) -
 
 /// What the source's thread has to tell.
 enum Note {
-    Connected { host: String, streams: u16 },
-    Committed { totals: Vec<Totals> },
+    Connected {
+        host: String,
+        streams: u16,
+        certificate: Option<String>,
+    },
+    Committed {
+        totals: Vec<Totals>,
+    },
     Paused(SourcePause),
 }
 
@@ -406,7 +405,11 @@ impl Arrival {
                 host,
             } => {
                 // Nobody listens any more where libvirt has concluded already.
-                let _ = self.noted.send(Note::Connected { host, streams });
+                let _ = self.noted.send(Note::Connected {
+                    host,
+                    streams,
+                    certificate: control.peer_certificate(),
+                });
                 Ok((control, streams, early))
             }
             other => Err(Error::Elsewhere(format!("the source began with {other:?}"))),
@@ -564,7 +567,7 @@ fn finish(
         ));
     };
     recorder.enter_at(Stage::Commitment, committed);
-    note(recorder, notes.try_iter());
+    note(recorder, place.protection.encryption, notes.try_iter());
     let loaded = place
         .signals
         .wait_for_qemu(deadline(LOAD), |seen| seen.completed.is_some() || seen.failed)?;
@@ -579,13 +582,24 @@ fn finish(
     Ok(())
 }
 
-fn note(recorder: &mut Recorder, notes: impl Iterator<Item = Note>) -> Option<SourcePause> {
+fn note(
+    recorder: &mut Recorder,
+    encryption: Encryption,
+    notes: impl Iterator<Item = Note>,
+) -> Option<SourcePause> {
     let mut pause = None;
     for note in notes {
         match note {
-            Note::Connected { host, streams } => {
+            Note::Connected {
+                host,
+                streams,
+                certificate,
+            } => {
                 recorder.peer(host);
                 recorder.streams(u32::from(streams));
+                if encryption == Encryption::Certificates {
+                    recorder.note(protection::proof("source", certificate));
+                }
             }
             Note::Committed { totals } => recorder.totals(report::Totals::from_streams(&totals)),
             Note::Paused(source) => pause = Some(source),
@@ -624,7 +638,7 @@ fn conclude(place: &Place<'_>, mut recorder: Recorder, notes: &Receiver<Note>, t
     // An error means that the source has gone already.
     let _ = tell.send(Some(ours));
     let asked = notes.recv_timeout(SOURCE_CONCLUDES).ok();
-    if let Some(theirs) = note(&mut recorder, asked.into_iter()) {
+    if let Some(theirs) = note(&mut recorder, place.protection.encryption, asked.into_iter()) {
         recorder.downtime(downtime(theirs, ours));
     }
     report::publish(

@@ -33,6 +33,7 @@ pub mod land;
 pub mod messages;
 pub mod pace;
 pub mod precopy;
+mod protection;
 pub mod relay;
 pub mod reserve;
 pub mod rounds;

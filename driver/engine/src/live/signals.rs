@@ -102,6 +102,7 @@ impl Signals {
     /// The destination holds all of the memory: device state may pass.
     pub fn commit(&self) {
         self.lock().committed.get_or_insert_with(Instant::now);
+        tracing::debug!("the destination holds all of the guest's memory");
         self.changed.notify_all();
     }
 

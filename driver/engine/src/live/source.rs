@@ -11,6 +11,7 @@ use super::brake::{Brake, Use};
 use super::inspect::{self, Looked};
 use super::messages::{downtime, Answer, Ask, SourcePause};
 use super::precopy::{Precopy, Spent};
+use super::protection;
 use super::relay::{self, Door};
 use super::rounds::Decision;
 use super::signals::{End, Seen, Signals};
@@ -156,13 +157,15 @@ impl Inspected {
                 name: block.name.clone(),
                 size: block.size,
                 resident,
+                page: block.file.backing().page(),
             })
         };
+        let (encryption, certificate) = protection::offered(&place.settings, &identity);
         let offer = Offer {
             session,
             token,
-            encryption: place.settings.encryption,
-            certificate: identity.certificate().to_vec(),
+            encryption,
+            certificate,
             blocks: blocks.iter().map(offered).collect::<Result<_, Error>>()?,
         };
         Ok(Self {
@@ -183,7 +186,7 @@ impl Inspected {
         mut recorder: Recorder,
     ) -> Result<(), Error> {
         recorder.peer(&answer.host);
-        recorder.encryption((answer.encryption == Encryption::Always).then(|| "TLS 1.3".into()));
+        recorder.encryption(protection::words(answer.encryption));
         let watch = Arc::clone(&self.watch);
         let moved = self
             .precopy(place, answer, options, &mut recorder)
@@ -222,7 +225,12 @@ impl Inspected {
         place.control.report();
         let streams = options.streams.unwrap_or(place.settings.streams);
         recorder.streams(u32::from(streams));
-        let mut links = Links::connect(place, &self.offer, self.identity, answer, streams)?;
+        let name = options.tls_name.as_deref();
+        let protection = protection::at_source(&place.settings, self.identity, answer, name)?;
+        let mut links = Links::connect(place, &self.offer, protection, answer, streams)?;
+        if answer.encryption == Encryption::Certificates {
+            recorder.note(protection::proof("destination", links.control.peer_certificate()));
+        }
         if let Some(level) = options.compression {
             for stream in &mut links.data {
                 stream.pack(level).map_err(Error::system("prepare to compress"))?;
@@ -338,23 +346,10 @@ impl Links {
     fn connect(
         place: &Place<'_>,
         offer: &Offer,
-        identity: Identity,
+        protection: Protection,
         answer: &cookie::Answer,
         streams: u16,
     ) -> Result<Self, Error> {
-        let protection = match (place.settings.encryption, answer.encryption) {
-            (_, Encryption::Always) => Protection::Encrypted {
-                identity,
-                peer: answer.certificate.clone(),
-            },
-            (Encryption::Never, Encryption::Never) => Protection::Plain,
-            (Encryption::Always, Encryption::Never) => {
-                return Err(Error::Elsewhere(format!(
-                    "host {} would not encrypt, but this host's configuration says encryption = \"always\"",
-                    answer.host
-                )))
-            }
-        };
         let token = (*offer.token.bytes()).into();
         let security = Security {
             session: offer.session,

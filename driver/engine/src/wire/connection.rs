@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
+use super::certified;
 use super::error::{Error, Party, Result};
 use super::hello::{self, Purpose, Refusal};
 use super::identity::{Protection, Security};
@@ -74,20 +75,12 @@ fn connect_one(
     let stream =
         TcpStream::connect_timeout(&peer, left).map_err(|error| Error::from_io(peer, doing, false, error))?;
     let round_trip = began.elapsed();
-    let session = match &security.protection {
-        Protection::Encrypted {
-            identity,
-            peer: certificate,
-        } => Some(tls::client(identity, certificate, peer.ip())?),
-        Protection::Plain => None,
-        Protection::Learned { .. } => {
-            return Err(Error::Identity {
-                what: "the peer's certificate has to be known before connecting to it".into(),
-            })
-        }
-    };
-    let mut connection = Connection::open(stream, peer, session, deadline)?;
-    connection.greet(security, purpose)?;
+    let session = security.protection.client(peer.ip())?;
+    let opened = Connection::open(stream, peer, session, deadline).and_then(|mut connection| {
+        connection.greet(security, purpose)?;
+        Ok(connection)
+    });
+    let mut connection = opened.map_err(|error| security.protection.explain(error))?;
     connection.socket.fit_to(round_trip);
     connection.set_deadline(None)?;
     Ok(connection)
@@ -100,22 +93,16 @@ pub(super) fn admit(
     security: &Security,
     deadline: Instant,
 ) -> Result<(Purpose, Connection)> {
-    let session = match &security.protection {
-        Protection::Encrypted {
-            identity,
-            peer: certificate,
-        } => Some(tls::server(identity, Some(certificate))?),
-        Protection::Learned {
-            identity,
-            peer: certificate,
-            plain,
-        } => match *plain && !begins_tls(&stream, peer, deadline)? {
-            true => None,
-            false => Some(tls::server(identity, certificate.get().map(Vec::as_slice))?),
-        },
-        Protection::Plain => None,
+    let encrypted = match &security.protection {
+        Protection::Learned { plain: true, .. } => begins_tls(&stream, peer, deadline)?,
+        _ => true,
     };
-    let mut connection = Connection::open(stream, peer, session, deadline)?;
+    let session = match encrypted {
+        true => security.protection.server()?,
+        false => None,
+    };
+    let opened = Connection::open(stream, peer, session, deadline);
+    let mut connection = opened.map_err(|error| security.protection.explain(error))?;
     let purpose = connection.be_greeted(security)?;
     connection.learn(security)?;
     connection.set_deadline(None)?;
@@ -144,7 +131,7 @@ impl Connection {
         let (Protection::Learned { peer, .. }, Some(tls)) = (&security.protection, &self.tls) else {
             return Ok(());
         };
-        let shown = tls.peer_certificate().unwrap_or_default();
+        let shown = tls.shown().map(AsRef::as_ref).unwrap_or_default();
         match peer.get_or_init(|| shown.to_vec()) == shown {
             true => Ok(()),
             false => Err(Error::WrongCertificate {
@@ -254,6 +241,11 @@ impl Connection {
     /// Whether TLS protects it.
     pub fn is_encrypted(&self) -> bool {
         self.tls.is_some()
+    }
+
+    /// Whose certificate the other end has shown, for people; `None` where it has shown none.
+    pub fn peer_certificate(&self) -> Option<String> {
+        self.tls.as_ref()?.shown().map(certified::owner)
     }
 
     /// A handle to break this connection off from another thread.

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::certified;
 use super::data::Totals;
 use super::frame;
 use super::hello::Refusal;
@@ -74,6 +75,28 @@ pub enum Error {
         /// Who found it wrong.
         checked_by: Party,
     },
+
+    /// The peer's certificate, which should be one of libvirt's, is not good.
+    #[error("{peer} showed a certificate that is not accepted: {why}")]
+    Distrusted {
+        /// The other end.
+        peer: SocketAddr,
+        /// Why, and by which files.
+        why: String,
+    },
+
+    /// The peer does not think this host's certificate good.
+    #[error("{peer} does not accept this host's certificate: {why}")]
+    NotAccepted {
+        /// The other end.
+        peer: SocketAddr,
+        /// Why, and which file it is about.
+        why: String,
+    },
+
+    /// libvirt's certificates of this host cannot be used.
+    #[error(transparent)]
+    Certificates(#[from] certified::Fault),
 
     /// TLS failed for another reason than a wrong certificate.
     #[error("TLS with {peer} failed: {what}")]
@@ -232,6 +255,20 @@ fn last_refused(last: &Option<Box<Error>>) -> String {
     }
 }
 
+/// Why a peer does not accept our certificate, as far as it says.
+fn refusal(alert: rustls::AlertDescription) -> Option<&'static str> {
+    use rustls::AlertDescription::*;
+    match alert {
+        UnknownCA => Some("none of the authorities it trusts (ca-cert.pem there) has signed it"),
+        CertificateExpired => Some("it has expired by the clock there"),
+        CertificateRevoked => Some("it has been revoked (ca-crl.pem there)"),
+        CertificateRequired => Some("it wants to see one (migrate_tls_x509_verify there)"),
+        BadCertificate => Some("it is not as it should be"),
+        UnsupportedCertificate => Some("it is not meant for this end of a connection"),
+        _ => None,
+    }
+}
+
 /// One of the two ends, in an error's text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Party {
@@ -292,6 +329,23 @@ impl Error {
                 shown_by: Party::ThisHost,
                 checked_by: Party::Peer(peer),
             },
+            // It has another's certificate, but not its key: that is no question of trust.
+            rustls::Error::InvalidCertificate(CertificateError::BadSignature) => Error::Tls {
+                peer,
+                what: error.to_string(),
+            },
+            rustls::Error::InvalidCertificate(error) => Error::Distrusted {
+                peer,
+                why: certified::reason(error),
+            },
+            rustls::Error::NoCertificatesPresented => Error::Distrusted {
+                peer,
+                why: "it has none (client-cert.pem there)".into(),
+            },
+            rustls::Error::AlertReceived(alert) if refusal(*alert).is_some() => Error::NotAccepted {
+                peer,
+                why: refusal(*alert).unwrap_or_default().into(),
+            },
             rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType) => Error::Protection {
                 peer,
                 ours: "encrypted",
@@ -310,7 +364,7 @@ impl Error {
             Error::Timeout { .. } => 1,
             Error::PeerGone { .. } => 2,
             Error::Tls { .. } | Error::Protection { .. } => 3,
-            Error::WrongCertificate { .. } => 4,
+            Error::WrongCertificate { .. } | Error::Distrusted { .. } | Error::NotAccepted { .. } => 4,
             _ => 5,
         }
     }

@@ -1,11 +1,12 @@
 //! Who may speak in a session: certificate, token, protection.
 //!
-//! Each engine makes a self-signed certificate for one migration, in memory only, and hands its DER to the other
+//! Where no migration asks for libvirt's own certificates ([`Certified`]), each engine makes a self-signed certificate for one migration, in memory only, and hands its DER to the other
 //! host in libvirt's migration cookie. That exchange, over libvirt's own authenticated connection, is the root of
 //! trust: each side then accepts exactly the peer's certificate, byte for byte. Names, expiry and clocks play
 //! no part. The token, from the same cookie, says which session a connection is for.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
 
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256};
@@ -14,6 +15,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
+use super::certified::Certified;
 use super::{tls, Error, Result};
 
 /// An engine's certificate and private key for one session. Clones share the key.
@@ -161,6 +163,8 @@ pub enum Protection {
         /// The peer's certificate, DER.
         peer: Vec<u8>,
     },
+    /// TLS 1.3 with libvirt's own certificates.
+    Certified(Certified),
     /// For an end that accepts and has not been told the peer's certificate: the first one that is shown together with
     /// the session's token is the peer's from then on.
     Learned {
@@ -176,9 +180,44 @@ pub enum Protection {
     Plain,
 }
 
+impl Protection {
+    /// Starts TLS as the connecting side, where there is any.
+    pub(super) fn client(&self, ip: IpAddr) -> Result<Option<tls::Session>> {
+        match self {
+            Protection::Encrypted { identity, peer } => tls::client(identity, peer, ip).map(Some),
+            Protection::Certified(certified) => certified.session().map(Some),
+            Protection::Learned { .. } => Err(Error::Identity {
+                what: "the peer's certificate has to be known before connecting to it".into(),
+            }),
+            Protection::Plain => Ok(None),
+        }
+    }
+
+    /// Starts TLS as the accepting side, where there is any.
+    pub(super) fn server(&self) -> Result<Option<tls::Session>> {
+        match self {
+            Protection::Encrypted { identity, peer } => tls::server(identity, Some(peer)).map(Some),
+            Protection::Learned { identity, peer, .. } => {
+                tls::server(identity, peer.get().map(Vec::as_slice)).map(Some)
+            }
+            Protection::Certified(certified) => certified.session().map(Some),
+            Protection::Plain => Ok(None),
+        }
+    }
+
+    /// An error of opening a connection, with what is known of its cause here.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        match self {
+            Protection::Certified(certified) => certified.explain(error),
+            Protection::Encrypted { .. } | Protection::Learned { .. } | Protection::Plain => error,
+        }
+    }
+}
+
 impl fmt::Debug for Protection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Protection::Certified(certified) => certified.fmt(f),
             Protection::Encrypted { identity, .. } => f.debug_tuple("Encrypted").field(identity).finish(),
             Protection::Learned { identity, plain, .. } => {
                 f.debug_tuple("Learned").field(identity).field(plain).finish()

@@ -14,6 +14,7 @@
 //! | room | what it is for |
 //! |---|---|
 //! | [`identity`] | who may speak: one session's certificate, token and protection |
+//! | [`certified`] | libvirt's own certificates in its place, where a migration asks for them |
 //! | [`connection`] | one authenticated connection; [`listener`] is the door it comes in by |
 //! | [`frame`] | the frames of a data stream: layout, parser, checks (the fuzz target) |
 //! | [`data`] | sending and receiving guest memory with a window and a digest |
@@ -23,11 +24,15 @@
 //! A connection opens the same way for every purpose:
 //!
 //! ```text
-//!   connect                     TCP, then TLS 1.3 with both certificates pinned (or plain)       accept
+//!   connect                     TCP, then TLS 1.3 with both certificates checked (or plain)      accept
 //!   Hello { magic, version, session, token, purpose }  ------------------------------------->
 //!                                        <-----  Answer { magic, version, Welcome | why refused }
 //! ```
 
+#[cfg(test)]
+#[path = "../../../../tests/src/authority.rs"]
+mod authority;
+pub mod certified;
 pub mod chunk;
 pub mod connection;
 pub mod data;
@@ -44,6 +49,7 @@ mod testing;
 mod tests;
 mod tls;
 
+pub use certified::Certified;
 pub use connection::{connect, Connection};
 pub use data::{Apply, DataReceiver, DataSender, Progress, Totals};
 pub use error::{Error, Result};

@@ -1,4 +1,4 @@
-//! TLS 1.3 with pinned certificates, over a blocking socket.
+//! TLS 1.3 over a blocking socket, and its pinned certificates.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::IpAddr;
@@ -181,12 +181,25 @@ fn unusable(error: rustls::Error) -> Error {
     }
 }
 
-/// Starts TLS as the connecting side.
+/// What every connecting side does, whatever its certificates.
+pub(super) fn settle_client(config: &mut ClientConfig) {
+    config.resumption = Resumption::disabled();
+    config.enable_sni = false;
+}
+
+/// What every accepting side does.
+pub(super) fn settle_server(config: &mut ServerConfig) {
+    // A ticket left unread at close makes the kernel reset the connection, and data is lost with it.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    // The slower of the two processors decides: a client without AES asks for ChaCha20, a server without insists on it.
+    config.ignore_client_order = !has_aes();
+}
+
+/// Starts TLS as the connecting side, with pinned certificates.
 pub(super) fn client(identity: &Identity, peer: &[u8], ip: IpAddr) -> Result<Session> {
     let config = client_config(identity, peer).map_err(unusable)?;
-    let name = ServerName::IpAddress(ip.into());
-    let connection = ClientConnection::new(Arc::new(config), name).map_err(unusable)?;
-    Ok(Session::new(connection.into()))
+    Session::client(Arc::new(config), ServerName::IpAddress(ip.into()))
 }
 
 fn client_config(identity: &Identity, peer: &[u8]) -> Result<ClientConfig, rustls::Error> {
@@ -196,12 +209,12 @@ fn client_config(identity: &Identity, peer: &[u8]) -> Result<ClientConfig, rustl
         .dangerous()
         .with_custom_certificate_verifier(Pin::new(Some(peer), &provider))
         .with_client_auth_cert(identity.chain(), identity.key())?;
-    config.resumption = Resumption::disabled();
-    config.enable_sni = false;
+    settle_client(&mut config);
     Ok(config)
 }
 
-/// Starts TLS as the accepting side; without a peer's certificate, whoever has one is let as far as the greeting.
+/// Starts TLS as the accepting side, with pinned certificates; without the peer's, whoever has one is let as far as the
+/// greeting.
 pub(super) fn server(identity: &Identity, peer: Option<&[u8]>) -> Result<Session> {
     let provider = provider();
     let mut config = ServerConfig::builder_with_provider(provider.clone())
@@ -210,13 +223,8 @@ pub(super) fn server(identity: &Identity, peer: Option<&[u8]>) -> Result<Session
         .with_client_cert_verifier(Pin::new(peer, &provider))
         .with_single_cert(identity.chain(), identity.key())
         .map_err(unusable)?;
-    // A ticket left unread at close makes the kernel reset the connection, and data is lost with it.
-    config.send_tls13_tickets = 0;
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    // The slower of the two processors decides: a client without AES asks for ChaCha20, a server without insists on it.
-    config.ignore_client_order = !has_aes();
-    let connection = ServerConnection::new(Arc::new(config)).map_err(unusable)?;
-    Ok(Session::new(connection.into()))
+    settle_server(&mut config);
+    Session::server(Arc::new(config))
 }
 
 /// One TLS session; the socket is lent to each call.
@@ -225,18 +233,27 @@ pub(super) struct Session {
 }
 
 impl Session {
+    /// Starts TLS as the connecting side.
+    pub(super) fn client(config: Arc<ClientConfig>, name: ServerName<'static>) -> Result<Session> {
+        let connection = ClientConnection::new(config, name).map_err(unusable)?;
+        Ok(Session::new(connection.into()))
+    }
+
+    /// Starts TLS as the accepting side.
+    pub(super) fn server(config: Arc<ServerConfig>) -> Result<Session> {
+        let connection = ServerConnection::new(config).map_err(unusable)?;
+        Ok(Session::new(connection.into()))
+    }
+
+    /// The certificate the peer has shown and proven to be its own, once the handshake is over.
+    pub(super) fn shown(&self) -> Option<&CertificateDer<'static>> {
+        self.tls.peer_certificates()?.first()
+    }
+
     fn new(mut tls: rustls::Connection) -> Session {
         // Callers write at most a few 100 KiB at a time: let one call become one system call.
         tls.set_buffer_limit(None);
         Session { tls }
-    }
-
-    /// The certificate the peer has shown.
-    pub(super) fn peer_certificate(&self) -> Option<&[u8]> {
-        self.tls
-            .peer_certificates()?
-            .first()
-            .map(|certificate| certificate.as_ref())
     }
 
     /// Runs the handshake to its end.

@@ -179,6 +179,7 @@ impl Scene {
 
     pub fn settings(&self, role: Role) -> Settings {
         Settings {
+            certificates: None,
             encryption: self.encryption,
             streams: 1,
             // Not those of a real host, whose engines may be at work.

@@ -1,6 +1,7 @@
 //! Definitions of guests: where one leaves the choice of memory to the host, it gets memory that the engine can move.
 
 use super::border;
+use crate::cold;
 use crate::guest_memory::{self, Start};
 use crate::libvirt::{real, Connection, Error};
 use std::ffi::{CStr, CString};
@@ -18,6 +19,11 @@ unsafe fn chosen(connection: virConnectPtr, xml: *const c_char, start: Start) ->
     }
     // SAFETY: as the caller says.
     let text = unsafe { CStr::from_ptr(xml) }.to_str().ok()?;
+    if text == ferry_contract::cold::RECOVER {
+        // SAFETY: the dispatcher's connection.
+        cold::recovery::watch(unsafe { Connection::borrow(connection) });
+        return None;
+    }
     CString::new(guest_memory::shared(text, start)?).ok()
 }
 

@@ -2,11 +2,13 @@
 //! its QEMU nothing of the migration.
 
 use super::border;
-use crate::libvirt::{real, Domain, Error};
+use crate::cold;
+use crate::libvirt::{entries, real, Domain, Error};
 use crate::live::job;
 use std::os::raw::{c_int, c_uint, c_ulong};
 use virt_sys::{
-    virDomainJobInfoPtr, virDomainPtr, virTypedParameterPtr, VIR_DOMAIN_JOB_STATS_COMPLETED,
+    virDomainJobInfoPtr, virDomainPtr, virTypedParameterPtr, VIR_DOMAIN_JOB_NONE,
+    VIR_DOMAIN_JOB_STATS_COMPLETED, VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED,
     VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY,
 };
 
@@ -22,10 +24,17 @@ pub unsafe extern "C" fn virDomainGetJobInfo(domain: virDomainPtr, info: virDoma
         let real = real::get_job_info().ok_or_else(|| missing("virDomainGetJobInfo"))?;
         // SAFETY: the dispatcher's arguments; info is filled by libvirt before it is read.
         unsafe {
+            if let (Some(progress), false) = (cold::job::progress(Domain::borrow(domain)), info.is_null()) {
+                *info = progress.info();
+                return Ok(0);
+            }
             if real(domain, info) < 0 {
                 return Err(Error::libvirt());
             }
-            if let (Some(progress), false) = (job::progress(Domain::borrow(domain)), info.is_null()) {
+            if info.is_null() || (*info).type_ == VIR_DOMAIN_JOB_NONE as c_int {
+                return Ok(0);
+            }
+            if let Some(progress) = job::progress(Domain::borrow(domain)) {
                 progress.complete_info(&mut *info);
             }
         }
@@ -47,13 +56,34 @@ pub unsafe extern "C" fn virDomainGetJobStats(
         let real = real::get_job_stats().ok_or_else(|| missing("virDomainGetJobStats"))?;
         // SAFETY: the dispatcher's arguments; on success libvirt has filled the list, which is from malloc.
         unsafe {
+            let outputs = [kind.is_null(), params.is_null(), nparams.is_null()];
+            if flags & VIR_DOMAIN_JOB_STATS_COMPLETED == 0 && outputs == [false; 3] {
+                if let Some(progress) = cold::job::progress(Domain::borrow(domain)) {
+                    progress.stats(&mut *kind, &mut *params, &mut *nparams);
+                    return Ok(0);
+                }
+            }
             if real(domain, kind, params, nparams, flags) < 0 {
                 return Err(Error::libvirt());
             }
-            if flags & VIR_DOMAIN_JOB_STATS_COMPLETED == 0 && !params.is_null() && !nparams.is_null() {
-                if let Some(progress) = job::progress(Domain::borrow(domain)) {
-                    progress.complete_stats(&mut *params, &mut *nparams);
-                }
+            if kind.is_null()
+                || params.is_null()
+                || nparams.is_null()
+                || *kind == VIR_DOMAIN_JOB_NONE as c_int
+            {
+                return Ok(0);
+            }
+            let domain = Domain::borrow(domain);
+            let progress = match flags & VIR_DOMAIN_JOB_STATS_COMPLETED {
+                0 => job::progress(domain),
+                _ => job::completed(domain, entries(*params, *nparams)),
+            };
+            if let Some(progress) = progress {
+                progress.complete_stats(&mut *params, &mut *nparams);
+            }
+            let kept = VIR_DOMAIN_JOB_STATS_COMPLETED | VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED;
+            if flags & kept == VIR_DOMAIN_JOB_STATS_COMPLETED {
+                job::forget(domain);
             }
         }
         Ok(0)
@@ -67,7 +97,7 @@ pub unsafe extern "C" fn virDomainAbortJob(domain: virDomainPtr) -> c_int {
     border(-1, || {
         let real = real::abort_job().ok_or_else(|| missing("virDomainAbortJob"))?;
         // SAFETY: the dispatcher's argument.
-        unsafe { aborted(domain, real(domain)) }
+        unsafe { aborted(domain, || real(domain)) }
     })
 }
 
@@ -78,7 +108,7 @@ pub unsafe extern "C" fn virDomainAbortJobFlags(domain: virDomainPtr, flags: c_u
     border(-1, || {
         let real = real::abort_job_flags().ok_or_else(|| missing("virDomainAbortJobFlags"))?;
         // SAFETY: the dispatcher's arguments.
-        unsafe { aborted(domain, real(domain, flags)) }
+        unsafe { aborted(domain, || real(domain, flags)) }
     })
 }
 
@@ -109,11 +139,16 @@ pub unsafe extern "C" fn virDomainMigrateSetMaxSpeed(
 ///
 /// # Safety
 /// `domain` is the dispatcher's.
-unsafe fn aborted(domain: virDomainPtr, result: c_int) -> Result<c_int, Error> {
+unsafe fn aborted(domain: virDomainPtr, real: impl FnOnce() -> c_int) -> Result<c_int, Error> {
+    // SAFETY: as the caller says.
+    let borrowed = unsafe { Domain::borrow(domain) };
+    if cold::job::cancel(borrowed) {
+        return Ok(0);
+    }
+    let result = real();
     if result < 0 {
         return Err(Error::libvirt());
     }
-    // SAFETY: as the caller says.
-    job::cancel(unsafe { Domain::borrow(domain) });
+    job::cancel(borrowed);
     Ok(result)
 }

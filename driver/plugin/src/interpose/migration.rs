@@ -1,6 +1,7 @@
 //! The five phases of libvirt's version 3 migration protocol with typed parameters.
 
 use super::border;
+use crate::cold;
 use crate::libvirt::phase;
 use crate::libvirt::{Connection, Cookie, Domain, Params};
 use crate::live::{destination, p2p, source, DISABLED};
@@ -38,7 +39,11 @@ pub unsafe extern "C" fn virDomainMigrateBegin3Params(
     border(std::ptr::null_mut(), || {
         // SAFETY: the dispatcher's arguments live as long as the call; outputs are its own variables.
         unsafe {
-            let begun = source::begin(Domain::borrow(domain), &Params::borrow(params, nparams), flags)?;
+            let (domain, params) = (Domain::borrow(domain), Params::borrow(params, nparams));
+            let begun = match cold::asked(flags) {
+                true => cold::source::begin(domain, &params, flags)?,
+                false => source::begin(domain, &params, flags)?,
+            };
             begun.cookie.hand_over(cookieout, cookieoutlen);
             Ok(begun.xml.into_pointer())
         }
@@ -73,7 +78,11 @@ pub unsafe extern "C" fn virDomainMigratePrepare3Params(
                 Cookie::copy_of(cookie).hand_over(cookieout, cookieoutlen);
                 return Ok(0);
             }
-            let prepared = destination::prepare(connection, &Params::borrow(params, nparams), cookie, flags)?;
+            let params = Params::borrow(params, nparams);
+            let prepared = match cold::asked(flags) {
+                true => cold::destination::prepare(connection, &params, cookie, flags)?,
+                false => destination::prepare(connection, &params, cookie, flags)?,
+            };
             prepared.cookie.hand_over(cookieout, cookieoutlen);
             if let (Some(uri), false) = (prepared.uri, uri_out.is_null()) {
                 *uri_out = uri.into_pointer();
@@ -116,6 +125,9 @@ pub unsafe extern "C" fn virDomainMigratePerform3Params(
             let cookie = cookie_in(cookiein, cookieinlen);
             let destination = (!dconnuri.is_null()).then(|| CStr::from_ptr(dconnuri));
             let performed = match (flags & VIR_MIGRATE_PEER2PEER != 0, destination) {
+                (true, _) if cold::asked(flags) => {
+                    cold::p2p::perform(domain, destination, &params, cookie, flags)?
+                }
                 (true, _) => p2p::perform(domain, destination, &params, cookie, flags)?,
                 (false, None) => source::perform(domain, &params, cookie, flags)?,
                 // "Direct" migration, which QEMU's driver refuses.
@@ -144,13 +156,12 @@ pub unsafe extern "C" fn virDomainMigrateFinish3Params(
     border(std::ptr::null_mut(), || {
         // SAFETY: the dispatcher's arguments live as long as the call; outputs are its own variables.
         unsafe {
-            let (domain, cookie) = destination::finish(
-                Connection::borrow(dconn),
-                &Params::borrow(params, nparams),
-                cookie_in(cookiein, cookieinlen),
-                flags,
-                cancelled != 0,
-            )?;
+            let (connection, params) = (Connection::borrow(dconn), Params::borrow(params, nparams));
+            let (cookie, cancelled) = (cookie_in(cookiein, cookieinlen), cancelled != 0);
+            let (domain, cookie) = match cold::asked(flags) {
+                true => cold::destination::finish(connection, &params, cookie, flags, cancelled)?,
+                false => destination::finish(connection, &params, cookie, flags, cancelled)?,
+            };
             cookie.hand_over(cookieout, cookieoutlen);
             Ok(domain.into_pointer())
         }
@@ -172,9 +183,12 @@ pub unsafe extern "C" fn virDomainMigrateConfirm3Params(
     border(-1, || {
         // SAFETY: the dispatcher's arguments live as long as the call.
         unsafe {
-            let params = Params::borrow(params, nparams);
-            let cookie = cookie_in(cookiein, cookieinlen);
-            source::confirm(Domain::borrow(domain), &params, cookie, flags, cancelled != 0)?;
+            let (domain, params) = (Domain::borrow(domain), Params::borrow(params, nparams));
+            let (cookie, cancelled) = (cookie_in(cookiein, cookieinlen), cancelled != 0);
+            match cold::asked(flags) {
+                true => cold::source::confirm(domain, &params, cookie, flags, cancelled)?,
+                false => source::confirm(domain, &params, cookie, flags, cancelled)?,
+            }
         }
         Ok(0)
     })

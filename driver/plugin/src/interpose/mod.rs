@@ -4,10 +4,12 @@
 //! a libvirt error of this one call.
 
 mod define;
+mod event;
 mod exec;
 mod job;
 mod migration;
 mod save;
+mod start;
 
 use crate::libvirt::Error;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -17,6 +19,7 @@ use std::sync::Once;
 fn border<T>(failure: T, decide: impl FnOnce() -> Result<T, Error>) -> T {
     let decided = catch_unwind(AssertUnwindSafe(|| {
         speak_up();
+        crate::cold::recovery::at_first_call();
         decide().map_err(Error::raise)
     }));
     match decided {

@@ -1,10 +1,12 @@
-//! Saves, dumps and snapshots: what QEMU writes with the same code as a migration. Left on, x-ignore-shared would
-//! keep the guest's memory out of it.
+//! Saves, dumps, snapshots, migrations by older clients and whatever is asked of QEMU directly: what may have QEMU write
+//! the guest's memory. Left on, x-ignore-shared would keep it out.
+//!
+//! The daemon's own saves come this way too, when a host shuts down (libvirt 11.3, `virDomainDriverAutoShutdown`).
 
 use super::border;
 use crate::libvirt::{real, Domain, Error};
 use crate::live::guard;
-use std::os::raw::{c_char, c_int, c_uint};
+use std::os::raw::{c_char, c_int, c_uint, c_ulong};
 use virt_sys::{virDomainPtr, virDomainSnapshotPtr, virTypedParameterPtr};
 
 /// What these functions return.
@@ -39,7 +41,7 @@ macro_rules! writes_memory {
                 let real = $real().ok_or_else(missing)?;
                 // SAFETY: the dispatcher's arguments.
                 unsafe {
-                    guard::with_its_memory(Domain::borrow(domain))?;
+                    let _turn = guard::with_its_memory(Domain::borrow(domain))?;
                     let written = real(domain, $($argument),*);
                     (!written.failed()).then_some(written).ok_or_else(Error::libvirt)
                 }
@@ -66,4 +68,46 @@ writes_memory!(
 writes_memory!(
     virDomainSnapshotCreateXML(xml: *const c_char, flags: c_uint) -> virDomainSnapshotPtr,
     real::snapshot_create
+);
+writes_memory!(
+    virDomainMigratePerform(
+        cookie: *const c_char,
+        cookielen: c_int,
+        uri: *const c_char,
+        flags: c_ulong,
+        dname: *const c_char,
+        bandwidth: c_ulong
+    ) -> c_int,
+    real::perform_2
+);
+writes_memory!(
+    virDomainMigratePerform3(
+        xmlin: *const c_char,
+        cookiein: *const c_char,
+        cookieinlen: c_int,
+        cookieout: *mut *mut c_char,
+        cookieoutlen: *mut c_int,
+        dconnuri: *const c_char,
+        uri: *const c_char,
+        flags: c_ulong,
+        dname: *const c_char,
+        bandwidth: c_ulong
+    ) -> c_int,
+    real::perform_3
+);
+writes_memory!(
+    virDomainQemuMonitorCommand(cmd: *const c_char, result: *mut *mut c_char, flags: c_uint) -> c_int,
+    real::monitor_command
+);
+writes_memory!(
+    virDomainQemuMonitorCommandWithFiles(
+        cmd: *const c_char,
+        ninfiles: c_uint,
+        infiles: *mut c_int,
+        noutfiles: *mut c_uint,
+        outfiles: *mut *mut c_int,
+        result: *mut *mut c_char,
+        flags: c_uint
+    ) -> c_int,
+    real::monitor_command_with_files
 );

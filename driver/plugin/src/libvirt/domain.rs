@@ -71,7 +71,7 @@ impl Connection {
 ///
 /// # Safety
 /// NULL, or a string from malloc that nobody else frees.
-unsafe fn taken(text: *mut std::os::raw::c_char) -> Option<String> {
+pub(super) unsafe fn taken(text: *mut std::os::raw::c_char) -> Option<String> {
     if text.is_null() {
         return None;
     }
@@ -113,6 +113,17 @@ impl Domain {
     /// no job (libvirt 9.0 and 11.3).
     pub fn may_migrate(self) -> bool {
         self.connection().is_qemu() && self.max_speed().is_some()
+    }
+
+    /// Whether the call's connection only reads. A save to nowhere is refused for that first, and then because it says
+    /// nowhere (libvirt 9.0 and 11.3, `virDomainSave`).
+    pub fn is_read_only(self) -> bool {
+        let Some(save) = super::real::save() else {
+            return false;
+        };
+        // SAFETY: a valid domain; NULL is checked for.
+        let saved = unsafe { save(self.0, std::ptr::null()) };
+        saved < 0 && Error::libvirt().is_read_only()
     }
 
     /// The most its migrations may take, in MiB/s (`virsh migrate-getspeed`).
@@ -183,12 +194,40 @@ impl Domain {
         }
     }
 
+    /// Whether it is known not to run; one that is not defined is not even known then.
+    pub fn is_over(self) -> bool {
+        // SAFETY: a valid domain; the error is the thread's own, and read before anything else can change it.
+        unsafe {
+            match virt_sys::virDomainIsActive(self.0) {
+                0 => true,
+                1 => false,
+                _ => virt_sys::virGetLastError()
+                    .as_ref()
+                    .is_some_and(|error| error.code == virt_sys::VIR_ERR_NO_DOMAIN as c_int),
+            }
+        }
+    }
+
     /// Whether its vCPUs are stopped.
     pub fn is_paused(self) -> Result<bool, Error> {
+        Ok(self.state()?.0 == virt_sys::VIR_DOMAIN_PAUSED as c_int)
+    }
+
+    /// Whether they are stopped because it could not read or write a disk.
+    pub fn failed_at_io(self) -> bool {
+        let failed = (
+            virt_sys::VIR_DOMAIN_PAUSED as c_int,
+            virt_sys::VIR_DOMAIN_PAUSED_IOERROR as c_int,
+        );
+        self.state().is_ok_and(|state| state == failed)
+    }
+
+    /// Its state and the reason.
+    fn state(self) -> Result<(c_int, c_int), Error> {
         let (mut state, mut reason): (c_int, c_int) = (0, 0);
         // SAFETY: a valid domain and two integers to write.
         match unsafe { virt_sys::virDomainGetState(self.0, &mut state, &mut reason, 0) } {
-            0 => Ok(state == virt_sys::VIR_DOMAIN_PAUSED as c_int),
+            0 => Ok((state, reason)),
             _ => Err(Error::libvirt()),
         }
     }
@@ -225,13 +264,21 @@ impl Drop for OwnedDomain {
     }
 }
 
-/// A connection of ours to another host's daemon.
+/// A connection of ours, to another host's daemon as a rule.
 #[derive(Debug)]
 pub struct OwnedConnection(virConnectPtr);
 
 impl OwnedConnection {
-    /// Opens a URI as libvirt's own peer-to-peer code does: credentials come from auth.conf, nobody is asked,
-    /// and a keepalive notices a dead peer (5 s, 5 times: libvirt's defaults in qemu.conf).
+    /// To a peer, as libvirt's own peer-to-peer code opens it: a keepalive notices a dead one (5 s, 5 times: libvirt's
+    /// defaults in qemu.conf).
+    pub fn to_peer(uri: &CStr) -> Result<Self, Error> {
+        let connection = Self::open(uri)?;
+        // SAFETY: an open connection. A peer that has no keepalive is no failure.
+        unsafe { virt_sys::virConnectSetKeepAlive(connection.0, 5, 5) };
+        Ok(connection)
+    }
+
+    /// To a URI: credentials come from auth.conf, nobody is asked.
     pub fn open(uri: &CStr) -> Result<Self, Error> {
         // What a daemon can be given by auth.conf (libvirt 11.3, qemuMigrationSrcPeer2Peer).
         let mut kinds = [
@@ -249,10 +296,16 @@ impl OwnedConnection {
         if connection.is_null() {
             return Err(Error::libvirt());
         }
-        let connection = Self(connection);
-        // SAFETY: an open connection. A peer that has no keepalive is no failure.
-        unsafe { virt_sys::virConnectSetKeepAlive(connection.0, 5, 5) };
-        Ok(connection)
+        Ok(Self(connection))
+    }
+
+    /// Opens a URI of this daemon's own, which has no keepalive and logs an error when asked for one.
+    pub fn here(uri: &CStr) -> Result<Self, Error> {
+        // SAFETY: a string that outlives the call.
+        let connection = unsafe { virt_sys::virConnectOpen(uri.as_ptr()) };
+        (!connection.is_null())
+            .then_some(Self(connection))
+            .ok_or_else(Error::libvirt)
     }
 
     /// The connection.

@@ -43,6 +43,34 @@ impl Error {
         }
     }
 
+    /// The error of a guest that an engine has, worded as libvirt 11.3 words that of a guest that has a job.
+    pub fn busy(guest: &str) -> Self {
+        let message = format!(
+            "Timed out during operation: cannot acquire state change lock (held by a migration of {guest} through virt-ferry)"
+        );
+        Self::Ours {
+            code: virt_sys::VIR_ERR_OPERATION_TIMEOUT as c_int,
+            message,
+        }
+    }
+
+    /// Whether libvirt refused because the connection only reads.
+    pub fn is_read_only(&self) -> bool {
+        self.is_libvirts(virt_sys::VIR_ERR_OPERATION_DENIED as c_int)
+    }
+
+    /// Whether libvirt did not know what it was asked for: an older one does not know newer flags.
+    pub fn is_invalid_argument(&self) -> bool {
+        self.is_libvirts(virt_sys::VIR_ERR_INVALID_ARG as c_int)
+    }
+
+    fn is_libvirts(&self, code: c_int) -> bool {
+        match self {
+            Self::Libvirt(saved) => saved.code() == code,
+            Self::Ours { .. } => false,
+        }
+    }
+
     /// Makes this the thread's libvirt error, which the dispatcher sends to the client.
     pub fn raise(self) {
         match self {
@@ -106,6 +134,12 @@ impl SavedError {
             // SAFETY: the error is valid until self is dropped; virSetError copies it.
             unsafe { set_error(self.0) };
         }
+    }
+
+    /// Its `virErrorNumber`.
+    fn code(&self) -> c_int {
+        // SAFETY: a saved error is valid until self is dropped.
+        unsafe { self.0.as_ref() }.map_or(0, |error| error.code)
     }
 
     /// What it says.

@@ -4,13 +4,18 @@
 //! ordinary Rust.
 
 mod cookie;
+mod definition;
 mod domain;
 mod error;
+mod host;
 mod params;
 pub mod phase;
 pub mod real;
+mod storage;
 
 pub use cookie::Cookie;
+pub use definition::Metadata;
 pub use domain::{c_string, Connection, Domain, OwnedConnection, OwnedDomain};
 pub use error::Error;
-pub use params::Params;
+pub use params::{entries, Params};
+pub use storage::{Pool, Storage};

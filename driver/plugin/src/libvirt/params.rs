@@ -8,6 +8,18 @@ use virt_sys::{
     VIR_TYPED_PARAM_STRING, VIR_TYPED_PARAM_ULLONG,
 };
 
+/// A list of typed parameters as C has it.
+///
+/// # Safety
+/// `params` is NULL or points to `count` parameters that outlive `'a`.
+pub unsafe fn entries<'a>(params: virTypedParameterPtr, count: c_int) -> &'a [virTypedParameter] {
+    match usize::try_from(count) {
+        // SAFETY: as the caller says.
+        Ok(count) if count > 0 && !params.is_null() => unsafe { std::slice::from_raw_parts(params, count) },
+        _ => &[],
+    }
+}
+
 /// A list of typed parameters. The caller's own list is never changed: it belongs to the dispatcher.
 pub struct Params<'a> {
     entries: Vec<virTypedParameter>,
@@ -22,15 +34,9 @@ impl<'a> Params<'a> {
     /// # Safety
     /// `params` is NULL or points to `count` parameters, with their strings, that outlive `'a`.
     pub unsafe fn borrow(params: virTypedParameterPtr, count: c_int) -> Self {
-        let entries = match usize::try_from(count) {
-            // SAFETY: as the caller says.
-            Ok(count) if count > 0 && !params.is_null() => unsafe {
-                std::slice::from_raw_parts(params, count).to_vec()
-            },
-            _ => Vec::new(),
-        };
         Self {
-            entries,
+            // SAFETY: as the caller says.
+            entries: unsafe { entries(params, count) }.to_vec(),
             strings: Vec::new(),
             caller: PhantomData,
         }
@@ -65,6 +71,21 @@ impl<'a> Params<'a> {
     /// [`Self::text`] where it is UTF-8.
     pub fn utf8(&self, name: &CStr) -> Option<&str> {
         self.text(name)?.to_str().ok()
+    }
+
+    /// All string parameters of this name.
+    pub fn texts(&self, name: &CStr) -> Vec<&str> {
+        let entries = self
+            .entries
+            .iter()
+            .filter(|entry| name_of(entry) == name && entry.type_ == VIR_TYPED_PARAM_STRING as c_int);
+        // SAFETY: the type says that the value is a string pointer.
+        let texts = entries.map(|entry| unsafe { entry.value.s });
+        texts
+            .filter(|text| !text.is_null())
+            // SAFETY: a string that lives as long as this list.
+            .filter_map(|text| unsafe { CStr::from_ptr(text) }.to_str().ok())
+            .collect()
     }
 
     /// The first unsigned 64-bit parameter of this name.

@@ -5,7 +5,8 @@ use std::ffi::CStr;
 use std::os::raw::{c_char, c_int, c_uint, c_ulong, c_void};
 use std::sync::OnceLock;
 use virt_sys::{
-    virConnectPtr, virDomainJobInfoPtr, virDomainPtr, virDomainSnapshotPtr, virErrorPtr, virTypedParameterPtr,
+    virConnectDomainEventGenericCallback, virConnectPtr, virDomainJobInfoPtr, virDomainPtr,
+    virDomainSnapshotPtr, virErrorPtr, virFreeCallback, virTypedParameterPtr,
 };
 
 /// The next definition of a symbol after ours.
@@ -85,6 +86,15 @@ pub type AbortJob = unsafe extern "C" fn(virDomainPtr) -> c_int;
 pub type AbortJobFlags = unsafe extern "C" fn(virDomainPtr, c_uint) -> c_int;
 /// `virDomainMigrateSetMaxSpeed`.
 pub type SetMaxSpeed = unsafe extern "C" fn(virDomainPtr, c_ulong, c_uint) -> c_int;
+/// `virConnectDomainEventRegisterAny`.
+pub type RegisterEvent = unsafe extern "C" fn(
+    virConnectPtr,
+    virDomainPtr,
+    c_int,
+    virConnectDomainEventGenericCallback,
+    *mut c_void,
+    virFreeCallback,
+) -> c_int;
 /// `virDomainSave`.
 pub type Save = unsafe extern "C" fn(virDomainPtr, *const c_char) -> c_int;
 /// `virDomainSaveFlags`.
@@ -106,6 +116,39 @@ pub type DefineFlags = unsafe extern "C" fn(virConnectPtr, *const c_char, c_uint
 /// `virDomainCreateXMLWithFiles`.
 pub type CreateWithFiles =
     unsafe extern "C" fn(virConnectPtr, *const c_char, c_uint, *mut c_int, c_uint) -> virDomainPtr;
+/// `virDomainMigratePerform`, of the protocol's version 2.
+pub type Perform2 =
+    unsafe extern "C" fn(virDomainPtr, Bytes, c_int, *const c_char, c_ulong, *const c_char, c_ulong) -> c_int;
+/// `virDomainMigratePerform3`, without typed parameters.
+pub type Perform3 = unsafe extern "C" fn(
+    virDomainPtr,
+    *const c_char,
+    Bytes,
+    c_int,
+    CookieOut,
+    Length,
+    *const c_char,
+    *const c_char,
+    c_ulong,
+    *const c_char,
+    c_ulong,
+) -> c_int;
+/// `virDomainQemuMonitorCommand`.
+pub type MonitorCommand =
+    unsafe extern "C" fn(virDomainPtr, *const c_char, *mut *mut c_char, c_uint) -> c_int;
+/// `virDomainQemuMonitorCommandWithFiles`.
+pub type MonitorCommandWithFiles = unsafe extern "C" fn(
+    virDomainPtr,
+    *const c_char,
+    c_uint,
+    *mut c_int,
+    *mut c_uint,
+    *mut *mut c_int,
+    *mut *mut c_char,
+    c_uint,
+) -> c_int;
+/// `virInitialize`.
+pub type Initialize = unsafe extern "C" fn() -> c_int;
 /// `virSetError`, private to libvirt but in every release since 0.8: takes a public structure and copies it.
 pub type SetError = unsafe extern "C" fn(virErrorPtr);
 
@@ -138,6 +181,8 @@ real! {
     abort_job_flags = c"virDomainAbortJobFlags": AbortJobFlags;
     #[doc = "libvirt's own limit of migrations' bandwidth."]
     set_max_speed = c"virDomainMigrateSetMaxSpeed": SetMaxSpeed;
+    #[doc = "libvirt's own registration for events."]
+    register_event = c"virConnectDomainEventRegisterAny": RegisterEvent;
     #[doc = "libvirt's own save."]
     save = c"virDomainSave": Save;
     #[doc = "libvirt's own save with flags."]
@@ -152,6 +197,16 @@ real! {
     core_dump_with_format = c"virDomainCoreDumpWithFormat": CoreDumpWithFormat;
     #[doc = "libvirt's own snapshot."]
     snapshot_create = c"virDomainSnapshotCreateXML": SnapshotCreate;
+    #[doc = "libvirt's own Perform of version 2."]
+    perform_2 = c"virDomainMigratePerform": Perform2;
+    #[doc = "libvirt's own Perform without typed parameters."]
+    perform_3 = c"virDomainMigratePerform3": Perform3;
+    #[doc = "libvirt's own way to QEMU's monitor, in libvirt-qemu.so."]
+    monitor_command = c"virDomainQemuMonitorCommand": MonitorCommand;
+    #[doc = "libvirt's own way to QEMU's monitor with open files; absent before libvirt 8.2."]
+    monitor_command_with_files = c"virDomainQemuMonitorCommandWithFiles": MonitorCommandWithFiles;
+    #[doc = "libvirt's own initialization."]
+    initialize = c"virInitialize": Initialize;
     #[doc = "Sets the thread's error."]
     set_error = c"virSetError": SetError;
 }

@@ -1,14 +1,15 @@
 //! The host the guest comes to: Prepare, Finish.
 
 use super::uri::{self, DataAddress};
-use super::{options, unexpected, DISABLED, LOADED, LOCAL};
+use super::{options, settings, unexpected, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::guest_memory;
 use crate::libvirt::phase::{self, MallocString, Prepared};
 use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
-use crate::sessions::{self, Promise, Role, Session};
+use crate::sessions::{self, HugePromise, Promise, Role, Session};
+use crate::turns::Moving;
 use ferry_contract::config::Config;
-use ferry_contract::control::{Reply, Request};
+use ferry_contract::control::{Reply, Request, Settings};
 use ferry_contract::cookie::{self, Answer, Offer};
 use ferry_contract::session::Guest;
 use ferry_host as host;
@@ -56,8 +57,8 @@ pub fn prepare(
         Err(reason) => return declined(&reason),
     };
     match arrival.reserve()? {
-        Reservation::Made(engine, promise) => {
-            arrival.start(connection, params, cookie, flags, engine, promise)
+        Reservation::Made(engine, promises) => {
+            arrival.start(connection, params, cookie, flags, engine, promises)
         }
         Reservation::Declined(reason) => declined(&reason),
     }
@@ -78,6 +79,7 @@ fn natively(connection: Connection, params: &Params, cookie: &[u8], flags: u32) 
 /// What is known of an arriving guest before anything is started.
 struct Arrival {
     config: Config,
+    settings: Settings,
     host: String,
     guest: Guest,
     offer: Offer,
@@ -86,7 +88,7 @@ struct Arrival {
 }
 
 enum Reservation {
-    Made(Engine, Promise),
+    Made(Engine, (Promise, HugePromise)),
     Declined(String),
 }
 
@@ -103,6 +105,7 @@ impl Arrival {
         if !config.enabled {
             return Err(DISABLED.into());
         }
+        let mut settings = settings(&config, flags)?;
         // What the engines do is between them; a client also drops some of these flags and not their parameters.
         let (params, flags) = options::for_libvirt(params, flags);
         options::read(&params, flags)?;
@@ -120,9 +123,13 @@ impl Arrival {
                 uri::parse(given).ok_or_else(|| format!("the engine does not take the URI {given}"))?
             }
         };
+        if let Some(port) = data.port {
+            settings.ports = (port, port);
+        }
         let incoming = incoming_socket(&host::incoming_directory(&config), offer.session, &name);
         Ok(Self {
             config,
+            settings,
             host: name_here,
             guest: Guest { name, uuid },
             offer,
@@ -143,21 +150,19 @@ impl Arrival {
         })?;
         let engine = Engine::start(&self.config, "destination", &self.host)
             .map_err(|error| failed(error.to_string()))?;
-        let mut settings = self.config.settings();
-        if let Some(port) = self.data.port {
-            settings.ports = (port, port);
-        }
         let (promise, promised) = Promise::make(&self.offer);
+        let (huge, promised_huge) = HugePromise::make(&self.offer);
         let request = Request::Reserve {
             guest: self.guest.clone(),
             host: self.host.clone(),
             offer: self.offer.clone(),
             memory_directory: host::memory_directory(),
             promised,
-            settings,
+            promised_huge,
+            settings: self.settings.clone(),
         };
         match engine.ask(&request, Some(LOCAL))? {
-            Reply::Reserved => Ok(Reservation::Made(engine, promise)),
+            Reply::Reserved => Ok(Reservation::Made(engine, (promise, huge))),
             Reply::NotEligible { reason } => Ok(Reservation::Declined(reason)),
             reply => Err(unexpected(&reply)),
         }
@@ -172,7 +177,7 @@ impl Arrival {
         cookie: &[u8],
         flags: u32,
         engine: Engine,
-        promise: Promise,
+        (promise, huge): (Promise, HugePromise),
     ) -> Result<Prepared, Error> {
         let uri = format!("unix://{}", self.incoming.display());
         let (params, native) = options::for_libvirt(params, flags);
@@ -189,6 +194,7 @@ impl Arrival {
             rewritten = uri::with_disks(rewritten, &uri::disks(&listen, port));
         }
         let prepared = phase::prepare(connection, &rewritten, cookie, native)?;
+        drop(huge);
         let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
         let session = sessions::add(session.arriving(promise, self.incoming.clone()));
         self.attach(connection, &params, &session, prepared)
@@ -221,7 +227,7 @@ impl Arrival {
                     self.host
                 ))
             })?;
-        session.engine.guard(&monitor)?;
+        session.engine.guard(&monitor, Moving::here(self.guest.uuid))?;
         let attach = Request::Attach {
             monitor,
             incoming: self.incoming.clone(),
@@ -297,7 +303,10 @@ pub fn finish(
     let committed = match cancelled {
         true => Err(None),
         false => match session.engine.ask(&Request::Finish, Some(LOADED)) {
-            Ok(Reply::Committed) => Ok(()),
+            Ok(Reply::Committed) => {
+                session.engine.let_go_of_memory();
+                Ok(())
+            }
             Ok(reply) => Err(Some(unexpected(&reply))),
             Err(failure) => Err(Some(failure.into())),
         },

@@ -2,38 +2,53 @@
 //!
 //! x-ignore-shared is cleared by the engine that set it, and where that dies, by the daemon. Where both die (a crash of
 //! libvirtd while its engines are killed, memory running out), it stays on in a QEMU that runs on, and libvirt knows
-//! nothing of it: a save, a dump, a snapshot or a migration of libvirt's own would have no memory in it. So before any
-//! of them, a QEMU that still bears the mark of an engine at work has it cleared once more.
+//! nothing of it: a save, a dump, a snapshot, a migration of libvirt's own or one by hand would have no memory in it. So
+//!
+//! - before any of them, an engine at work is waited for, and a QEMU that still bears the mark of one has it cleared
+//!   once more ([`with_its_memory`]);
+//! - as a daemon starts, so has every QEMU that an earlier one left ([`sweep`](super::sweep)).
 
 use crate::engine;
 use crate::libvirt::{Domain, Error};
 use crate::mark;
-use crate::sessions::{self, Role};
+use crate::turns::Writing;
 use ferry_host as host;
+use std::path::Path;
+use std::time::Duration;
 
-/// Makes sure that what QEMU is about to write of this guest has its memory in it.
+/// How long an engine at work is waited for: as long as libvirt waits for another's job (libvirt 11.3,
+/// `VIR_JOB_WAIT_TIME`).
+const BUSY: Duration = Duration::from_secs(30);
+
+/// Makes sure that what QEMU is about to write of this guest has its memory in it, for as long as the turn is held.
 ///
 /// # Errors
 /// If that cannot be known; then nothing must be written.
-pub fn with_its_memory(domain: Domain) -> Result<(), Error> {
+pub fn with_its_memory(domain: Domain) -> Result<Option<Writing>, Error> {
     if !domain.connection().is_qemu() {
-        return Ok(());
+        return Ok(None);
     }
     let (Some(guest), Some(id)) = (domain.guest(), domain.id()) else {
-        return Ok(());
+        return Ok(None);
     };
-    let Some(monitor) = host::monitor(id, &guest.name).filter(|monitor| mark::is_set(monitor)) else {
-        return Ok(());
-    };
-    let under_way =
-        |role| sessions::by_uuid(role, guest.uuid).is_some_and(|session| !session.engine.is_gone());
-    if under_way(Role::Source) || under_way(Role::Destination) {
-        // libvirt holds a job, and refuses whatever would come between.
-        return Ok(());
+    let writing = Writing::of(guest.uuid);
+    if !writing.alone(Duration::ZERO) {
+        if domain.is_read_only() {
+            // libvirt refuses it at once.
+            return Ok(None);
+        }
+        tracing::info!(
+            guest = guest.name,
+            "who would write its memory waits for its migration to end"
+        );
+        if !writing.alone(BUSY) {
+            return Err(Error::busy(&guest.name));
+        }
     }
-    // A configuration that cannot be read must not keep anybody from saving.
-    let config = host::config().unwrap_or_default();
-    engine::rescue(&config.engine, &monitor).map_err(|why| {
+    let Some(monitor) = host::monitor(id, &guest.name).filter(|monitor| mark::is_set(monitor)) else {
+        return Ok(Some(writing));
+    };
+    rescue(&monitor).map_err(|why| {
         Error::failed(format!(
             "host {}: QEMU may still leave out the memory of guest {} (x-ignore-shared), so nothing is written of it: {why}. \
              Try again once virt-ferry-engine rescue {} succeeds",
@@ -41,5 +56,13 @@ pub fn with_its_memory(domain: Domain) -> Result<(), Error> {
             guest.name,
             monitor.display()
         ))
-    })
+    })?;
+    Ok(Some(writing))
+}
+
+/// Has it cleared on the QEMU of this monitor.
+pub fn rescue(monitor: &Path) -> Result<(), String> {
+    // A configuration that cannot be read must not keep anybody from saving.
+    let config = host::config().unwrap_or_default();
+    engine::rescue(&config.engine, monitor)
 }

@@ -1,15 +1,16 @@
 //! The job as users see it: the engine's figures in libvirt's fields.
 
-use super::options;
-use crate::libvirt::Domain;
+use super::{moved, options};
+use crate::libvirt::{Cookie, Domain};
 use crate::sessions::{self, Role};
 use ferry_contract::control::{Request, Statistics};
+use ferry_contract::cookie;
 use ferry_contract::session::PAGE;
 use std::ffi::CStr;
 use std::os::raw::c_int;
 use virt_sys::*;
 
-/// The engine's part of a running job.
+/// The engine's part of a job.
 pub struct Progress(Statistics);
 
 /// How far the guest is, where the engine moves it away from here; before anything has been counted, libvirt's
@@ -20,13 +21,56 @@ pub fn progress(domain: Domain) -> Option<Progress> {
     (statistics.total > 0).then_some(Progress(statistics))
 }
 
+/// What the engine did in the job that a guest has completed, where that was its move away from here. `libvirts` are
+/// the figures that libvirt has of it; where they are of another job, ours are outdated.
+pub fn completed(domain: Domain, libvirts: &[virTypedParameter]) -> Option<Progress> {
+    let uuid = domain.guest()?.uuid;
+    let moved = moved::of(uuid)?;
+    let operation = integer(libvirts, VIR_DOMAIN_JOB_OPERATION);
+    if operation != Some(VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT as c_int) {
+        moved::forget(uuid);
+        return None;
+    }
+    Some(Progress(moved))
+}
+
+/// libvirt has forgotten what the guest's completed job did.
+pub fn forget(domain: Domain) {
+    if let Some(guest) = domain.guest() {
+        moved::forget(guest.uuid);
+    }
+}
+
+/// Adds the engine's figures to those of libvirt's that go from the source to the destination.
+pub fn in_cookie(cookie: Cookie, statistics: Statistics) -> Cookie {
+    let figures = Progress(statistics).figures(0);
+    let names = figures
+        .iter()
+        .filter_map(|(name, value)| Some((name.to_str().ok()?, *value)));
+    match cookie::with_figures(cookie.bytes(), names) {
+        Ok(bytes) => Cookie::copy_of(&bytes),
+        Err(error) => {
+            tracing::warn!("the destination will not know how much was moved: {error}");
+            cookie
+        }
+    }
+}
+
+/// An int parameter of a list.
+fn integer(list: &[virTypedParameter], name: &CStr) -> Option<c_int> {
+    let int = |entry: &&virTypedParameter| {
+        // SAFETY: libvirt ends the name with NUL within its 80 bytes.
+        let named = unsafe { CStr::from_ptr(entry.field.as_ptr()) };
+        named == name && entry.type_ == VIR_TYPED_PARAM_INT as c_int
+    };
+    // SAFETY: the type says that the value is an int.
+    list.iter().find(int).map(|entry| unsafe { entry.value.i })
+}
+
 /// Cancels the migration of a guest that the engine moves away from here.
 pub fn cancel(domain: Domain) {
-    if let Some(session) = domain
-        .guest()
-        .and_then(|guest| sessions::by_uuid(Role::Source, guest.uuid))
-    {
-        session.cancel();
+    if let Some(guest) = domain.guest() {
+        sessions::cancel(guest.uuid);
     }
 }
 
@@ -49,23 +93,15 @@ impl Progress {
         self.0.total.saturating_sub(self.0.remaining)
     }
 
-    /// Adds the engine's figures to libvirt's, which know the small blocks in QEMU's own stream and the disks.
-    pub fn complete_info(&self, info: &mut virDomainJobInfo) {
-        info.memTotal += self.0.total;
-        info.memProcessed += self.processed();
-        info.memRemaining += self.0.remaining;
-        info.dataTotal += self.0.total;
-        info.dataProcessed += self.processed();
-        info.dataRemaining += self.0.remaining;
-    }
-
-    /// [`Self::complete_info`] for the typed list.
-    pub fn complete_stats(&self, params: &mut virTypedParameterPtr, count: &mut c_int) {
-        let added = [
-            (VIR_DOMAIN_JOB_MEMORY_TOTAL, self.0.total),
+    /// What the engine adds to libvirt's figures, which know the disks and the small blocks in QEMU's own stream. Once
+    /// QEMU does not ignore the guest's memory any more, its total (`known`) has that memory in it.
+    fn figures(&self, known: u64) -> [(&'static CStr, u64); 12] {
+        let total = if known < self.0.total { self.0.total } else { 0 };
+        [
+            (VIR_DOMAIN_JOB_MEMORY_TOTAL, total),
             (VIR_DOMAIN_JOB_MEMORY_PROCESSED, self.processed()),
             (VIR_DOMAIN_JOB_MEMORY_REMAINING, self.0.remaining),
-            (VIR_DOMAIN_JOB_DATA_TOTAL, self.0.total),
+            (VIR_DOMAIN_JOB_DATA_TOTAL, total),
             (VIR_DOMAIN_JOB_DATA_PROCESSED, self.processed()),
             (VIR_DOMAIN_JOB_DATA_REMAINING, self.0.remaining),
             (VIR_DOMAIN_JOB_MEMORY_CONSTANT, self.0.zero / PAGE),
@@ -74,9 +110,25 @@ impl Progress {
             (VIR_DOMAIN_JOB_MEMORY_BPS, self.0.bandwidth),
             (VIR_DOMAIN_JOB_MEMORY_DIRTY_RATE, self.0.dirty_rate),
             (VIR_DOMAIN_JOB_MEMORY_ITERATION, self.0.iteration),
-        ];
+        ]
+    }
+
+    /// Adds the engine's figures to libvirt's.
+    pub fn complete_info(&self, info: &mut virDomainJobInfo) {
+        let [(_, total), ..] = self.figures(info.memTotal);
+        info.memTotal += total;
+        info.memProcessed += self.processed();
+        info.memRemaining += self.0.remaining;
+        info.dataTotal += total;
+        info.dataProcessed += self.processed();
+        info.dataRemaining += self.0.remaining;
+    }
+
+    /// [`Self::complete_info`] for the typed list.
+    pub fn complete_stats(&self, params: &mut virTypedParameterPtr, count: &mut c_int) {
         let mut list = List::take(params, count);
-        for (name, value) in added {
+        let known = list.number(VIR_DOMAIN_JOB_MEMORY_TOTAL).unwrap_or(0);
+        for (name, value) in self.figures(known) {
             list.add(name, value);
         }
         if self.0.throttle > 0 && list.find(VIR_DOMAIN_JOB_AUTO_CONVERGE_THROTTLE).is_none() {
@@ -108,6 +160,15 @@ impl List {
     fn find(&mut self, name: &CStr) -> Option<&mut virTypedParameter> {
         // SAFETY: libvirt's own look-up in its own list; NULL where the name is absent.
         unsafe { virTypedParamsGet(self.entries, self.count, name.as_ptr()).as_mut() }
+    }
+
+    /// The parameter's value.
+    fn number(&mut self, name: &CStr) -> Option<u64> {
+        match self.find(name) {
+            // SAFETY: the type says that the value is an unsigned long long.
+            Some(entry) if entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int => Some(unsafe { entry.value.ul }),
+            _ => None,
+        }
     }
 
     /// Adds to the parameter's value, or the parameter to the list.

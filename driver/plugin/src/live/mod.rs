@@ -18,15 +18,20 @@
 pub mod destination;
 pub mod guard;
 pub mod job;
+mod moved;
 pub mod options;
 mod orphan;
 pub mod p2p;
 pub mod source;
+pub mod sweep;
 pub mod uri;
 
 use crate::libvirt::Error;
-use ferry_contract::control::{Failure, FailureKind, Reply};
+use ferry_contract::config::Config;
+use ferry_contract::control::{Failure, FailureKind, Reply, Settings};
+use ferry_host as host;
 use std::time::Duration;
+use virt_sys::VIR_MIGRATE_TLS;
 
 /// For what an engine does without the network: looking at a QEMU, binding a socket.
 const LOCAL: Duration = Duration::from_secs(30);
@@ -44,6 +49,15 @@ impl From<Failure> for Error {
 
 /// Why a host goes libvirt's own way that is told to.
 pub const DISABLED: &str = "virt-ferry is disabled in its configuration";
+
+/// What the engine is told of this host, for a call with these flags; or why the migration is libvirt's own.
+fn settings(config: &Config, flags: u32) -> Result<Settings, String> {
+    let tls = flags & VIR_MIGRATE_TLS != 0;
+    Ok(Settings {
+        certificates: tls.then(host::certificates).transpose()?,
+        ..config.settings()
+    })
+}
 
 /// An engine that answers something else than what it was asked.
 fn unexpected(reply: &Reply) -> Error {

@@ -26,7 +26,9 @@ const TAKEN: u32 = VIR_MIGRATE_LIVE
 pub const STORAGE: u32 = VIR_MIGRATE_NON_SHARED_DISK | VIR_MIGRATE_NON_SHARED_INC;
 
 /// What the engine does in QEMU's place: QEMU's part of the move is too small for any of it.
-const DONE_BY_ENGINE: u32 = VIR_MIGRATE_PARALLEL | VIR_MIGRATE_COMPRESSED | VIR_MIGRATE_AUTO_CONVERGE;
+/// TLS also protects QEMU's own stream, which the engine relays inside its connections.
+const DONE_BY_ENGINE: u32 =
+    VIR_MIGRATE_PARALLEL | VIR_MIGRATE_COMPRESSED | VIR_MIGRATE_AUTO_CONVERGE | VIR_MIGRATE_TLS;
 
 /// Flags whose name tells an operator why libvirt's own way was taken.
 const NAMES: &[(u32, &str)] = &[
@@ -34,7 +36,6 @@ const NAMES: &[(u32, &str)] = &[
     (VIR_MIGRATE_OFFLINE, "offline"),
     (VIR_MIGRATE_RDMA_PIN_ALL, "rdma-pin-all"),
     (VIR_MIGRATE_POSTCOPY, "postcopy"),
-    (VIR_MIGRATE_TLS, "tls"),
     (VIR_MIGRATE_POSTCOPY_RESUME, "postcopy-resume"),
     (VIR_MIGRATE_ZEROCOPY, "zerocopy"),
 ];
@@ -55,7 +56,8 @@ const DONE_BY_LIBVIRT: [&CStr; 11] = [
 ];
 
 /// Parameters of what the engine does: each with the flag it belongs to, without which libvirt refuses it.
-const TUNING: [(&CStr, u32); 5] = [
+const TUNING: [(&CStr, u32); 6] = [
+    (VIR_MIGRATE_PARAM_TLS_DESTINATION, VIR_MIGRATE_TLS),
     (VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS, VIR_MIGRATE_PARALLEL),
     (VIR_MIGRATE_PARAM_COMPRESSION, VIR_MIGRATE_COMPRESSED),
     (VIR_MIGRATE_PARAM_COMPRESSION_ZSTD_LEVEL, VIR_MIGRATE_COMPRESSED),
@@ -98,6 +100,11 @@ pub fn read(params: &Params, flags: u32) -> Result<Options, String> {
         }
     }
     let storage = flags & STORAGE != 0;
+    if storage && flags & VIR_MIGRATE_TLS != 0 {
+        return Err(
+            "libvirt protects the disks it copies only where it protects all of the migration (tls)".into(),
+        );
+    }
     Ok(Options {
         // Disks are copied while the guest runs; libvirt stops it after that.
         paused: flags & VIR_MIGRATE_LIVE == 0 && !storage,
@@ -106,7 +113,16 @@ pub fn read(params: &Params, flags: u32) -> Result<Options, String> {
         compression: compression(params, flags)?,
         auto_converge: auto_converge(params, flags)?,
         storage,
+        tls_name: tls_name(params, flags),
     })
+}
+
+/// The name that the destination's certificate must bear, where the operator has said so; as for QEMU, an empty name is
+/// none.
+fn tls_name(params: &Params, flags: u32) -> Option<String> {
+    let name = params.utf8(VIR_MIGRATE_PARAM_TLS_DESTINATION);
+    name.filter(|name| flags & VIR_MIGRATE_TLS != 0 && !name.is_empty())
+        .map(str::to_owned)
 }
 
 /// libvirt's MiB/s in bytes a second. OpenStack always says how much: 0, which is no limit, as is libvirt's largest
@@ -120,7 +136,7 @@ pub fn bandwidth(mib: u64) -> Result<u64, String> {
 }
 
 /// libvirt and QEMU know up to 255; more streams than the engine serves bring nothing.
-fn streams(params: &Params, flags: u32) -> Result<Option<u16>, String> {
+pub fn streams(params: &Params, flags: u32) -> Result<Option<u16>, String> {
     if flags & VIR_MIGRATE_PARALLEL == 0 {
         return Ok(None);
     }
@@ -132,7 +148,7 @@ fn streams(params: &Params, flags: u32) -> Result<Option<u16>, String> {
 }
 
 /// The engine's compression is zstd; whoever asks for another method by name gets that one from QEMU.
-fn compression(params: &Params, flags: u32) -> Result<Option<i32>, String> {
+pub fn compression(params: &Params, flags: u32) -> Result<Option<i32>, String> {
     if flags & VIR_MIGRATE_COMPRESSED == 0 {
         return Ok(None);
     }
@@ -235,6 +251,19 @@ mod tests {
     }
 
     #[test]
+    fn tls_is_the_engines_but_for_disks() {
+        let params = Params::none().with(VIR_MIGRATE_PARAM_TLS_DESTINATION, "host2");
+        let asked = read(&params, LIVE | VIR_MIGRATE_TLS).unwrap();
+        assert_eq!(asked.tls_name.as_deref(), Some("host2"));
+        let (left, flags) = for_libvirt(&params, LIVE | VIR_MIGRATE_TLS);
+        assert_eq!((flags, left.count()), (LIVE, 0));
+        let disks = LIVE | VIR_MIGRATE_TLS | VIR_MIGRATE_NON_SHARED_DISK;
+        assert!(read(&params, disks).unwrap_err().contains("disks"));
+        let empty = Params::none().with(VIR_MIGRATE_PARAM_TLS_DESTINATION, "");
+        assert_eq!(read(&empty, LIVE | VIR_MIGRATE_TLS).unwrap().tls_name, None);
+    }
+
+    #[test]
     fn libvirt_words_its_own_errors() {
         let parallel = Params::none().with_integer(VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS, 4);
         // Turn parallel migration on to tune it.
@@ -245,9 +274,9 @@ mod tests {
 
     #[test]
     fn what_is_not_taken_is_named() {
-        let postcopy = LIVE | VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_TLS;
+        let postcopy = LIVE | VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_ZEROCOPY;
         let refusal = |params: &Params, flags| read(params, flags).unwrap_err();
-        assert!(refusal(&Params::none(), postcopy).contains("postcopy, tls"));
+        assert!(refusal(&Params::none(), postcopy).contains("postcopy, zerocopy"));
         assert!(read(&Params::none(), LIVE | 1 << 31).is_err());
         let xbzrle = Params::none().with(VIR_MIGRATE_PARAM_COMPRESSION, "xbzrle");
         assert!(refusal(&xbzrle, LIVE | VIR_MIGRATE_COMPRESSED).contains("xbzrle"));

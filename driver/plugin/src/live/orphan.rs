@@ -42,7 +42,7 @@ fn look(watched: &Weak<Session>, uri: &CString) -> ControlFlow<()> {
         return ControlFlow::Break(());
     };
     // A connection of its own each time: the client's must be able to close, and the daemon to end.
-    let Ok(connection) = OwnedConnection::open(uri) else {
+    let Ok(connection) = OwnedConnection::here(uri) else {
         return ControlFlow::Continue(());
     };
     let Ok(domain) = connection.get().domain(session.guest.uuid) else {

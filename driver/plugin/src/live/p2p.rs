@@ -6,11 +6,11 @@
 //! that Begin takes), does the destination have the plug-in (a Prepare with nothing in it but our question, which
 //! libvirt refuses without doing anything)? Then Begin is undone, and libvirt begins anew.
 
-use super::guard;
 use super::source::{self, Candidate};
+use super::{guard, job};
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Connection, Cookie, Domain, Error, OwnedConnection, OwnedDomain, Params};
-use crate::sessions::{self, Session};
+use crate::sessions::{self, Opening, Session};
 use ferry_contract::cookie;
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use virt_sys::*;
 
 /// What libvirt's own peer-to-peer code passes on to the destination (libvirt 11.3, qemuMigrationSrcPeer2Peer3);
 /// an older one refuses names it does not know.
-const DESTINATION: [&CStr; 13] = [
+pub const DESTINATION: [&CStr; 13] = [
     VIR_MIGRATE_PARAM_DEST_XML,
     VIR_MIGRATE_PARAM_DEST_NAME,
     VIR_MIGRATE_PARAM_URI,
@@ -47,6 +47,7 @@ pub fn perform(
     let Some(uri) = destination.filter(|_| cookie.is_empty() && domain.may_migrate()) else {
         return own();
     };
+    job::forget(domain);
     let managed = flags & !VIR_MIGRATE_PEER2PEER | VIR_MIGRATE_CHANGE_PROTECTION;
     let reason = match Candidate::of(domain, params, managed) {
         Ok(candidate) => {
@@ -65,12 +66,12 @@ pub fn perform(
         Err(reason) => reason,
     };
     source::native(domain, &reason);
-    guard::with_its_memory(domain)?;
+    let _turn = guard::with_its_memory(domain)?;
     own()
 }
 
 /// Whether the peer has the plug-in.
-fn answers(peer: Connection) -> bool {
+pub fn answers(peer: Connection) -> bool {
     let probe = cookie::probe();
     let answered = phase::prepare(peer, &Params::none(), &probe, 0);
     answered.is_ok_and(|answer| cookie::is_probe(answer.cookie.bytes()))
@@ -93,12 +94,13 @@ struct Move<'a> {
 impl Move<'_> {
     /// Begin, which checks the guest and takes the job; then, under the job, whether all is there for the engine.
     fn run(&self, candidate: Candidate) -> Result<Outcome, Error> {
+        let opening = self.domain.guest().map(|guest| Opening::of(guest.uuid));
         let begun = phase::begin(self.domain, self.params, self.managed)?;
-        let session = match candidate.open(self.domain) {
+        let session = match candidate.open(self.domain, opening.as_ref()) {
             Ok(session) => session,
             Err(reason) => return Ok(self.own(reason)),
         };
-        let outcome = match OwnedConnection::open(self.uri) {
+        let outcome = match OwnedConnection::to_peer(self.uri) {
             Ok(peer) if answers(peer.get()) => self.phases(peer.get(), begun, &session),
             Ok(_) => Ok(self.own(
                 "the destination has no plug-in, one of another version, or is not to use it (see its log)",

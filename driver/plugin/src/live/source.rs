@@ -1,23 +1,30 @@
 //! The host the guest leaves: Begin, Perform, Confirm.
 
-use super::{guard, options, orphan, unexpected, uri, DISABLED, LOADED, LOCAL};
+use super::{guard, job, moved, options, orphan, settings, unexpected, uri, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
-use crate::sessions::{self, Role, Session};
+use crate::sessions::{self, Opening, Role, Session};
+use crate::turns::Moving;
 use ferry_contract::config::Config;
-use ferry_contract::control::{FailureKind, Options, Reply, Request};
+use ferry_contract::control::{FailureKind, Options, Reply, Request, Settings};
 use ferry_contract::cookie::{self, Answer};
 use ferry_contract::session::Guest;
 use ferry_host as host;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use virt_sys::{VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI};
+use virt_sys::{
+    VIR_MIGRATE_ABORT_ON_ERROR, VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
+    VIR_MIGRATE_PARAM_URI,
+};
 
 /// Begin: libvirt's own, and where the guest is eligible, our offer in its cookie.
 pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error> {
+    let opening = domain.guest().map(|guest| Opening::of(guest.uuid));
     let begun = phase::begin(domain, params, flags)?;
-    match Candidate::of(domain, params, flags).and_then(|candidate| candidate.open(domain)) {
+    job::forget(domain);
+    match Candidate::of(domain, params, flags).and_then(|candidate| candidate.open(domain, opening.as_ref()))
+    {
         Ok(session) => {
             orphan::watch(&session, domain);
             Ok(offer(begun, &session))
@@ -44,6 +51,7 @@ pub fn offer(mut begun: Begun, session: &Arc<Session>) -> Begun {
 /// A guest that the engine may be asked about: nothing has been started and nothing touched.
 pub struct Candidate {
     config: Config,
+    settings: Settings,
     guest: Guest,
     monitor: PathBuf,
 }
@@ -59,6 +67,7 @@ impl Candidate {
             return Err(DISABLED.into());
         }
         options::read(params, flags)?;
+        let settings = settings(&config, flags)?;
         if flags & VIR_MIGRATE_CHANGE_PROTECTION == 0 {
             return Err("the client holds no job across the phases (no change protection)".into());
         }
@@ -69,6 +78,7 @@ impl Candidate {
         )?;
         Ok(Self {
             config,
+            settings,
             guest,
             monitor,
         })
@@ -76,27 +86,30 @@ impl Candidate {
 
     /// Opens a session if the engine finds the guest eligible. libvirt's job must be held: a device that is plugged
     /// in after this look would be missed.
-    pub fn open(self, domain: Domain) -> Result<Arc<Session>, String> {
+    pub fn open(self, domain: Domain, opening: Option<&Opening>) -> Result<Arc<Session>, String> {
         // Its engine would hold the monitor, which serves one client.
         sessions::forget(Role::Source, self.guest.uuid);
         let name = domain.connection().hostname().unwrap_or_else(host::name);
         let engine = Engine::start(&self.config, "source", &name).map_err(|error| error.to_string())?;
+        let turn =
+            Moving::away(self.guest.uuid).ok_or("its memory is about to be saved, dumped or snapshotted")?;
         engine
-            .guard(&self.monitor)
+            .guard(&self.monitor, turn)
             .map_err(|failure| failure.to_string())?;
         let inspect = Request::Inspect {
             guest: self.guest.clone(),
             host: name,
             monitor: self.monitor,
-            settings: self.config.settings(),
+            settings: self.settings,
         };
         match engine.ask(&inspect, Some(LOCAL)) {
-            Ok(Reply::Offer(offer)) => Ok(sessions::add(Session::new(
-                Role::Source,
-                self.guest,
-                offer,
-                engine,
-            ))),
+            Ok(Reply::Offer(offer)) => {
+                let session = sessions::add(Session::new(Role::Source, self.guest, offer, engine));
+                if opening.is_some_and(Opening::is_cancelled) {
+                    session.cancel();
+                }
+                Ok(session)
+            }
             Ok(Reply::NotEligible { reason }) => Err(reason),
             Ok(_) => Err("the engine answered out of turn".into()),
             Err(failure) => Err(failure.to_string()),
@@ -141,7 +154,8 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
                 native(domain, "the destination did not answer: it has no plug-in, another version, or declined (see its log)");
                 sessions::remove(&session);
             }
-            guard::with_its_memory(domain).map_err(|error| give_up(domain, params, flags, error))?;
+            let _turn =
+                guard::with_its_memory(domain).map_err(|error| give_up(domain, params, flags, error))?;
             phase::perform(domain, None, params, cookie, flags)
         }
     }
@@ -177,9 +191,12 @@ fn through_engine(
         Err(failure) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
             return phase::perform(domain, None, &towards(Path::new("/nonexistent")), cookie, native)
         }
+        Err(_) if domain.is_over() => return Err(give_up(over(session))),
         Err(failure) => return Err(give_up(failure.into())),
     };
     let performed = phase::perform(domain, None, &towards(&socket), cookie, native);
+    // The engine removes it, too, but it may have died.
+    let _ = std::fs::remove_file(&socket);
     let engine = session.engine.ask(
         &Request::Performed {
             success: performed.is_ok(),
@@ -187,24 +204,36 @@ fn through_engine(
         Some(LOADED),
     );
     match (performed, engine) {
-        (Ok(cookie), Ok(Reply::Committed)) => {
+        (Ok(cookie), committed) => {
             session.hand_over();
-            Ok(cookie)
+            // QEMU has handed everything over, which it could only after the commitment. The destination's engine
+            // is asked again before the guest is resumed there.
+            if !matches!(committed, Ok(Reply::Committed)) {
+                tracing::warn!(
+                    guest = session.guest.name,
+                    "the engine could not confirm the commitment"
+                );
+            }
+            let statistics = session.engine.statistics();
+            moved::remember(session.guest.uuid, statistics);
+            Ok(job::in_cookie(cookie, statistics))
         }
-        // QEMU has handed everything over, which it could only after the commitment. The destination's engine
-        // is asked again before the guest is resumed there.
-        (Ok(cookie), _) => {
-            session.hand_over();
-            tracing::warn!(
-                guest = session.guest.name,
-                "the engine could not confirm the commitment"
-            );
-            Ok(cookie)
-        }
+        // libvirt has ended it, as asked, and says so.
+        (Err(error), _) if flags & VIR_MIGRATE_ABORT_ON_ERROR != 0 && domain.failed_at_io() => Err(error),
+        (Err(_), _) if domain.is_over() => Err(over(session)),
         // The engine knows better than "migration failed" why the stream ended, unless libvirt ended it.
         (Err(_), Err(failure)) if failure.kind == FailureKind::Failed => Err(failure.into()),
         (Err(error), _) => Err(error),
     }
+}
+
+/// The error of a guest that was ended, or whose QEMU ended, on this host.
+fn over(session: &Session) -> Error {
+    Error::failed(format!(
+        "guest {} ended on host {} while it was moving; where nobody ended it, see the log of its QEMU there",
+        session.guest.name,
+        host::name()
+    ))
 }
 
 /// What the operator asks of this migration, in its call or before it (`virsh migrate-setspeed`).

@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use ferry_tests::guest::beat::Listener;
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
 use ferry_tests::scene::Scene;
@@ -82,8 +81,7 @@ fn main() -> Result<()> {
 /// Runs one case: a turn to warm up, of which only what does not come to an end is kept, and the turns.
 fn run(lab: &Lab, case: &'static Case, turns: u32) -> Result<Summary> {
     let scene = Scene::start(lab, lab.host(1), (case.guest)(), NUMBER)?;
-    let namespace = PathBuf::from(format!("/proc/{}/ns/net", lab.switch().init()));
-    let listener = Listener::start(Some(&namespace))?;
+    let listener = lab.witness()?;
     let (one, two) = (lab.host(1), lab.host(2));
     let mut legs: Vec<Leg> = Vec::new();
     let routes = Route::ALL.len() as u32;
@@ -97,7 +95,7 @@ fn run(lab: &Lab, case: &'static Case, turns: u32) -> Result<Summary> {
             continue;
         }
         let slow = case.link_mbit.map(|mbit| Slow::to(lab, two, mbit)).transpose()?;
-        let leg = leg::run(&scene, &listener, one, two, route, case.limit)
+        let leg = leg::run(&scene, listener, one, two, route, case.limit)
             .with_context(|| format!("{}, {}", case.name, route.name()))?;
         drop(slow);
         if leg.finished {

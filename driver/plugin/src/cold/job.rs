@@ -1,0 +1,136 @@
+//! The job as users see it. A guest that is shut off has none of libvirt's, so what its cold migration is at is answered
+//! here alone.
+
+use super::sessions::{self, Session};
+use crate::libvirt::Domain;
+use ferry_contract::cold::journal::Role;
+use ferry_contract::control::Statistics;
+use std::os::raw::c_int;
+use std::sync::Arc;
+use std::time::Duration;
+use virt_sys::*;
+
+/// The cold migration of a guest away from here, for a user who may look at it.
+fn session(domain: Domain) -> Option<Arc<Session>> {
+    let session = sessions::by_uuid(Role::Source, domain.guest()?.uuid)?;
+    // Whether it runs is told to whom it may be told.
+    (!session.engine.is_gone() && domain.is_shut_off().is_ok()).then_some(session)
+}
+
+/// How far a guest is.
+pub struct Progress {
+    figures: Statistics,
+    elapsed: Duration,
+}
+
+/// How far the guest is, where its files move away from here.
+pub fn progress(domain: Domain) -> Option<Progress> {
+    let session = session(domain)?;
+    Some(Progress {
+        figures: session.engine.statistics(),
+        elapsed: session.started.elapsed(),
+    })
+}
+
+/// Cancels the cold migration of a guest away from here; `false` where there is none.
+pub fn cancel(domain: Domain) -> bool {
+    match session(domain).filter(|_| domain.may_migrate()) {
+        Some(session) => {
+            session.cancel();
+            true
+        }
+        None => false,
+    }
+}
+
+impl Progress {
+    fn processed(&self) -> u64 {
+        self.figures.total.saturating_sub(self.figures.remaining)
+    }
+
+    fn milliseconds(&self) -> u64 {
+        u64::try_from(self.elapsed.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// As libvirt's structure has it.
+    pub fn info(&self) -> virDomainJobInfo {
+        // SAFETY: a structure of integers, all of which may be 0.
+        let mut info: virDomainJobInfo = unsafe { std::mem::zeroed() };
+        info.type_ = VIR_DOMAIN_JOB_UNBOUNDED as c_int;
+        info.timeElapsed = self.milliseconds();
+        (info.dataTotal, info.fileTotal) = (self.figures.total, self.figures.total);
+        (info.dataProcessed, info.fileProcessed) = (self.processed(), self.processed());
+        (info.dataRemaining, info.fileRemaining) = (self.figures.remaining, self.figures.remaining);
+        info
+    }
+
+    /// As libvirt's typed list has it; the list is made, from malloc.
+    pub fn stats(&self, kind: &mut c_int, params: &mut virTypedParameterPtr, count: &mut c_int) {
+        *kind = VIR_DOMAIN_JOB_UNBOUNDED as c_int;
+        (*params, *count) = (std::ptr::null_mut(), 0);
+        let mut room = 0;
+        let Statistics {
+            total,
+            remaining,
+            bandwidth,
+            ..
+        } = self.figures;
+        let figures = [
+            (VIR_DOMAIN_JOB_TIME_ELAPSED, self.milliseconds()),
+            (VIR_DOMAIN_JOB_DATA_TOTAL, total),
+            (VIR_DOMAIN_JOB_DATA_PROCESSED, self.processed()),
+            (VIR_DOMAIN_JOB_DATA_REMAINING, remaining),
+            (VIR_DOMAIN_JOB_DISK_TOTAL, total),
+            (VIR_DOMAIN_JOB_DISK_PROCESSED, self.processed()),
+            (VIR_DOMAIN_JOB_DISK_REMAINING, remaining),
+            (VIR_DOMAIN_JOB_DISK_BPS, bandwidth),
+        ];
+        // SAFETY: a list that libvirt makes and extends; out of memory leaves it as it is.
+        unsafe {
+            let operation = VIR_DOMAIN_JOB_OPERATION.as_ptr();
+            virTypedParamsAddInt(
+                params,
+                count,
+                &mut room,
+                operation,
+                VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT as c_int,
+            );
+            for (name, value) in figures {
+                virTypedParamsAddULLong(params, count, &mut room, name.as_ptr(), value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_in_libvirts_fields() {
+        let progress = Progress {
+            figures: Statistics {
+                total: 100,
+                remaining: 40,
+                ..Default::default()
+            },
+            elapsed: Duration::from_secs(2),
+        };
+        let info = progress.info();
+        assert_eq!(
+            (info.dataTotal, info.fileProcessed, info.timeElapsed),
+            (100, 60, 2000)
+        );
+        let (mut kind, mut params, mut count) = (0, std::ptr::null_mut(), 0);
+        // SAFETY: libvirt's thread-local error needs its one-time set-up; the list is freed here.
+        unsafe {
+            assert_eq!(virInitialize(), 0);
+            progress.stats(&mut kind, &mut params, &mut count);
+            let mut value = 0;
+            let name = VIR_DOMAIN_JOB_DISK_PROCESSED.as_ptr();
+            assert_eq!(virTypedParamsGetULLong(params, count, name, &mut value), 1);
+            assert_eq!((kind, value), (VIR_DOMAIN_JOB_UNBOUNDED as c_int, 60));
+            virTypedParamsFree(params, count);
+        }
+    }
+}

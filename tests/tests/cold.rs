@@ -1,0 +1,287 @@
+//! Guests that are shut off move with everything they own, and arrive byte for byte.
+
+use std::fs;
+
+use anyhow::{ensure, Context, Result};
+use ferry_tests::cold::{same_files, serial, Content, Guest, IMAGES};
+use ferry_tests::host::Host;
+use ferry_tests::lab::{Lab, Options};
+
+/// The simplest guest: one sparse raw disk, there by libvirt's client, back by its daemon.
+#[test]
+fn a_guest_moves_with_its_disk_and_back() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let before = [one.guests_files()?, two.guests_files()?];
+        let disk = format!("{IMAGES}/plain.img");
+        Content::sparse(64).write(one, &disk)?;
+        Guest::new("plain").disk("vda", "raw", &disk).define(one)?;
+        let (digest, allocated) = (one.sha256(&disk)?, one.allocated(&disk)?);
+
+        for (from, to, other, options) in [
+            (one, two, &before[0], &["--undefinesource"][..]),
+            (two, one, &before[1], &["--undefinesource", "--p2p"]),
+        ] {
+            from.move_cold("plain", to, options)?;
+            to.has_shut_off("plain")?;
+            ensure!(
+                to.sha256(&disk)? == digest,
+                "the disk is another on {}",
+                to.name()
+            );
+            let taken = to.allocated(&disk)?;
+            ensure!(
+                taken * 100 <= allocated * 102,
+                "{taken} bytes taken up, {allocated} before"
+            );
+            ensure!(
+                from.state("plain")?.is_none(),
+                "{} still knows the guest",
+                from.name()
+            );
+            same_files(other, &from.guests_files()?).with_context(|| from.name().to_owned())?;
+            to.boots(lab, "plain")?;
+            lab.assert_clean(1)?;
+            lab.assert_clean(2)?;
+        }
+        Ok(())
+    })
+}
+
+/// Runs a script in a host; it ends at its first failure.
+fn shell(host: &Host, script: &str) -> Result<String> {
+    host.run(&["sh", "-ec", script])
+}
+
+/// The digests of these files.
+fn digests(host: &Host, files: &[&str]) -> Result<Vec<String>> {
+    files.iter().map(|file| host.sha256(file)).collect()
+}
+
+/// Layers that name each other, data beside its image, snapshots inside images, their metadata, autostart.
+#[test]
+fn chains_data_files_and_snapshots() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let before = [one.guests_files()?, two.guests_files()?];
+        let [base, mid, top] =
+            ["a/base.raw", "a/mid.qcow2", "top.qcow2"].map(|name| format!("{IMAGES}/{name}"));
+        let [image, data] = ["data.qcow2", "d/data.raw"].map(|name| format!("{IMAGES}/{name}"));
+        Content::sparse(64).write(one, &base)?;
+        // Directories are the administrator's business.
+        two.run(&["mkdir", &format!("{IMAGES}/a"), &format!("{IMAGES}/d")])?;
+        shell(
+            one,
+            &format!(
+                "cd {IMAGES}; mkdir d
+                 qemu-img create -q -f qcow2 -b base.raw -F raw a/mid.qcow2
+                 qemu-io -c 'write -P 7 20M 1M' -f qcow2 a/mid.qcow2
+                 qemu-img create -q -f qcow2 -b {mid} -F qcow2 top.qcow2
+                 qemu-io -c 'write -P 8 21M 1M' -f qcow2 top.qcow2
+                 qemu-img create -q -f qcow2 -o data_file=d/data.raw,data_file_raw=on data.qcow2 16M
+                 qemu-io -c 'write -P 9 3M 5M' -f qcow2 data.qcow2"
+            ),
+        )?;
+        Guest::new("layers").disk("vda", "qcow2", &top).define(one)?;
+        // libvirt takes snapshots of all disks or none, and QEMU none of one with a data file.
+        Guest::new("data").disk("vda", "qcow2", &image).define(one)?;
+        one.virsh(&["snapshot-create-as", "layers", "first"])?;
+        shell(one, &format!("qemu-io -c 'write -P 10 22M 1M' -f qcow2 {top}"))?;
+        one.virsh(&["snapshot-create-as", "layers", "second"])?;
+        one.virsh(&["autostart", "layers"])?;
+        let files = [&base, &mid, &top, &image, &data].map(String::as_str);
+        let digest = digests(one, &files)?;
+
+        for (from, to, other, options) in [
+            (one, two, &before[0], &["--undefinesource", "--p2p"][..]),
+            (two, one, &before[1], &["--undefinesource"]),
+        ] {
+            for guest in ["layers", "data"] {
+                from.move_cold(guest, to, options)?;
+                to.has_shut_off(guest)?;
+            }
+            ensure!(digests(to, &files)? == digest, "files differ on {}", to.name());
+            let chain = to.run(&["qemu-img", "info", "--backing-chain", "-f", "qcow2", &top])?;
+            ensure!(chain.matches("image: ").count() == 3, "{chain}");
+            to.run(&["qemu-img", "check", "-q", "-f", "qcow2", &top])?;
+            let snapshots = to.virsh(&["snapshot-list", "layers", "--name", "--topological"])?;
+            let current = to.virsh(&["snapshot-current", "layers", "--name"])?;
+            ensure!(
+                snapshots.split_whitespace().eq(["first", "second"]) && current == "second",
+                "{snapshots}, current {current}"
+            );
+            ensure!(
+                to.virsh(&["dominfo", "layers"])?
+                    .lines()
+                    .any(|line| line.split_whitespace().eq(["Autostart:", "enable"])),
+                "it does not start with {}",
+                to.name()
+            );
+            same_files(other, &from.guests_files()?).with_context(|| from.name().to_owned())?;
+        }
+        // What libvirt was told is so: it can go back, and the guests run.
+        one.virsh(&["snapshot-revert", "layers", "first"])?;
+        let reverted = shell(one, &format!("qemu-io -c 'read -P 0 22M 1M' -f qcow2 {top}"))?;
+        ensure!(!reverted.contains("verification failed"), "{reverted}");
+        one.boots(lab, "layers")?;
+        serial(&lab.share().join("data.serial"))?;
+        one.virsh(&["start", "data"])?;
+        one.ends("data")?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+/// A block device on each host, at one path: what a logical volume is to a guest. It ends with the lab.
+fn device(host: &Host, mib: u64) -> Result<()> {
+    // Held open, a loop device that is let go of is freed with its last holder.
+    shell(
+        host,
+        &format!(
+            "truncate -s {mib}M /run/volume
+             device=$(losetup --find --show /run/volume)
+             ln -s $device {DEVICE}
+             setsid sleep infinity <$device >/dev/null 2>&1 &
+             while ! losetup -d $device; do sleep 0.1; done"
+        ),
+    )
+    .map(drop)
+}
+
+const DEVICE: &str = "/dev/ferry-volume";
+
+/// Firmware's variables, TPM, a block device, a pool's volume, a CD; under another name, and one disk elsewhere.
+#[test]
+fn firmware_tpm_devices_and_pools() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let before = one.guests_files()?;
+        for host in [one, two] {
+            device(host, 24)?;
+            shell(
+                host,
+                "mkdir -p /srv/pool; virsh pool-create-as pool dir --target /srv/pool",
+            )?;
+        }
+        fs::write(lab.share().join("cd.iso"), [1; 4096])?;
+        let (plain, elsewhere) = (format!("{IMAGES}/full.img"), "/srv/elsewhere/full.img");
+        let variables = "/var/lib/libvirt/qemu/nvram/full_VARS.fd";
+        Content::sparse(32).write(one, &plain)?;
+        Content::sparse(24).write(one, DEVICE)?;
+        Content::sparse(16).write(one, "/srv/pool/volume.img")?;
+        one.virsh(&["pool-refresh", "pool"])?;
+        let guest = Guest::new("full")
+            .uefi(variables)
+            .disk("vda", "raw", &plain)
+            .block("vdb", DEVICE)
+            .volume("vdc", "pool", "volume.img")
+            .device(
+                "<disk type='file' device='cdrom'><source file='/lab/cd.iso'/><target dev='sda' bus='sata'/><readonly/></disk>\
+                 <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>",
+            );
+        guest.define(one)?;
+        // Its first start makes variables and TPM state.
+        serial(&lab.share().join("full.serial"))?;
+        one.virsh(&["start", "full"])?;
+        one.wait_for_state("full", "running")?;
+        one.ends("full")?;
+        let uuid = one.virsh(&["domuuid", "full"])?;
+        let tpm = format!("/var/lib/libvirt/swtpm/{uuid}/tpm2/tpm2-00.permall");
+        let there = [&plain, DEVICE, "/srv/pool/volume.img", variables, &tpm];
+        let digest = digests(one, &there)?;
+        let owner = |host: &Host| {
+            shell(
+                host,
+                &format!("stat -c '%a %U:%G' {tpm} {variables} $(dirname {tpm})"),
+            )
+        };
+        let owned = owner(one)?;
+
+        let xml = one.virsh(&["dumpxml", "full", "--migratable", "--inactive"])?;
+        fs::write(lab.share().join("full.xml"), xml.replace(&plain, elsewhere))?;
+        shell(two, "mkdir -p /srv/elsewhere")?;
+        let options = [
+            "--undefinesource",
+            "--dname",
+            "fuller",
+            "--xml",
+            "/lab/full.xml",
+            "--persistent-xml",
+            "/lab/full.xml",
+        ];
+        one.move_cold("full", two, &options)?;
+        two.has_shut_off("fuller")?;
+        let here = [elsewhere, DEVICE, "/srv/pool/volume.img", variables, &tpm];
+        ensure!(digests(two, &here)? == digest, "files differ");
+        ensure!(owner(two)? == owned, "{} was {owned}", owner(two)?);
+        ensure!(
+            two.virsh(&["vol-list", "pool"])?.contains("volume.img"),
+            "the pool was not refreshed"
+        );
+        ensure!(one.state("full")?.is_none() && !one.virsh(&["vol-list", "pool"])?.contains("volume.img"));
+        same_files(&before, &one.guests_files()?)?;
+        serial(&lab.share().join("full.serial"))?;
+        two.virsh(&["start", "fuller"])?;
+        two.wait_for_state("fuller", "running")?;
+        two.ends("fuller")?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}
+
+/// What the destination has is not copied, what both see is left alone, what others need stays, and without
+/// --undefinesource everything does.
+#[test]
+fn bases_shared_files_and_others() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let [base, top, sibling] =
+            ["base.raw", "top.qcow2", "sibling.qcow2"].map(|name| format!("{IMAGES}/{name}"));
+        Content::sparse(64).write(one, &base)?;
+        let overlay = format!("qemu-img create -q -f qcow2 -b {base} -F raw");
+        shell(
+            one,
+            &format!("{overlay} {top}; {overlay} {sibling}; qemu-io -c 'write -P 7 5M 1M' -f qcow2 {top}"),
+        )?;
+        Content::sparse(8).write(one, "/lab/shared.img")?;
+        Guest::new("inc")
+            .disk("vda", "qcow2", &top)
+            .disk("vdb", "raw", "/lab/shared.img")
+            .define(one)?;
+        Guest::new("sibling").disk("vda", "qcow2", &sibling).define(one)?;
+        let digest = digests(one, &[&base, &top, "/lab/shared.img"])?;
+
+        // All of it: the base goes along, and stays for the sibling.
+        one.move_cold("inc", two, &["--undefinesource"])?;
+        ensure!(
+            digests(two, &[&base, &top, "/lab/shared.img"])? == digest,
+            "files differ"
+        );
+        ensure!(
+            one.has(&base) && !one.has(&top),
+            "the base, or the overlay, is not where it should be"
+        );
+        two.boots(lab, "inc")?;
+        // Back: the base is there. The copy of the guest that stays behind is whole.
+        let digest = digests(two, &[&base, &top, "/lab/shared.img"])?;
+        let back = two.underway(
+            "inc",
+            one,
+            &["--offline", "--persistent", "--copy-storage-inc"],
+            &[],
+        )?;
+        back.succeeds()?;
+        for host in [one, two] {
+            host.has_shut_off("inc")?;
+            ensure!(
+                digests(host, &[&base, &top, "/lab/shared.img"])? == digest,
+                "files differ on {}",
+                host.name()
+            );
+        }
+        one.boots(lab, "sibling")?;
+        one.boots(lab, "inc")?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
+}

@@ -1,0 +1,276 @@
+//! Whoever takes part in a cold migration may vanish in any step. Afterwards the guest is whole at exactly one host and starts
+//! on no other, a second try succeeds, and no file is left that is not the guest's.
+
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use ferry_tests::cold::{same_files, Content, Guest, IMAGES};
+use ferry_tests::fault::{engine, names, signal, Cut};
+use ferry_tests::host::Host;
+use ferry_tests::lab::{Lab, Options};
+use ferry_tests::link::Slow;
+use ferry_tests::phases::{Phases, COLD, PROTECTED};
+use ferry_tests::wait::{wait_for, wait_until};
+use nix::sys::signal::Signal::SIGKILL;
+
+/// What the slow link lets through, Mbit a second: the guest's 40 MiB take four seconds.
+const LINK: u32 = 80;
+/// For a migration that was interrupted to be brought to an end: the engines' time limits and some more.
+const SETTLE: Duration = Duration::from_secs(150);
+
+/// A guest at host1, and what both hosts looked like with it and without.
+struct Scene<'a> {
+    lab: &'a Lab,
+    one: &'a Host,
+    two: &'a Host,
+    there: Vec<String>,
+    nowhere: [Vec<String>; 2],
+    digest: String,
+}
+
+fn disk() -> String {
+    format!("{IMAGES}/g.img")
+}
+
+impl<'a> Scene<'a> {
+    fn new(lab: &'a Lab) -> Result<Self> {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let nowhere = [one.guests_files()?, two.guests_files()?];
+        Content::dense(64, 40).write(one, &disk())?;
+        Guest::new("g").disk("vda", "raw", &disk()).define(one)?;
+        Ok(Scene {
+            lab,
+            one,
+            two,
+            there: one.guests_files()?,
+            nowhere,
+            digest: one.sha256(&disk())?,
+        })
+    }
+
+    /// The guest is whole at host1 and not at host2, which keeps nothing but what a second try takes up.
+    fn is_at_the_source(&self) -> Result<()> {
+        self.one.has_shut_off("g")?;
+        ensure!(self.one.sha256(&disk())? == self.digest, "the disk has changed");
+        ensure!(self.two.state("g")?.is_none(), "host2 knows the guest too");
+        ensure!(!self.two.has(&disk()), "host2 has its disk");
+        Ok(())
+    }
+
+    /// The guest is whole at host2, and host1 is as if it had never been there.
+    fn is_at_the_destination(&self) -> Result<()> {
+        self.two.has_shut_off("g")?;
+        ensure!(self.two.sha256(&disk())? == self.digest, "the disk has changed");
+        ensure!(self.one.state("g")?.is_none(), "host1 knows the guest too");
+        same_files(&self.nowhere[0], &self.one.guests_files()?).context("host1")?;
+        same_files(&self.there, &self.two.guests_files()?).context("host2")
+    }
+
+    /// Nothing of ours is left, also no engine that waits for another to ask.
+    fn is_clean(&self) -> Result<()> {
+        for number in [1, 2] {
+            wait_until("a clean host", SETTLE, || {
+                Ok(self.lab.assert_clean(number).is_ok())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Tries again until it moves: the first tries may find what died not yet buried. Then it comes back.
+    fn moves_again(&self) -> Result<()> {
+        let mut last = String::new();
+        let moved = wait_until("a second try to succeed", SETTLE, || {
+            match self.one.move_cold("g", self.two, &["--undefinesource"]) {
+                Ok(()) => Ok(true),
+                Err(error) => {
+                    last = format!("{error:#}");
+                    println!("not yet: {last}");
+                    self.is_at_the_source()?;
+                    std::thread::sleep(Duration::from_secs(1));
+                    Ok(false)
+                }
+            }
+        });
+        moved.with_context(|| last)?;
+        self.is_at_the_destination()?;
+        self.comes_back()
+    }
+
+    fn comes_back(&self) -> Result<()> {
+        self.two.move_cold("g", self.one, &["--undefinesource"])?;
+        same_files(&self.there, &self.one.guests_files()?).context("host1")?;
+        same_files(&self.nowhere[1], &self.two.guests_files()?).context("host2")
+    }
+
+    /// Interrupts the pull, and returns what virsh said.
+    fn interrupted(&self, options: &[&str], fault: impl FnOnce() -> Result<()>) -> Result<String> {
+        let slow = Slow::to(self.lab, self.two, LINK)?;
+        let mut underway = self
+            .one
+            .begin_cold("g", self.two, &[&["--undefinesource"], options].concat())?;
+        underway.wait_for_job("files to be on their way", |job| {
+            job.figure("disk_processed") > 4 << 20
+        })?;
+        fault()?;
+        drop(slow);
+        let said = underway.fails()?;
+        println!("{said}");
+        Ok(said)
+    }
+
+    fn kill(&self, host: &Host, name: &str) -> Result<()> {
+        let process = host
+            .processes_named(name)?
+            .pop()
+            .with_context(|| format!("no {name}"))?;
+        signal(&process, SIGKILL)
+    }
+
+    /// The journals are gone: nothing is open.
+    fn settles(&self) -> Result<()> {
+        for host in [self.one, self.two] {
+            wait_for("migrations to be brought to an end", SETTLE, || {
+                let output = host.exec(&["virt-ferry", "recover"])?;
+                Ok(output.status.success().then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn engines_die_while_files_are_on_their_way() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        for options in [&[][..], &["--p2p"]] {
+            let said = scene.interrupted(options, || signal(&engine(scene.one)?, SIGKILL))?;
+            names(&said, &["host"])?;
+            scene.is_at_the_source()?;
+            scene.moves_again().context("after the source's engine")?;
+        }
+        let said = scene.interrupted(&[], || signal(&engine(scene.two)?, SIGKILL))?;
+        names(&said, &["engine", "host2"])?;
+        scene.is_at_the_source()?;
+        scene.moves_again().context("after the destination's engine")?;
+        scene.is_clean()
+    })
+}
+
+#[test]
+fn daemons_die_while_files_are_on_their_way() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        scene.interrupted(&[], || scene.one.restart_libvirtd(true))?;
+        scene.is_at_the_source()?;
+        scene.moves_again().context("after the source's daemon")?;
+        scene.interrupted(&["--p2p"], || scene.two.restart_libvirtd(true))?;
+        scene.is_at_the_source()?;
+        scene.moves_again().context("after the destination's daemon")?;
+        scene.is_clean()
+    })
+}
+
+/// The operator may end it, by hand or with Ctrl-C.
+#[test]
+fn it_is_given_up() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        for options in [&[][..], &["--p2p"]] {
+            let said = scene.interrupted(options, || scene.one.virsh(&["domjobabort", "g"]).map(drop))?;
+            names(&said, &["canceled by client"])?;
+            scene.is_at_the_source()?;
+            scene.settles()?;
+            scene.one.boots(lab, "g")?;
+        }
+        scene.moves_again()?;
+        scene.is_clean()
+    })
+}
+
+/// A connection that is cut goes on where it was.
+#[test]
+fn the_network_is_cut_for_a_moment() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let slow = Slow::to(lab, scene.two, LINK)?;
+        let mut underway = scene.one.begin_cold("g", scene.two, &["--undefinesource"])?;
+        underway.wait_for_job("files to be on their way", |job| {
+            job.figure("disk_processed") > 4 << 20
+        })?;
+        let cut = Cut::reset(scene.one)?;
+        std::thread::sleep(Duration::from_secs(2));
+        drop(cut);
+        drop(slow);
+        underway.succeeds()?;
+        scene.is_at_the_destination()?;
+        scene.comes_back()?;
+        scene.is_clean()
+    })
+}
+
+/// Between two phases: by a client that stops there.
+#[test]
+fn they_die_between_the_phases() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let (one, two) = (scene.one, scene.two);
+        let prepared = || -> Result<Phases> {
+            let mut client = Phases::of(lab, "g", one, two, COLD | PROTECTED)?;
+            let (xml, cookie) = client.begin()?;
+            // While it is between two hosts, it starts on none.
+            let said = one.exec(&["virsh", "start", "g"])?;
+            let said = String::from_utf8_lossy(&said.stderr).into_owned();
+            ensure!(said.contains("it is being moved"), "{said}");
+            client.prepare(&xml, &cookie)?.map_err(anyhow::Error::msg)?;
+            Ok(client)
+        };
+        for (what, fault) in [
+            (
+                "the source's engine",
+                &(|| signal(&engine(one)?, SIGKILL)) as &dyn Fn() -> Result<()>,
+            ),
+            ("the destination's engine", &|| signal(&engine(two)?, SIGKILL)),
+            ("the destination's daemon", &|| two.restart_libvirtd(true)),
+        ] {
+            let mut client = prepared()?;
+            fault()?;
+            let finished = client.finish(None, false)?;
+            println!("{what}: {finished:?}");
+            ensure!(finished.is_err(), "Finish succeeded without {what}");
+            let _ = client.confirm(None, true)?;
+            scene.is_at_the_source().context(what)?;
+            scene.moves_again().context(what)?;
+        }
+
+        // The guest is the destination's, and the source's daemon dies before it has heard of it from the client.
+        let mut client = prepared()?;
+        client.finish(None, false)?.map_err(anyhow::Error::msg)?;
+        let daemon = one.processes_named("libvirtd")?.pop().context("no libvirtd")?;
+        signal(&daemon, SIGKILL)?;
+        one.restart_libvirtd(true)?;
+        let said = one.exec(&["virsh", "start", "g"])?;
+        ensure!(!said.status.success(), "the guest starts on both hosts");
+        scene.settles()?;
+        scene
+            .is_at_the_destination()
+            .context("after the source's daemon")?;
+        scene.comes_back()?;
+        scene.is_clean()
+    })
+}
+
+/// Nobody is left to go on with what was pulled: it is removed.
+#[test]
+fn the_client_is_killed() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        scene.interrupted(&[], || scene.kill(scene.one, "virsh"))?;
+        scene.is_at_the_source()?;
+        wait_until("the destination to be as before", SETTLE, || {
+            Ok(scene.two.state("g")?.is_none()
+                && same_files(&scene.nowhere[1], &scene.two.guests_files()?).is_ok())
+        })?;
+        scene.moves_again()?;
+        scene.is_clean()
+    })
+}
