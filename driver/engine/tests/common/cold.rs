@@ -15,6 +15,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -134,6 +135,7 @@ pub struct Scene {
     pub encryption: Encryption,
     pub incremental: bool,
     pub media: Vec<ferry_contract::cold::Medium>,
+    pub ports: (u16, u16),
     /// The destination's path of a file, where it is not the one of the same name.
     pub elsewhere: Vec<(PathBuf, PathBuf)>,
 }
@@ -156,9 +158,18 @@ impl Default for Scene {
             encryption: Encryption::Always,
             incremental: false,
             media: Vec::new(),
+            ports: ports(),
             elsewhere: Vec::new(),
         }
     }
+}
+
+/// Ports of one scene's own: a recovery listens where the engine that died did, and nobody else must have come there. Not
+/// those of a real host, whose engines may be at work.
+fn ports() -> (u16, u16) {
+    static SCENES: AtomicU16 = AtomicU16::new(0);
+    let first = 47000 + SCENES.fetch_add(1, Relaxed) % 100 * 8;
+    (first, first + 7)
 }
 
 impl Scene {
@@ -182,8 +193,7 @@ impl Scene {
             certificates: None,
             encryption: self.encryption,
             streams: 1,
-            // Not those of a real host, whose engines may be at work.
-            ports: (47000, 47999),
+            ports: self.ports,
             auto_converge: true,
             verify_memory: false,
             runtime_directory: self.directory.path().into(),
