@@ -436,7 +436,7 @@ fn ended_under_way() -> Result<()> {
 
             let (_slow, moving) = begun(lab, name, options, stage)?;
             one.virsh(&["destroy", name])?;
-            names(&moving.fails()?, &[name, "ended on host host1"])?;
+            names(&moving.fails()?, &[name, "host1"])?;
             for (number, host) in [(1, one), (2, two)] {
                 ensure!(host.state(name)?.is_none(), "{} still knows {name}", host.name());
                 lab.assert_clean(number)?;
