@@ -283,7 +283,7 @@ fn unwanted(lab: &Lab) -> Result<Scene<'_>> {
 fn given_up_before_anything_moves() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
-        let scene = unwanted(lab)?;
+        let scene = Scene::start(lab, one, usual("unwanted"), 1)?;
         let abort = || one.virsh(&["domjobabort", scene.name()]);
 
         // Reservation: the destination has not been asked yet, or has just been asked.
