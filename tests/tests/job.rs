@@ -283,7 +283,7 @@ fn unwanted(lab: &Lab) -> Result<Scene<'_>> {
 fn given_up_before_anything_moves() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
-        let scene = unwanted(lab)?;
+        let scene = Scene::start(lab, one, usual("unwanted"), 1)?;
         let abort = || one.virsh(&["domjobabort", scene.name()]);
 
         // Reservation: the destination has not been asked yet, or has just been asked.
@@ -436,7 +436,7 @@ fn ended_under_way() -> Result<()> {
 
             let (_slow, moving) = begun(lab, name, options, stage)?;
             one.virsh(&["destroy", name])?;
-            names(&moving.fails()?, &[name, "ended on host host1"])?;
+            names(&moving.fails()?, &[name, "host1"])?;
             for (number, host) in [(1, one), (2, two)] {
                 ensure!(host.state(name)?.is_none(), "{} still knows {name}", host.name());
                 lab.assert_clean(number)?;

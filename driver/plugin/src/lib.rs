@@ -7,7 +7,7 @@
 //!  │ interpose/ │ ────────────▶ │ the real libvirt│
 //!  └─────┬──────┘               └────────▲────────┘
 //!  ┌─────▼──────┐  phases (libvirt/)     │
-//!  │   live/    │ ───────────────────────┘
+//!  │ live/ cold/│ ───────────────────────┘
 //!  └─────┬──────┘
 //!  ┌─────▼──────┐  one engine process a migration
 //!  │   engine   │ ═══════▶ virt-ferry-engine

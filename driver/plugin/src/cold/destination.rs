@@ -297,6 +297,12 @@ pub fn finish(
         .filter(|_| connection.is_qemu() && connection.may_write())
         .and_then(|name| sessions::by_name(Role::Destination, name));
     let Some(session) = session else {
+        // libvirt's own would register a guest whose files are not here.
+        if !cancelled && connection.is_qemu() && configuration().is_some() {
+            return Err(here(
+                "this migration was given up here, or the daemon was restarted: try again",
+            ));
+        }
         return own(cancelled);
     };
     let _held = recovery::hold(session.guest.uuid)?;

@@ -191,8 +191,11 @@ fn through_engine(
         Err(failure) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
             return phase::perform(domain, None, &towards(Path::new("/nonexistent")), cookie, native)
         }
-        Err(_) if domain.is_over() => return Err(give_up(over(session))),
-        Err(failure) => return Err(give_up(failure.into())),
+        Err(failure) => {
+            let error = give_up(failure.into());
+            // The engine may have noticed before libvirt has.
+            return Err(if domain.is_over() { over(session) } else { error });
+        }
     };
     let performed = phase::perform(domain, None, &towards(&socket), cookie, native);
     // The engine removes it, too, but it may have died.
