@@ -103,6 +103,7 @@ impl Host {
         Ok(Underway {
             from: self,
             domain: domain.to_owned(),
+            offline: false,
             child: Some(child),
         })
     }
