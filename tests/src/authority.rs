@@ -97,7 +97,11 @@ impl Authority {
     ) -> Result<()> {
         let mut params = params(subject, names, validity)?;
         params.serial_number = Some(SerialNumber::from(SERIAL));
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // QEMU 10.0 insists on both.
+        params.key_usages = vec![
+            KeyUsagePurpose::DigitalSignature,
+            KeyUsagePurpose::KeyEncipherment,
+        ];
         params.extended_key_usages = vec![match purpose {
             Purpose::Server => ExtendedKeyUsagePurpose::ServerAuth,
             Purpose::Client => ExtendedKeyUsagePurpose::ClientAuth,

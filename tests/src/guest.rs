@@ -69,6 +69,8 @@ pub enum Backing {
     Memfd,
     /// Anonymous memory, by name.
     Anonymous,
+    /// Huge pages, shared.
+    HugePages,
     /// What the host chooses: the definition says nothing.
     Unsaid,
 }

@@ -24,6 +24,7 @@ pub mod cold;
 pub mod fault;
 pub mod guest;
 pub mod host;
+pub mod huge_pages;
 pub mod lab;
 pub mod link;
 pub mod monitor;

@@ -91,6 +91,7 @@ fn block(name: &str, size: u64, resident: u64) -> Block {
         name: name.into(),
         size,
         resident,
+        page: PAGE,
     }
 }
 
@@ -109,6 +110,14 @@ fn written() -> Result<Vec<String>> {
             Encryption::Certificates,
             Vec::new(),
             vec![block("pc.ram", PAGE, 0)],
+        ),
+        (
+            Encryption::Always,
+            vec![0x30; 400],
+            vec![Block {
+                page: 2 << 20,
+                ..block("ram-node0", 1 << 30, 1 << 30)
+            }],
         ),
         (Encryption::Always, vec![0xff; 8190], many.collect()),
         (

@@ -98,6 +98,7 @@ fn attacked(scene: &Scene, cause: &str, attack: impl FnOnce(&Source) -> Result<(
         encryption: Encryption::Always,
         certificate: identity.certificate().to_vec(),
         blocks: vec![Block {
+            page: PAGE,
             name: "pc.ram".into(),
             size: RAM,
             resident: RAM,

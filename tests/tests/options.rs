@@ -1,5 +1,6 @@
 //! What an operator may ask of a migration, asked for: the engine moves the guest, and does as it is told.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -176,7 +177,7 @@ fn an_io_error_ends_the_migration_where_asked() -> Result<()> {
         for host in [one, two] {
             host.run(&["mkdir", "-m", "755", "/run/small"])?;
             host.run(&["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", "/run/small"])?;
-            image(host, DISK, 32)?;
+            host.image(DISK, 32)?;
         }
         let guest = usual("writer").disk(DISK, "raw").disk_load(32, Rate(60));
         let _scene = Scene::start(lab, one, guest, 1)?;

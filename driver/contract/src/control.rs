@@ -171,6 +171,8 @@ pub enum Request {
         memory_directory: PathBuf,
         /// Bytes already promised to other migrations in flight and not yet resident.
         promised: u64,
+        /// Bytes of huge pages promised to other migrations whose QEMU has not started yet.
+        promised_huge: u64,
         /// The configuration in force.
         settings: Settings,
     },

@@ -35,6 +35,9 @@ const MAX_CERTIFICATE: usize = 8 << 10;
 /// The largest block accepted, in bytes: far beyond what x86 can address, far from overflowing a sum.
 const MAX_BLOCK_SIZE: u64 = 1 << 52;
 
+/// The largest page accepted, in bytes: the largest there is.
+const MAX_PAGE: u64 = 1 << 34;
+
 /// What the source's Begin says: this guest can move through the engines.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
@@ -269,11 +272,15 @@ impl Offer {
             // Writing to a String cannot fail.
             let _ = write!(
                 xml,
-                "<ferry:memory block='{}' size='{}' resident='{}'/>",
+                "<ferry:memory block='{}' size='{}' resident='{}'",
                 escape(&block.name),
                 block.size,
                 block.resident
             );
+            if block.is_huge() {
+                let _ = write!(xml, " page='{}'", block.page);
+            }
+            xml.push_str("/>");
         }
         xml.push_str("</ferry:offer>");
         xml
@@ -357,12 +364,15 @@ fn block(head: &Attributes) -> Result<Block, Error> {
         name: head.text("block")?.to_owned(),
         size: head.parsed("size")?,
         resident: head.parsed("resident")?,
+        page: head.optional("page")?.unwrap_or(PAGE),
     };
     let sane = !block.name.is_empty()
         && block.name.len() <= 255
         && block.size > 0
         && block.size <= MAX_BLOCK_SIZE
-        && block.size.is_multiple_of(PAGE)
+        && (PAGE..=MAX_PAGE).contains(&block.page)
+        && block.page.is_power_of_two()
+        && block.size.is_multiple_of(block.page)
         && block.resident <= block.size;
     sane.then_some(block)
         .ok_or_else(|| Error::Element("a memory block has an impossible name or size".into()))
@@ -517,11 +527,13 @@ mod tests {
                     name: "pc.ram".into(),
                     size: 1 << 30,
                     resident: 1 << 20,
+                    page: 2 << 20,
                 },
                 Block {
                     name: "odd<>&'\" name".into(),
                     size: PAGE,
                     resident: 0,
+                    page: PAGE,
                 },
             ],
         }
@@ -610,6 +622,10 @@ mod tests {
             ("size='4096'", "size='-1'"),
             ("size='4096'", "size='99999999999999999999'"),
             ("resident='0'", "resident='8192'"),
+            ("page='2097152'", "page='0'"),
+            ("page='2097152'", "page='3145728'"),
+            ("page='2097152'", "page='2147483648'"),
+            ("page='2097152'", "page='99999999999999999999'"),
             ("block='pc.ram'", "block=''"),
             ("block='pc.ram' ", ""),
         ] {

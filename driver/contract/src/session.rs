@@ -135,6 +135,15 @@ pub struct Block {
     pub size: u64,
     /// Bytes that are resident on the source; the destination reserves that much.
     pub resident: u64,
+    /// Bytes of the pages it is made of on the source: [`PAGE`], or a huge page's (hugetlbfs).
+    pub page: u64,
+}
+
+impl Block {
+    /// Whether it is made of huge pages that the host keeps apart from all other memory.
+    pub fn is_huge(&self) -> bool {
+        self.page > PAGE
+    }
 }
 
 #[cfg(test)]

@@ -30,6 +30,13 @@ impl Attributes {
             .parse()
             .map_err(|_| Malformed(format!("attribute {name} cannot be read")))
     }
+
+    pub(crate) fn optional<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, Malformed> {
+        match self.0.iter().any(|(key, _)| key == name) {
+            true => self.parsed(name).map(Some),
+            false => Ok(None),
+        }
+    }
 }
 
 /// What a reference (`&amp;`, `&#10;`) stands for.

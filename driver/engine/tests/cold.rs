@@ -103,8 +103,29 @@ fn everything_moves_as_it_was() {
     assert!(!scene.destination().join("pages.raw").exists());
     assert_eq!(scene.journal(Role::Destination).unwrap().state, State::Ready);
 
+    // What remains never grows, once it is known: a percentage that people can believe.
+    let begun = destination.remaining.iter().position(|left| *left > 0);
+    let remaining = &destination.remaining[begun.unwrap_or_default()..];
+    assert!(remaining.is_sorted_by(|one, two| one >= two), "{remaining:?}");
+
     let deleted = conclude(&scene, source, destination, &[]);
     assert_eq!(deleted.deleted.len(), 5, "{deleted:?}");
+    for role in ["source", "destination"] {
+        let record = scene
+            .directory
+            .path()
+            .join(format!("logs/g-{}-{role}.json", offer.session));
+        let told = Command::new(env!("CARGO_BIN_EXE_virt-ferry-engine"))
+            .arg("report")
+            .arg(&record)
+            .output()
+            .unwrap();
+        let told = String::from_utf8(told.stdout).unwrap();
+        assert!(
+            told.contains("g, shut off, moved from host1 to host2 in") && told.contains("5 of 5 files moved"),
+            "{told}"
+        );
+    }
     for (path, (digest, size)) in files.iter().zip(&before) {
         let there = scene
             .destination()

@@ -159,7 +159,11 @@ fn hugetlbfs_is_written_tracked_and_punched() {
     raw.set_len(4 * HUGE).expect("a size");
     let ram = Ram::map(raw, PathBuf::from("huge"), 4 * HUGE);
     assert_eq!(ram.file.backing(), Backing::Hugetlbfs { page: HUGE });
-    assert_eq!(extents(&ram.file, 0..2048), [0..2048; 1], "no holes by lseek(2)");
+    assert_eq!(
+        extents(&ram.file, 0..2048),
+        [],
+        "a mapping claims and makes nothing"
+    );
 
     let bytes: Vec<u8> = (0..HUGE as usize + 5).map(|index| index as u8 | 1).collect();
     ram.file.write_at(HUGE - 3, &bytes).expect("writing");
@@ -170,6 +174,12 @@ fn hugetlbfs_is_written_tracked_and_punched() {
     let mut hole = [7; 16];
     ram.file.read_at(3 * HUGE, &mut hole).expect("reading a hole");
     assert_eq!((hole, ram.file.resident().expect("fstat")), ([0; 16], 3 * HUGE));
+    assert_eq!(extents(&ram.file, 0..2048), [0..1536; 1]);
+    assert_eq!(
+        extents(&ram.file, 700..1600),
+        [700..1536; 1],
+        "the ends need not be those of pages"
+    );
 
     let mut child = ram.serve();
     for page in [0, 512, 1024] {
@@ -196,6 +206,8 @@ fn hugetlbfs_is_written_tracked_and_punched() {
 
     ram.file.punch(HUGE..2 * HUGE).expect("punching");
     assert_eq!(ram.file.resident().expect("fstat"), 3 * HUGE);
+    // What has been looked at before is gone from the looker's mapping, too.
+    assert_eq!(extents(&ram.file, 0..2048), [0..512, 1024..2048]);
     child.order(Order::store(700, 1));
     assert!(scan().contains(&(512..1024)), "a write to a punched huge page");
     // All huge pages are taken by now; the one that is missing is an error, not a signal.
@@ -207,4 +219,36 @@ fn hugetlbfs_is_written_tracked_and_punched() {
         .map(|page| more.write_at(page * HUGE, b"x"))
         .find_map(Result::err);
     assert!(full.as_ref().is_some_and(FileError::is_no_room), "{full:?}");
+}
+
+#[test]
+fn cleared_huge_pages_stay_and_are_made() {
+    let Some(_pages) = HugePages::reserve(4) else {
+        return;
+    };
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    let raw = File::from(memfd_create(c"ferry-test", flags).expect("a file of huge pages"));
+    raw.set_len(4 * HUGE).expect("a size");
+    let file = RamFile::from_file(raw, PathBuf::from("huge"), 0..4 * HUGE).expect("a RAM file");
+    let content = vec![7; 2 * HUGE as usize];
+    file.write_at(0, &content).expect("writing");
+
+    // From within the first page to within the third, which is a hole.
+    file.clear(HUGE - 3 * PAGE..2 * HUGE + PAGE).expect("clearing");
+    assert_eq!(file.resident().expect("fstat"), 3 * HUGE);
+    assert_eq!(extents(&file, 0..2048), [0..1536; 1]);
+    let mut read = vec![1; 3 * HUGE as usize];
+    file.read_at(0, &mut read).expect("reading");
+    let first_zero = (HUGE - 3 * PAGE) as usize;
+    assert!(
+        read[..first_zero].iter().all(|byte| *byte == 7),
+        "what is before is not touched"
+    );
+    assert!(read[first_zero..].iter().all(|byte| *byte == 0));
+
+    // As much of a tmpfs is a hole.
+    let ram = Ram::new("/dev/shm", 4);
+    ram.file.write_at(0, &[7; 4 * PAGE as usize]).expect("writing");
+    ram.file.clear(PAGE..3 * PAGE).expect("clearing");
+    assert_eq!(extents(&ram.file, 0..4), [0..1, 3..4]);
 }

@@ -32,6 +32,9 @@ fn found(conf: &Conf, exists: impl Fn(&Path) -> bool) -> Result<Certificates, St
                 .into(),
         );
     }
+    if conf.flag("migrate_tls_force") == Some(true) {
+        return Err("libvirt is to protect QEMU's own stream itself (migrate_tls_force in qemu.conf)".into());
+    }
     let directory = match named {
         Some(directory) => directory,
         None if exists(Path::new(MIGRATE)) => MIGRATE,
@@ -80,6 +83,12 @@ mod tests {
         assert_eq!(in_conf(default, &[]), these(DEFAULT, false));
         let both = "default_tls_x509_verify = 0\nmigrate_tls_x509_verify = 1\n";
         assert_eq!(in_conf(both, &[]), these(DEFAULT, true));
+    }
+
+    #[test]
+    fn where_libvirt_insists_it_has_its_way() {
+        assert!(in_conf("migrate_tls_force = 1\n", &[]).is_err());
+        assert_eq!(in_conf("migrate_tls_force = 0\n", &[]), these(DEFAULT, true));
     }
 
     #[test]

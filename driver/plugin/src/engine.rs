@@ -187,6 +187,15 @@ impl Engine {
         Ok(())
     }
 
+    /// The engine has said that its QEMU honours all memory again, and does not change that any more: whoever waits to
+    /// write the memory need not wait for the engine's end.
+    pub fn let_go_of_memory(&self) {
+        let hold = self.shared.lock().hold.take();
+        if let Some(hold) = &hold {
+            mark::clear(&hold.monitor);
+        }
+    }
+
     /// How far the memory is.
     pub fn statistics(&self) -> Statistics {
         self.shared.lock().statistics

@@ -21,26 +21,44 @@ pub enum Role {
 /// Bytes of memory promised to arriving guests, whether or not they have arrived yet.
 static PROMISED: AtomicU64 = AtomicU64::new(0);
 
+/// Bytes of huge pages promised to guests whose QEMU has not started yet.
+static PROMISED_HUGE: AtomicU64 = AtomicU64::new(0);
+
 /// Memory promised to one arriving guest, for as long as this lives.
 pub struct Promise(u64);
+
+/// Huge pages promised to one arriving guest until its QEMU, which takes them all, has started: then this is dropped.
+pub struct HugePromise(u64);
 
 impl Promise {
     /// Promises memory for these blocks; also returns what others have been promised and do not hold yet.
     pub fn make(offer: &Offer) -> (Self, u64) {
-        let bytes = offer
-            .blocks
-            .iter()
-            .map(|block| block.resident)
-            .fold(0, u64::saturating_add);
+        let blocks = offer.blocks.iter().filter(|block| !block.is_huge());
+        let bytes = blocks.map(|block| block.resident).fold(0, u64::saturating_add);
         // Sums of what hosts offer stay far below 2^64: each block is bounded by the cookie's parser.
         let others = PROMISED.fetch_add(bytes, Ordering::Relaxed);
         (Self(bytes), others.saturating_sub(landed()))
     }
 }
 
+impl HugePromise {
+    /// [`Promise::make`] for huge pages.
+    pub fn make(offer: &Offer) -> (Self, u64) {
+        let blocks = offer.blocks.iter().filter(|block| block.is_huge());
+        let bytes = blocks.map(|block| block.size).fold(0, u64::saturating_add);
+        (Self(bytes), PROMISED_HUGE.fetch_add(bytes, Ordering::Relaxed))
+    }
+}
+
 impl Drop for Promise {
     fn drop(&mut self) {
         PROMISED.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
+impl Drop for HugePromise {
+    fn drop(&mut self) {
+        PROMISED_HUGE.fetch_sub(self.0, Ordering::Relaxed);
     }
 }
 

@@ -119,6 +119,7 @@ impl Guest {
             Backing::PrivateFile => "<source type='file'/>",
             Backing::Memfd => "<source type='memfd'/><access mode='shared'/>",
             Backing::Anonymous => "<source type='anonymous'/>",
+            Backing::HugePages => "<hugepages/><access mode='shared'/>",
             Backing::Unsaid => return String::new(),
         };
         let allocation = if self.immediate {

@@ -307,6 +307,7 @@ fn arguments(guest: &Guest, place: &Place, qmp: &Path, serial: &Path, ram: &Path
         Backing::File => backend("on"),
         Backing::PrivateFile => backend("off"),
         Backing::Memfd => "memory-backend-memfd,share=on".to_owned(),
+        Backing::HugePages => "memory-backend-file,mem-path=/dev/hugepages,share=on,prealloc=on".to_owned(),
         Backing::Anonymous | Backing::Unsaid => "memory-backend-ram".to_owned(),
     };
     add("-object", format!("{backend},id=pc.ram,size={size}M"));

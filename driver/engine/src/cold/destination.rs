@@ -12,11 +12,13 @@ use super::journal::{find, Kept};
 use super::messages::{Answer, Ask, Looked};
 use super::place::{self, Target};
 use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
+use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
 use super::{extents, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
+use crate::report::Outcome;
 use crate::wire::{message, Connection, Identity, Protection, Purpose, Security};
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Digest, Kind, Options, Pull as Order, MAX_SIZE};
@@ -27,7 +29,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -48,18 +50,45 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
     let span = tracing::info_span!("cold migration", guest = pull.guest.name, role = "destination");
     let _entered = span.enter();
     let host = pull.host.clone();
-    match arrive(&pull, meter, signals) {
+    let mut told = Told {
+        recorder: Recorder::default(),
+        meter,
+        directory: &pull.settings.log_directory,
+    };
+    match arrive(&pull, &mut told, signals) {
         Ok(arrived) => {
+            told.recorder.enter("registration");
             control.reply(Reply::ColdPulled);
-            arrived.conclude(control, signals);
+            arrived.conclude(control, &mut told, signals);
         }
         Err(error) => {
-            let error = signals_cause(error, signals);
             tracing::error!("{error}");
             control.reply(Reply::Failed(error.failure(&host)));
         }
     }
     Ok(())
+}
+
+/// What is to be told of the migration afterwards.
+struct Told<'a> {
+    recorder: Recorder,
+    meter: &'a Arc<Meter>,
+    directory: &'a Path,
+}
+
+impl Told<'_> {
+    fn ended(&mut self, journal: &Journal, error: Option<&Error>) {
+        let outcome = match error {
+            None => Outcome::Completed,
+            Some(Error::Ended(crate::live::Error::Cancelled)) => Outcome::Cancelled,
+            Some(error) => Outcome::Failed {
+                stage: None,
+                error: error.to_string(),
+            },
+        };
+        self.recorder
+            .publish(journal, self.meter, outcome, self.directory);
+    }
 }
 
 /// What ended the session says more than a connection that was broken off for it.
@@ -252,7 +281,7 @@ struct Arrived {
 }
 
 /// Reserves, pulls and verifies; whatever fails leaves nothing behind, here or at the source.
-fn arrive(pull: &Order, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<Arrived, Error> {
+fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<Arrived, Error> {
     let directory = &pull.settings.state_directory;
     let earlier = find(directory, pull.guest.uuid)?;
     refuse_unfinished(earlier.as_ref())?;
@@ -272,7 +301,7 @@ fn arrive(pull: &Order, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<Ar
     let mut link = Link::new(peer(&pull.offer, encryption, identity)?, &pull.host);
     let mut arriving = Arriving {
         pull,
-        meter,
+        told,
         signals,
         kept: None,
     };
@@ -304,8 +333,10 @@ fn arrive(pull: &Order, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<Ar
             let error = outcome
                 .err()
                 .unwrap_or_else(|| Error::Other("nothing was pulled".into()));
+            let error = signals_cause(error, signals);
             if let Some(kept) = kept {
                 place::undo(&kept);
+                told.ended(&kept, Some(&error));
                 kept.remove()?;
             }
             // It frees the guest sooner; the source notices by itself, too.
@@ -318,14 +349,14 @@ fn arrive(pull: &Order, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<Ar
 }
 
 /// What the stages of an arrival share.
-struct Arriving<'a> {
+struct Arriving<'a, 'b> {
     pull: &'a Order,
-    meter: &'a Arc<Meter>,
+    told: &'a mut Told<'b>,
     signals: &'a Arc<Signals>,
     kept: Option<Kept>,
 }
 
-impl Arriving<'_> {
+impl Arriving<'_, '_> {
     fn run(
         &mut self,
         link: &mut Link,
@@ -334,6 +365,7 @@ impl Arriving<'_> {
     ) -> Result<(), Error> {
         let (pull, signals) = (self.pull, self.signals);
         let inventory = &pull.offer.inventory;
+        self.told.recorder.enter("reservation");
         let (source_host, nonce) = link.open(signals)?;
         let mut looked = Vec::new();
         for (number, file) in inventory.files.iter().enumerate() {
@@ -360,7 +392,9 @@ impl Arriving<'_> {
         let entries = self.entries(&fates, &left);
         // From here on a crash leaves a trace; one of an earlier attempt that is of no use any more goes first.
         remove_useless(earlier.as_ref(), &left);
-        let kept = Kept::new(&pull.settings.state_directory, journal(source_host, entries))?;
+        let mut journal = journal(source_host, entries);
+        journal.directories = earlier.map(|earlier| earlier.directories).unwrap_or_default();
+        let kept = Kept::new(&pull.settings.state_directory, journal)?;
         let kept = self.kept.insert(kept);
         for (path, like) in place::directories(inventory, &pull.plan.places) {
             if place::make_directory(&path, like)? {
@@ -381,14 +415,9 @@ impl Arriving<'_> {
                 }
             }
         })?;
-        let digests = transfer(
-            link,
-            files,
-            pull.streams,
-            signals,
-            self.meter,
-            inventory.files.len(),
-        )?;
+        self.told.recorder.enter("transfer");
+        let meter = self.told.meter;
+        let digests = transfer(link, files, pull.streams, signals, meter, inventory.files.len())?;
         link.note(
             &Ask::Ready {
                 digests: digests.clone(),
@@ -517,7 +546,7 @@ fn transfer(
     Ok(digests)
 }
 
-fn is_device(path: &std::path::Path) -> bool {
+fn is_device(path: &Path) -> bool {
     use std::os::unix::fs::FileTypeExt;
     std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
 }
@@ -549,22 +578,21 @@ fn remove_useless(earlier: Option<&Journal>, left: &BTreeMap<PathBuf, PathBuf>) 
 
 impl Arrived {
     /// Does what the plug-in asks until the guest is one host's.
-    fn conclude(mut self, control: &Control, signals: &Signals) {
+    fn conclude(mut self, control: &Control, record: &mut Told<'_>, signals: &Signals) {
         let deadline = Instant::now() + UNTIL_FINISHED;
         let host = self.kept.host.clone();
         loop {
             let request = signals.next_request(Some(deadline));
             let outcome = match request {
                 Some(Request::ColdCommit) => self.commit(signals).map(|()| Reply::ColdPlaced),
-                Some(Request::ColdOwned) => match self.owned(signals) {
+                Some(Request::ColdOwned) => match self.owned(record, signals) {
                     Ok(told) => return control.reply(Reply::ColdOwned { told }),
                     Err((arrived, error)) => {
                         self = *arrived;
                         Err(error)
                     }
                 },
-                Some(Request::ColdAbort) => match self.abort("libvirt or the operator gave the migration up")
-                {
+                Some(Request::ColdAbort) => match self.abort(record, "libvirt or the operator gave it up") {
                     Ok(()) => return control.reply(Reply::ColdAborted),
                     Err(error) => return control.reply(Reply::Failed(error.failure(&host))),
                 },
@@ -576,7 +604,9 @@ impl Arrived {
                 // part is still to be done, and a recovery does it.
                 None => {
                     if matches!(self.kept.state, State::Pulling | State::Ready) {
-                        if let Err(error) = self.abort("the destination's daemon gave the migration up") {
+                        if let Err(error) =
+                            self.abort(record, "the destination's daemon gave the migration up")
+                        {
                             tracing::error!("{error}");
                         }
                     }
@@ -603,8 +633,12 @@ impl Arrived {
     }
 
     /// The guest is registered here; says whether the source knows.
-    fn owned(mut self, signals: &Signals) -> Result<bool, (Box<Self>, Error)> {
-        match owned(&mut self.kept, &mut self.link, signals) {
+    fn owned(mut self, record: &mut Told<'_>, signals: &Signals) -> Result<bool, (Box<Self>, Error)> {
+        let told = owned(&mut self.kept, &mut self.link, signals);
+        if told.is_ok() {
+            record.ended(&self.kept, None);
+        }
+        match told {
             Ok(true) => match self.kept.remove() {
                 Ok(()) => Ok(true),
                 // It says that the guest is here, which is true.
@@ -618,7 +652,8 @@ impl Arrived {
         }
     }
 
-    fn abort(self, cause: &str) -> Result<(), Error> {
+    fn abort(self, record: &mut Told<'_>, cause: &str) -> Result<(), Error> {
+        record.ended(&self.kept, Some(&Error::Other(cause.to_owned())));
         abort(self.kept, self.link, cause)
     }
 }

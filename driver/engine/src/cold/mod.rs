@@ -23,6 +23,7 @@
 //! | [`reserve`] | everything that is in the way at the destination, at once |
 //! | [`place`] | the destination's files: temporary, final, or gone again |
 //! | [`destination`], [`pull`] | the destination's sequence, and its connections |
+//! | [`record`] | what is told of a migration afterwards |
 //! | [`journal`], [`recover`] | what survives a crash, and what is made of it |
 
 pub mod destination;
@@ -36,6 +37,7 @@ pub mod messages;
 mod nonce;
 pub mod place;
 pub mod pull;
+pub mod record;
 pub mod recover;
 pub mod reserve;
 pub mod serve;

@@ -609,7 +609,7 @@ mod tests {
     fn runs_are_joined_and_their_gaps_known() {
         assert_eq!(union(&[0..2, 5..6], &[1..3, 6..7, 9..9]), [0..3, 5..7]);
         assert_eq!(gaps(&[1..2, 4..5], 6 * BLOCK + 1), [0..1, 2..4, 5..7]);
-        assert_eq!(gaps(&[0..7], 6 * BLOCK + 1), []);
+        assert_eq!(gaps(&[0..3, 3..7], 6 * BLOCK + 1), []);
         let chunks: Vec<_> = chunks(3, &[0..17, 20..21]).map(|chunk| chunk.blocks).collect();
         assert_eq!(chunks, [0..16, 16..17, 20..21]);
     }

@@ -11,11 +11,13 @@ use super::hash;
 use super::journal::Kept;
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::{self, Nonces};
+use super::record::Recorder;
 use super::serve::Shelf;
 use super::{place, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
 use crate::live::signals::Signals;
+use crate::report::Outcome;
 use crate::wire::{message, Connection, Identity, Listener, Protection, Purpose, Security, Token};
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Definition, Deleted, Digest, Inventory, Kept as KeptFile, Kind, Serve};
@@ -23,6 +25,7 @@ use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -212,6 +215,9 @@ struct Session {
     shared: Arc<Shared>,
     listener: Listener,
     security: Security,
+    /// As it was at first, for what is told of a migration that failed.
+    journal: Journal,
+    log_directory: PathBuf,
 }
 
 /// What the threads of the connections share.
@@ -267,7 +273,7 @@ impl Session {
             .to_xml()
             .map_err(|error| Error::Other(error.to_string()))?;
         let journal = journal_of(&serve, &offer, &files, identity.expose_key());
-        let kept = Kept::new(&serve.settings.state_directory, journal)?;
+        let kept = Kept::new(&serve.settings.state_directory, journal.clone())?;
         let certificate = Arc::<OnceLock<Vec<u8>>>::default();
         let security = security(&offer, identity, Arc::clone(&certificate));
         signals.pace.set(serve.options.bandwidth);
@@ -297,6 +303,8 @@ impl Session {
             shared: Arc::new(shared),
             listener,
             security,
+            journal,
+            log_directory: serve.settings.log_directory,
         })
     }
 
@@ -322,7 +330,10 @@ impl Session {
         control.reply(Reply::ColdOffer(Box::new(self.offer)));
         let signals = Arc::clone(&shared.shelf.signals);
         let began = Instant::now();
-        let mut told = false;
+        let mut recorder = Recorder::default();
+        recorder.enter("transfer");
+        let (mut first, log_directory) = (self.journal, self.log_directory);
+        let (mut told, mut concluded) = (false, false);
         let fail = |cause: &str| control.reply(Reply::Failed(Error::Other(cause.to_owned()).failure(&host)));
         loop {
             let request = signals.next_request(Some(Instant::now() + LOOK));
@@ -341,8 +352,10 @@ impl Session {
                 },
                 Some(Request::ColdDelete { keep, in_use }) => match shared.ownership.state() {
                     Some(State::OwnedThere) => {
-                        let journal = shared.ownership.forget()?;
-                        let deleted = journal.map_or_else(Deleted::default, |journal| delete(&journal, keep, &in_use));
+                        recorder.enter("deletion");
+                        let journal = shared.ownership.forget()?.unwrap_or(first);
+                        let deleted = delete(&journal, keep, &in_use);
+                        recorder.publish(&journal, &shared.shelf.meter, Outcome::Completed, &log_directory);
                         control.reply(Reply::ColdDeleted(deleted));
                         return Ok(());
                     }
@@ -351,13 +364,15 @@ impl Session {
                 Some(Request::ColdAbort) => {
                     let given_up = shared.ownership.give_up("the operator or libvirt gave the migration up")?;
                     let state = shared.ownership.wait_while(State::Committed, UNTIL_CONFIRMED);
-                    if given_up || state.is_none() {
-                        control.reply(Reply::ColdAborted);
-                        // A destination under way hears it from us, as long as it asks soon.
-                        shared.linger();
-                        return Ok(());
+                    match given_up || state.is_none() {
+                        true => {
+                            control.reply(Reply::ColdAborted);
+                            concluded = true;
+                        }
+                        false => fail(
+                            "the guest has been let go of: whether the destination has registered it is not known here",
+                        ),
                     }
-                    fail("the guest has been let go of: whether the destination has registered it is not known here");
                 }
                 Some(other) => tracing::warn!(?other, "a request out of turn"),
                 None => {}
@@ -366,11 +381,24 @@ impl Session {
             let ended = signals.check().err().map(|error| error.to_string());
             let ended = ended.or_else(|| shared.nobody_there(began));
             if let Some(cause) = ended {
-                let given_up = shared.ownership.give_up(&cause)?;
-                if given_up && !told {
-                    told = true;
-                    tracing::warn!("the migration is given up, the guest stays here: {cause}");
-                }
+                shared.ownership.give_up(&cause)?;
+            }
+            if !told && matches!(shared.ownership.state(), None | Some(State::Aborted)) {
+                told = true;
+                first.peer = shared.peer();
+                let outcome = match signals.check() {
+                    Err(crate::live::Error::Cancelled) => Outcome::Cancelled,
+                    _ => Outcome::Failed {
+                        stage: None,
+                        error: shared.ownership.cause(),
+                    },
+                };
+                recorder.publish(&first, &shared.shelf.meter, outcome, &log_directory);
+            }
+            if concluded {
+                // A destination under way hears it from us, as long as it asks soon.
+                shared.linger();
+                return Ok(());
             }
             if signals.is_let_go() {
                 match shared.ownership.state() {
@@ -493,6 +521,11 @@ impl Shared {
         }
         self.connected.fetch_sub(1, Relaxed);
         self.see();
+    }
+
+    /// The destination host's name.
+    fn peer(&self) -> String {
+        self.peer.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn see(&self) {
@@ -678,7 +711,7 @@ impl Shared {
 }
 
 /// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since.
-pub fn delete(journal: &Journal, keep: bool, in_use: &[std::path::PathBuf]) -> Deleted {
+pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
     let mut outcome = Deleted::default();
     let others: Vec<_> = in_use
         .iter()

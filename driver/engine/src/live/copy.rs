@@ -6,7 +6,7 @@
 use super::signals::Signals;
 use super::Error;
 use crate::control::Meter;
-use crate::memory::{split_zero, PageSet, RamFile, Run, PAGE};
+use crate::memory::{split_zero, Backing, PageSet, RamFile, Run, PAGE};
 use crate::wire::{DataSender, Totals};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
@@ -52,24 +52,34 @@ pub fn present(file: &RamFile) -> Result<PageSet, Error> {
 }
 
 impl Outgoing {
-    /// Streams for blocks of these lengths.
-    pub fn new(senders: Vec<DataSender>, lengths: &[u64]) -> Self {
+    /// Streams for these files. What is huge pages here may be so there, and QEMU has filled them all before anything
+    /// was sent.
+    pub fn new(senders: Vec<DataSender>, files: &[&RamFile]) -> Self {
         let lanes = senders.into_iter().map(|sender| Lane {
             sender,
             buffer: vec![0; CHUNK as usize],
         });
+        let told = |file: &&RamFile| {
+            let mut pages = PageSet::new(file.len());
+            if file.backing() != Backing::Tmpfs {
+                pages.insert(0..file.len());
+            }
+            pages
+        };
         Self {
             lanes: lanes.collect(),
-            told: lengths.iter().map(|length| PageSet::new(*length)).collect(),
+            told: files.iter().map(told).collect(),
             rounds: 0,
         }
     }
 
-    /// Sends these pages of each block and returns when the destination has applied them.
+    /// Sends these pages of each block, tells that these others are holes, and returns when the destination has applied
+    /// it all.
     pub fn send(
         &mut self,
         files: &[&RamFile],
         pages: &[PageSet],
+        holes: &[PageSet],
         meter: &Meter,
         signals: &Signals,
     ) -> Result<Sent, Error> {
@@ -87,6 +97,7 @@ impl Outgoing {
                         count,
                         files,
                         pages,
+                        holes,
                         meter,
                         signals,
                     };
@@ -144,6 +155,7 @@ struct Share<'a> {
     count: u64,
     files: &'a [&'a RamFile],
     pages: &'a [PageSet],
+    holes: &'a [PageSet],
     meter: &'a Meter,
     signals: &'a Signals,
 }
@@ -154,7 +166,7 @@ impl Lane {
         for (block, (file, pages)) in share.files.iter().zip(share.pages).enumerate() {
             let block = u16::try_from(block).map_err(|_| Error::Elsewhere("too many RAM blocks".into()))?;
             for run in pages.runs() {
-                for piece in pieces(run, share.number, share.count) {
+                for piece in pieces(run, share.number, share.count, CHUNK) {
                     share.signals.check()?;
                     let part = self.send_piece(block, file, piece.clone())?;
                     sent.data += part.data;
@@ -164,6 +176,19 @@ impl Lane {
                     // Rounds set it, lanes lower it: it never goes below zero.
                     share.meter.remaining.fetch_sub(piece.end - piece.start, Relaxed);
                     share.signals.pace.spend(part.data, share.signals)?;
+                }
+            }
+        }
+        for (block, holes) in share.holes.iter().enumerate() {
+            let block = u16::try_from(block).map_err(|_| Error::Elsewhere("too many RAM blocks".into()))?;
+            for run in holes.runs() {
+                for piece in pieces(run, share.number, share.count, STRIPE) {
+                    // By whole huge pages, as far as they go: less of one would be zeros that are there.
+                    let span = piece.end - piece.start;
+                    self.sender.zero(block, piece.start, span)?;
+                    sent.zero += span;
+                    share.meter.zero.fetch_add(span, Relaxed);
+                    share.meter.remaining.fetch_sub(span, Relaxed);
                 }
             }
         }
@@ -195,7 +220,7 @@ impl Lane {
 }
 
 /// The pieces of a run that belong to one of `count` streams, each within a stripe and a chunk.
-fn pieces(run: Range<u64>, number: u64, count: u64) -> impl Iterator<Item = Range<u64>> {
+fn pieces(run: Range<u64>, number: u64, count: u64, chunk: u64) -> impl Iterator<Item = Range<u64>> {
     let mut at = run.start;
     std::iter::from_fn(move || {
         while at < run.end {
@@ -205,7 +230,7 @@ fn pieces(run: Range<u64>, number: u64, count: u64) -> impl Iterator<Item = Rang
                 at = (stripe + 1) * STRIPE;
                 continue;
             }
-            at = run.end.min((start / CHUNK + 1) * CHUNK);
+            at = run.end.min((start / chunk + 1) * chunk);
             return Some(start..at);
         }
         None
@@ -226,7 +251,7 @@ mod tests {
         let run = STRIPE - 3 * PAGE..5 * STRIPE + 7 * PAGE;
         for count in 1..5 {
             let mut all: Vec<_> = (0..count)
-                .flat_map(|number| pieces(run.clone(), number, count))
+                .flat_map(|number| pieces(run.clone(), number, count, CHUNK))
                 .collect();
             all.sort_by_key(|piece| piece.start);
             assert!(all
@@ -242,10 +267,10 @@ mod tests {
     fn a_page_always_takes_the_same_stream() {
         let page = 9 * STRIPE + 5 * PAGE..9 * STRIPE + 6 * PAGE;
         let alone: Vec<_> = (0..4)
-            .filter(|n| pieces(page.clone(), *n, 4).next().is_some())
+            .filter(|n| pieces(page.clone(), *n, 4, CHUNK).next().is_some())
             .collect();
         let within: Vec<_> = (0..4)
-            .filter(|n| pieces(0..20 * STRIPE, *n, 4).any(|piece| piece.contains(&page.start)))
+            .filter(|n| pieces(0..20 * STRIPE, *n, 4, CHUNK).any(|piece| piece.contains(&page.start)))
             .collect();
         assert_eq!(alone, within);
         assert_eq!(alone.len(), 1);

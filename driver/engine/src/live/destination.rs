@@ -21,7 +21,7 @@ use crate::report::{self, millis, Migration, Outcome, Ram, Recorder, Role, Stage
 use crate::wire::{message, Connection, DataReceiver, Listener, Purpose, Security, Totals};
 use ferry_contract::control::{Reply, Request, Settings};
 use ferry_contract::cookie::{self, Offer};
-use ferry_contract::session::{Encryption, Guest};
+use ferry_contract::session::{Block, Encryption, Guest};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
@@ -54,6 +54,7 @@ fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
         offer,
         memory_directory,
         promised,
+        promised_huge,
         settings,
     }) = signals.next_request(Some(deadline(UNTIL_ATTACH)))
     else {
@@ -75,7 +76,7 @@ fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
         settings,
         protection,
     };
-    match reserve(&place.offer, &memory_directory, promised) {
+    match reserve(&place.offer, &memory_directory, promised, promised_huge) {
         Ok(Backing::Memory) => control.reply(Reply::Reserved),
         Ok(Backing::Other) => {
             let directory = memory_directory.display();
@@ -105,10 +106,15 @@ fn serve(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) {
     let _ = std::fs::remove_file(&incoming);
 }
 
-fn reserve(offer: &Offer, directory: &Path, promised: u64) -> Result<Backing, Error> {
+fn reserve(offer: &Offer, directory: &Path, promised: u64, promised_huge: u64) -> Result<Backing, Error> {
+    let (huge, files): (Vec<_>, Vec<_>) = offer.blocks.iter().cloned().partition(Block::is_huge);
+    reserve::check_huge(&huge, promised_huge, reserve::free_huge)?;
+    if files.is_empty() {
+        return Ok(Backing::Memory);
+    }
     let (room, backing) = reserve::survey(directory)?;
     if backing == Backing::Memory {
-        reserve::check(&offer.blocks, promised, room, directory)?;
+        reserve::check(&files, promised, room, directory)?;
     }
     Ok(backing)
 }
@@ -180,7 +186,7 @@ impl Attached {
         for group in join_cgroups_of(&process) {
             tracing::debug!(group = %group.display(), "joined the guest's control group");
         }
-        let landing = Landing::new(files, Arc::clone(place.meter))?;
+        let landing = Landing::new(files, Arc::clone(place.meter), Arc::clone(place.signals))?;
         watch.ignore_shared()?;
         let (first, last) = place.settings.ports;
         let listener = bind(listen, first..=last)?;

@@ -3,7 +3,7 @@
 use super::signals::Signals;
 use super::watch::{deadline, Watch, COMMAND};
 use super::Error;
-use crate::memory::{probe, Backing};
+use crate::memory::probe;
 use crate::qemu::{discover, Process, RamBlock};
 use ferry_contract::control::Verdict;
 use std::path::Path;
@@ -29,12 +29,6 @@ pub fn look(monitor: &Path, signals: Arc<Signals>) -> Result<Looked, Error> {
     let pid = watch.command(|monitor| monitor.peer_pid())?;
     let process = Process::open(pid)?;
     let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
-    if let Some(huge) = blocks.iter().find(|block| block.file.backing() != Backing::Tmpfs) {
-        return Err(Error::Elsewhere(format!(
-            "RAM block {} lies on huge pages",
-            huge.name
-        )));
-    }
     Ok(Looked {
         watch,
         process,

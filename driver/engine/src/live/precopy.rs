@@ -83,7 +83,7 @@ impl Precopy {
             signals,
             meter,
             tracker,
-            outgoing: Outgoing::new(streams, &lengths),
+            outgoing: Outgoing::new(streams, &files(&blocks)),
             working: lengths
                 .iter()
                 .map(|length| WorkingSet::new((length / PAGE) as usize))
@@ -176,7 +176,7 @@ impl Precopy {
         if copy::bytes(&gone) > 0 {
             self.meter.remaining.fetch_add(copy::bytes(&gone), Relaxed);
             self.outgoing
-                .send(&files(&self.blocks), &gone, &self.meter, &self.signals)?;
+                .send(&files(&self.blocks), &[], &gone, &self.meter, &self.signals)?;
         }
         Ok(())
     }
@@ -195,15 +195,13 @@ impl Precopy {
         // A guest that stands still is not kept waiting for the sake of the link.
         self.signals.pace.set(0);
         self.scan()?;
-        let mut pages = self.take(Deferral::Nothing);
+        let pages = self.take(Deferral::Nothing);
         let dirty = copy::bytes(&pages) / PAGE;
-        if self.swept.as_ref().is_none_or(PunchWatch::punched) {
-            let present = self.present()?;
-            for (pages, gone) in pages.iter_mut().zip(self.outgoing.given_back(&present)) {
-                pages.union_with(&gone);
-            }
-        }
-        self.copy(&pages)?;
+        let gone = match self.swept.as_ref().is_none_or(PunchWatch::punched) {
+            true => self.outgoing.given_back(&self.present()?),
+            false => Vec::new(),
+        };
+        self.copy(&pages, &gone)?;
         let totals = self.outgoing.finish()?;
         Ok(Last {
             totals,
@@ -250,7 +248,7 @@ impl Precopy {
         drained: Duration,
         pages: &[PageSet],
     ) -> Result<(), Error> {
-        self.copy(pages)?;
+        self.copy(pages, &[])?;
         recorder.round(Round {
             number: self.round,
             begin_ms: recorder.clock().at(scan.began),
@@ -268,13 +266,15 @@ impl Precopy {
         Ok(())
     }
 
-    fn copy(&mut self, pages: &[PageSet]) -> Result<(), Error> {
+    fn copy(&mut self, pages: &[PageSet], holes: &[PageSet]) -> Result<(), Error> {
         let deferred = self.pending();
         self.meter.iteration.store(u64::from(self.round) + 1, Relaxed);
-        self.meter.remaining.store(copy::bytes(pages), Relaxed);
+        self.meter
+            .remaining
+            .store(copy::bytes(pages) + copy::bytes(holes), Relaxed);
         self.sent = self
             .outgoing
-            .send(&files(&self.blocks), pages, &self.meter, &self.signals)?;
+            .send(&files(&self.blocks), pages, holes, &self.meter, &self.signals)?;
         self.meter.remaining.store(deferred * PAGE, Relaxed);
         let bandwidth = self.sent.data as f64 / self.sent.elapsed.as_secs_f64().max(1e-6);
         self.meter.bandwidth.store(bandwidth as u64, Relaxed);

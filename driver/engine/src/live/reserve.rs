@@ -2,6 +2,7 @@
 
 use super::Error;
 use ferry_contract::session::Block;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What this host has, in bytes.
@@ -52,6 +53,42 @@ pub fn check(blocks: &[Block], promised: u64, room: Room, directory: &Path) -> R
         }
     }
     Ok(())
+}
+
+/// Whether the blocks of huge pages fit into what the host has set aside: all of them, as QEMU takes them as it starts.
+/// `promised` bytes are for guests whose QEMU has not.
+pub fn check_huge(blocks: &[Block], promised: u64, free: impl Fn(u64) -> u64) -> Result<(), NoRoom> {
+    let sizes: BTreeSet<u64> = blocks.iter().map(|block| block.page).collect();
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    for page in sizes {
+        let these = blocks.iter().filter(|block| block.page == page);
+        let needed = these.map(|block| block.size).fold(0, u64::saturating_add);
+        let room = free(page);
+        if needed.saturating_add(promised) > room {
+            return Err(NoRoom {
+                needed: mib(needed),
+                promised: mib(promised),
+                room: mib(room),
+                place: format!(
+                    "the host's pool of huge pages of {} KiB (/sys/kernel/mm/hugepages)",
+                    page >> 10
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of free huge pages of this size that nobody has a claim to, those the kernel may make when asked included.
+pub fn free_huge(page: u64) -> u64 {
+    let figure = |name: &str| -> u64 {
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/{name}", page >> 10);
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    };
+    let free = figure("free_hugepages").saturating_sub(figure("resv_hugepages"));
+    let more = figure("nr_overcommit_hugepages").saturating_sub(figure("surplus_hugepages"));
+    free.saturating_add(more).saturating_mul(page)
 }
 
 /// The kind of file system guests' RAM files lie on.
@@ -108,12 +145,14 @@ fn available(meminfo: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferry_contract::session::PAGE;
 
     fn blocks() -> Vec<Block> {
         vec![Block {
             name: "pc.ram".into(),
             size: 1 << 30,
             resident: 100 << 20,
+            page: PAGE,
         }]
     }
 
@@ -145,6 +184,24 @@ mod tests {
             .to_string();
         assert!(error.contains("the host's memory"), "{error}");
         assert!(check(&blocks(), u64::MAX, room, Path::new("/ram")).is_err());
+    }
+
+    #[test]
+    fn huge_pages_are_taken_whole() {
+        let huge = |name: &str, page| Block {
+            name: name.into(),
+            page,
+            ..blocks()[0].clone()
+        };
+        let both = [huge("a", 2 << 20), huge("b", 2 << 20), huge("c", 1 << 30)];
+        let free = |small: u64| move |page| if page == 1 << 30 { 2 << 30 } else { small };
+        assert_eq!(check_huge(&both, 1 << 20, free((2 << 30) + (1 << 20))), Ok(()));
+        let error = check_huge(&both, 1 << 20, free(2 << 30)).unwrap_err().to_string();
+        assert!(
+            error.contains("2048 MiB") && error.contains("huge pages of 2048 KiB"),
+            "{error}"
+        );
+        assert_eq!(free_huge(12345 << 10), 0, "there are none of that size");
     }
 
     #[test]

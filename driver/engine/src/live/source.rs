@@ -157,6 +157,7 @@ impl Inspected {
                 name: block.name.clone(),
                 size: block.size,
                 resident,
+                page: block.file.backing().page(),
             })
         };
         let (encryption, certificate) = protection::offered(&place.settings, &identity);

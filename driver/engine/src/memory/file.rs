@@ -20,6 +20,7 @@ use std::sync::OnceLock;
 
 use nix::sys::statfs::{fstatfs, HUGETLBFS_MAGIC, TMPFS_MAGIC};
 
+use super::presence::Presence;
 use super::sys::{self, Mapping};
 use super::PAGE;
 
@@ -28,7 +29,8 @@ use super::PAGE;
 pub enum Backing {
     /// tmpfs (or a memfd), with or without transparent huge pages.
     Tmpfs,
-    /// hugetlbfs, with the size of its pages in bytes. It has no `write(2)` and knows no holes by `lseek(2)`.
+    /// hugetlbfs, with the size of its pages in bytes. It has no `write(2)`, and knows no holes by `lseek(2)`: they are
+    /// looked for by `UFFDIO_CONTINUE`.
     Hugetlbfs {
         /// Bytes of one huge page.
         page: u64,
@@ -103,6 +105,8 @@ pub struct RamFile {
     backing: Backing,
     /// hugetlbfs only, made at the first write.
     mapping: OnceLock<Mapping>,
+    /// hugetlbfs only, made at the first look for holes.
+    presence: OnceLock<Presence>,
 }
 
 impl RamFile {
@@ -159,6 +163,7 @@ impl RamFile {
             window,
             backing,
             mapping: OnceLock::new(),
+            presence: OnceLock::new(),
         })
     }
 
@@ -200,13 +205,13 @@ impl RamFile {
     }
 
     /// The parts of `range` that hold data, in ascending order; what lies between reads as zeros and takes up
-    /// no memory. On hugetlbfs all of it counts as data.
+    /// no memory.
     ///
     /// A guest that runs changes the picture while it is read: an extent found may be gone, and one made
     /// behind the iterator is missed. The [`WriteTracker`](super::WriteTracker) covers for the latter.
     ///
     /// # Errors
-    /// When `range` is not inside the block; the items, when lseek(2) fails.
+    /// When `range` is not inside the block; the items, when the kernel does not tell.
     pub fn extents(&self, range: Range<u64>) -> Result<Extents<'_>, FileError> {
         let range = self.locate(range.start, range.end.saturating_sub(range.start))?;
         Ok(Extents {
@@ -257,6 +262,42 @@ impl RamFile {
             return Ok(());
         }
         sys::punch_hole(&self.file, range).map_err(self.wrap("punch a hole into"))
+    }
+
+    /// Makes `range` zeros that take up memory as they do where they come from: on hugetlbfs a guest's host has set its
+    /// pages aside, and one it lacks later kills the guest. Elsewhere zeros are a hole.
+    ///
+    /// # Errors
+    /// As with [`punch`](Self::punch) and [`write_at`](Self::write_at).
+    pub fn clear(&self, range: Range<u64>) -> Result<(), FileError> {
+        let Backing::Hugetlbfs { page } = self.backing else {
+            return self.punch(range);
+        };
+        let range = self.locate(range.start, range.end.saturating_sub(range.start))?;
+        let pages = range.start / page * page..range.end.div_ceil(page) * page;
+        sys::allocate(&self.file, pages).map_err(self.wrap("allocate pages of"))?;
+        // A punch of less than a page clears it and leaves it there (Linux 5.19, `hugetlbfs_zero_partial_page`).
+        let half = page / 2;
+        let mut start = range.start;
+        while start < range.end {
+            let end = ((start / half + 1) * half).min(range.end);
+            sys::punch_hole(&self.file, start..end).map_err(self.wrap("clear"))?;
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// What [`Backing::Hugetlbfs`] has of the file's `range`, as [`Presence::next`] tells it.
+    fn next_present(&self, page: u64, range: Range<u64>) -> Result<Option<Range<u64>>, FileError> {
+        let presence = match self.presence.get() {
+            Some(presence) => presence,
+            None => {
+                let part = self.window.start / page * page..self.window.end.div_ceil(page) * page;
+                let made = Presence::new(&self.file, part, page).map_err(self.wrap("look for pages of"))?;
+                self.presence.get_or_init(|| made)
+            }
+        };
+        presence.next(range).map_err(self.wrap("look for pages of"))
     }
 
     /// hugetlbfs has no write(2): stores through a mapping, after making the pages, as a store to a huge page
@@ -319,6 +360,11 @@ pub struct Extents<'a> {
 impl Extents<'_> {
     fn advance(&mut self) -> Result<Option<Range<u64>>, FileError> {
         let RamFile { file, window, .. } = self.file;
+        if let Backing::Hugetlbfs { page } = self.file.backing {
+            let found = self.file.next_present(page, self.next..self.end)?;
+            self.next = found.as_ref().map_or(self.end, |found| found.end);
+            return Ok(found.map(|found| found.start - window.start..found.end - window.start));
+        }
         let seek = |from, whence| sys::seek(file, from, whence).map_err(self.file.wrap("seek in"));
         while self.next < self.end {
             let Some(start) = seek(self.next, libc::SEEK_DATA)?.filter(|&start| start < self.end) else {

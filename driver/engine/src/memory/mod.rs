@@ -14,6 +14,7 @@
 
 pub mod file;
 pub mod pages;
+mod presence;
 pub mod probe;
 pub mod punches;
 pub(crate) mod sys;

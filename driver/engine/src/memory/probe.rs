@@ -46,7 +46,8 @@ pub fn probe() -> Result<(), Unsupported> {
         "userfaultfd with asynchronous write protection of shared memory",
     ))?;
     let addresses = mapping.addresses();
-    sys::uffd_register(uffd.as_fd(), addresses.clone()).map_err(step("UFFDIO_REGISTER"))?;
+    sys::uffd_register(uffd.as_fd(), addresses.clone(), sys::UFFDIO_REGISTER_MODE_WP)
+        .map_err(step("UFFDIO_REGISTER"))?;
     sys::uffd_write_protect(uffd.as_fd(), addresses.clone()).map_err(step("UFFDIO_WRITEPROTECT"))?;
     let pagemap = File::open("/proc/self/pagemap").map_err(step("opening /proc/self/pagemap"))?;
 

@@ -19,6 +19,7 @@ const UFFD: u8 = 0xaa;
 const UFFDIO_API: u64 = ioc::<UffdApi>(READ_WRITE, UFFD, 0x3f);
 const UFFDIO_REGISTER: u64 = ioc::<UffdRegister>(READ_WRITE, UFFD, 0x00);
 const UFFDIO_UNREGISTER: u64 = ioc::<UffdRange>(READ, UFFD, 0x01);
+const UFFDIO_CONTINUE: u64 = ioc::<UffdContinue>(READ_WRITE, UFFD, 0x07);
 const UFFDIO_WRITEPROTECT: u64 = ioc::<UffdWriteProtect>(READ_WRITE, UFFD, 0x06);
 
 /// `userfaultfd(2)` flag: faults of user mode only; what an unprivileged process may ask for.
@@ -34,7 +35,13 @@ pub const TRACKING_FEATURES: u64 = UFFD_FEATURE_PAGEFAULT_FLAG_WP
     | UFFD_FEATURE_WP_UNPOPULATED
     | UFFD_FEATURE_WP_ASYNC;
 
-const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
+/// What looking for huge pages needs, there since Linux 5.13.
+pub const PRESENCE_FEATURES: u64 = 1 << 9; // MINOR_HUGETLBFS
+
+/// `UFFDIO_REGISTER` for write protection.
+pub const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
+/// `UFFDIO_REGISTER` for pages that are in a file but not in a mapping of it.
+pub const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
 const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 
 const PAGEMAP_SCAN: u64 = ioc::<PagemapScan>(READ_WRITE, b'f', 16);
@@ -53,6 +60,13 @@ struct UffdApi {
 struct UffdRange {
     start: u64,
     len: u64,
+}
+
+#[repr(C)]
+struct UffdContinue {
+    range: UffdRange,
+    mode: u64,
+    mapped: i64,
 }
 
 #[repr(C)]
@@ -131,14 +145,35 @@ pub fn uffd_api(uffd: BorrowedFd<'_>, features: u64) -> io::Result<()> {
     .map(drop)
 }
 
-/// UFFDIO_REGISTER for write protection of `addresses` in the descriptor's address space.
-pub fn uffd_register(uffd: BorrowedFd<'_>, addresses: Range<u64>) -> io::Result<()> {
+/// UFFDIO_REGISTER of `addresses` in the descriptor's address space, in one of the modes above.
+pub fn uffd_register(uffd: BorrowedFd<'_>, addresses: Range<u64>, mode: u64) -> io::Result<()> {
     let mut register = UffdRegister {
         range: addresses.into(),
-        mode: UFFDIO_REGISTER_MODE_WP,
+        mode,
         ioctls: 0,
     };
     ioctl(uffd, UFFDIO_REGISTER, &mut register).map(drop)
+}
+
+/// UFFDIO_CONTINUE: whether the file has the one page that belongs at `addresses`, a mapping of it; nothing is made
+/// where it has not (`hugetlb_mfill_atomic_pte`: EFAULT; EEXIST where it is mapped already).
+pub fn uffd_continue(uffd: BorrowedFd<'_>, addresses: Range<u64>) -> io::Result<bool> {
+    loop {
+        let mut wanted = UffdContinue {
+            range: addresses.clone().into(),
+            mode: 0,
+            mapped: 0,
+        };
+        match ioctl(uffd, UFFDIO_CONTINUE, &mut wanted) {
+            Ok(_) => return Ok(true),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EEXIST) => return Ok(true),
+                Some(libc::EFAULT) => return Ok(false),
+                Some(libc::EAGAIN | libc::EINTR) => {}
+                _ => return Err(error),
+            },
+        }
+    }
 }
 
 /// UFFDIO_UNREGISTER.
@@ -263,7 +298,8 @@ impl Mapping {
                 std::ptr::null_mut(),
                 len,
                 protection,
-                libc::MAP_SHARED,
+                // On hugetlbfs, a mapping would else claim pages for the holes of the file.
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
                 file.as_raw_fd(),
                 offset,
             )

@@ -179,8 +179,12 @@ impl WriteTracker {
             found: vec![PageRegion::default(); REGIONS],
         };
         for range in &tracker.ranges {
-            sys::uffd_register(tracker.uffd.as_fd(), range.addresses())
-                .map_err(|error| tracker.error("register", range, error))?;
+            sys::uffd_register(
+                tracker.uffd.as_fd(),
+                range.addresses(),
+                sys::UFFDIO_REGISTER_MODE_WP,
+            )
+            .map_err(|error| tracker.error("register", range, error))?;
         }
         tracker.check_mappings()?;
         Ok(tracker)

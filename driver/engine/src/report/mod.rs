@@ -22,9 +22,9 @@ mod text;
 
 pub use ferry_contract::stage::Stage;
 pub use read::{command, load, ReportError};
-pub use text::bytes as bytes_text;
+pub use text::{bytes as bytes_text, printable, rfc3339_now, time as time_text};
 pub use timeline::{
     millis, Clock, Downtime, Event, Guest, Migration, Outcome, Ram, Recorder, Role, Round, StageSpan,
     Timeline, Totals,
 };
-pub use write::{publish, save};
+pub use write::{keep, publish, save};

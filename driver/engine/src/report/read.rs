@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use super::timeline::{Timeline, VERSION};
 use super::{page, svg};
+use crate::cold::record::Record;
 
 /// The largest file read: a full timeline (4096 rounds and events) stays below it.
 const LARGEST_FILE: u64 = 32 << 20;
@@ -38,6 +39,28 @@ pub enum ReportError {
 /// # Errors
 /// If the file cannot be read, is larger than 32 MiB, is not a timeline, or was written by a later version.
 pub fn load(path: &Path) -> Result<Timeline, ReportError> {
+    let not = |reason: String| ReportError::NotATimeline {
+        path: path.to_owned(),
+        reason,
+    };
+    let json = content(path)?;
+    let timeline: Timeline = serde_json::from_slice(&json).map_err(|error| not(error.to_string()))?;
+    if timeline.version != VERSION {
+        return Err(not(format!(
+            "its version is {}, this program reads {VERSION}",
+            timeline.version
+        )));
+    }
+    Ok(timeline)
+}
+
+/// The record of a cold migration, if that is what the file holds.
+fn cold(path: &Path) -> Result<Option<Record>, ReportError> {
+    let record = serde_json::from_slice::<Record>(&content(path)?).ok();
+    Ok(record.filter(|record| record.cold && record.version == crate::cold::record::VERSION))
+}
+
+fn content(path: &Path) -> Result<Vec<u8>, ReportError> {
     let io = |source| ReportError::Io {
         path: path.to_owned(),
         source,
@@ -52,17 +75,10 @@ pub fn load(path: &Path) -> Result<Timeline, ReportError> {
         .take(LARGEST_FILE + 1)
         .read_to_end(&mut json)
         .map_err(io)?;
-    if json.len() as u64 > LARGEST_FILE {
-        return Err(not(format!("it is larger than {} MiB", LARGEST_FILE >> 20)));
+    match json.len() as u64 > LARGEST_FILE {
+        true => Err(not(format!("it is larger than {} MiB", LARGEST_FILE >> 20))),
+        false => Ok(json),
     }
-    let timeline: Timeline = serde_json::from_slice(&json).map_err(|error| not(error.to_string()))?;
-    if timeline.version != VERSION {
-        return Err(not(format!(
-            "its version is {}, this program reads {VERSION}",
-            timeline.version
-        )));
-    }
-    Ok(timeline)
 }
 
 /// Prints the page of the timeline in `file` to `out`, and draws it to `picture` if asked to.
@@ -70,13 +86,25 @@ pub fn load(path: &Path) -> Result<Timeline, ReportError> {
 /// # Errors
 /// See [`load`]; and if `out` or `picture` cannot be written.
 pub fn command(file: &Path, picture: Option<&Path>, out: &mut impl Write) -> Result<(), ReportError> {
-    let timeline = load(file)?;
-    for line in page::lines(&timeline) {
-        writeln!(out, "{line}").map_err(|source| ReportError::Io {
+    let mut print = |lines: Vec<String>| {
+        let mut lines = lines.iter();
+        let printed = lines.try_for_each(|line| writeln!(out, "{line}"));
+        printed.map_err(|source| ReportError::Io {
             path: "standard output".into(),
             source,
-        })?;
+        })
+    };
+    if let Some(record) = cold(file)? {
+        return match picture {
+            None => print(record.lines()),
+            Some(_) => Err(ReportError::NotATimeline {
+                path: file.to_owned(),
+                reason: "there is no picture of a guest that moved while it was shut off".into(),
+            }),
+        };
     }
+    let timeline = load(file)?;
+    print(page::lines(&timeline))?;
     if let Some(path) = picture {
         let io = |source| ReportError::Io {
             path: path.to_owned(),

@@ -105,6 +105,13 @@ pub fn rfc3339(since_epoch: Duration) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
 }
 
+/// This moment, so.
+pub fn rfc3339_now() -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    // A clock before 1970 is not set.
+    rfc3339(now.unwrap_or_default())
+}
+
 /// Days since 1970-01-01 to a date of the Gregorian calendar (Howard Hinnant, "chrono-compatible low-level date
 /// algorithms": eras of 400 years that begin on 1 March, so that the leap day is the last of its year).
 fn civil(days: u64) -> (u64, u64, u64) {

@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use serde::Serialize;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -35,6 +36,27 @@ pub struct SaveError {
 /// # Errors
 /// If a file cannot be written; what could not be removed is only logged.
 pub fn save(timeline: &Timeline, dir: &Path) -> Result<PathBuf, SaveError> {
+    let m = &timeline.migration;
+    let json_path = keep(dir, &m.guest.name, m.session, m.role, timeline)?;
+    let svg_path = json_path.with_extension("svg");
+    replace(&svg_path, svg::render(timeline).as_bytes()).map_err(|source| SaveError {
+        path: svg_path,
+        source,
+    })?;
+    Ok(json_path)
+}
+
+/// Writes what is known of one end of a migration to `dir`, as [`save`] does, without a picture.
+///
+/// # Errors
+/// As with [`save`].
+pub fn keep(
+    dir: &Path,
+    guest: &str,
+    session: Uuid,
+    role: Role,
+    content: &impl Serialize,
+) -> Result<PathBuf, SaveError> {
     let error = |path: &Path| {
         let path = path.to_owned();
         |source| SaveError { path, source }
@@ -44,15 +66,13 @@ pub fn save(timeline: &Timeline, dir: &Path) -> Result<PathBuf, SaveError> {
         .mode(0o750)
         .create(dir)
         .map_err(error(dir))?;
-    let stem = stem(timeline);
+    let stem = format!("{}-{session}-{}", file_safe(guest), role.name());
     let json_path = dir.join(format!("{stem}.json"));
-    let mut json = serde_json::to_vec_pretty(timeline)
+    let mut json = serde_json::to_vec_pretty(content)
         .map_err(io::Error::from)
         .map_err(error(&json_path))?;
     json.push(b'\n');
     replace(&json_path, &json).map_err(error(&json_path))?;
-    let svg_path = dir.join(format!("{stem}.svg"));
-    replace(&svg_path, svg::render(timeline).as_bytes()).map_err(error(&svg_path))?;
     prune(dir, &stem);
     Ok(json_path)
 }
@@ -67,11 +87,6 @@ pub fn publish(timeline: &Timeline, dir: &Path) {
         Ok(path) => tracing::info!(timeline = %path.display(), "timeline kept"),
         Err(error) => tracing::warn!("{error}"),
     }
-}
-
-fn stem(timeline: &Timeline) -> String {
-    let m = &timeline.migration;
-    format!("{}-{}-{}", file_safe(&m.guest.name), m.session, m.role.name())
 }
 
 /// A guest's name as part of a file name: nothing but ASCII letters, digits, `.`, `_` and `-`, never hidden.

@@ -330,11 +330,17 @@ pub(super) fn reason(error: &CertificateError) -> String {
             "it is not for {}, but for [{}] (subjectAltName); name the destination as it does, with --tls-destination \
              or --migrateuri",
             expected.to_str(),
-            presented.join(", ")
+            presented.iter().map(|name| bare(name)).collect::<Vec<_>>().join(", ")
         ),
         InvalidPurpose | InvalidPurposeContext { .. } => "it is not meant for this end of a connection".into(),
         other => other.to_string(),
     }
+}
+
+/// A name as rustls tells it, `DnsName("host2")` or `IpAddress(192.0.2.1)`, without its kind.
+fn bare(name: &str) -> &str {
+    let inside = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
+    inside.unwrap_or(name).trim_matches('"')
 }
 
 /// Whose certificate this is, for people.
@@ -457,7 +463,11 @@ mod tests {
         hosts.refused(
             "host3.example",
             true,
-            &["not for host3.example", "host2.example", "--tls-destination"],
+            &[
+                "not for host3.example",
+                "[host2.example, 127.0.0.1]",
+                "--tls-destination",
+            ],
         );
         hosts.refused("192.0.2.1", false, &["not for 192.0.2.1"]);
         hosts.refused("no name", true, &["no name is no host name"]);

@@ -6,7 +6,7 @@ use crate::engine::Engine;
 use crate::guest_memory;
 use crate::libvirt::phase::{self, MallocString, Prepared};
 use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
-use crate::sessions::{self, Promise, Role, Session};
+use crate::sessions::{self, HugePromise, Promise, Role, Session};
 use crate::turns::Moving;
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request, Settings};
@@ -57,8 +57,8 @@ pub fn prepare(
         Err(reason) => return declined(&reason),
     };
     match arrival.reserve()? {
-        Reservation::Made(engine, promise) => {
-            arrival.start(connection, params, cookie, flags, engine, promise)
+        Reservation::Made(engine, promises) => {
+            arrival.start(connection, params, cookie, flags, engine, promises)
         }
         Reservation::Declined(reason) => declined(&reason),
     }
@@ -88,7 +88,7 @@ struct Arrival {
 }
 
 enum Reservation {
-    Made(Engine, Promise),
+    Made(Engine, (Promise, HugePromise)),
     Declined(String),
 }
 
@@ -105,10 +105,10 @@ impl Arrival {
         if !config.enabled {
             return Err(DISABLED.into());
         }
+        let mut settings = settings(&config, flags)?;
         // What the engines do is between them; a client also drops some of these flags and not their parameters.
         let (params, flags) = options::for_libvirt(params, flags);
         options::read(&params, flags)?;
-        let mut settings = settings(&config, flags)?;
         let (name, uuid) = identity(cookie).ok_or("libvirt's cookie names no guest")?;
         let name = params
             .utf8(VIR_MIGRATE_PARAM_DEST_NAME)
@@ -151,16 +151,18 @@ impl Arrival {
         let engine = Engine::start(&self.config, "destination", &self.host)
             .map_err(|error| failed(error.to_string()))?;
         let (promise, promised) = Promise::make(&self.offer);
+        let (huge, promised_huge) = HugePromise::make(&self.offer);
         let request = Request::Reserve {
             guest: self.guest.clone(),
             host: self.host.clone(),
             offer: self.offer.clone(),
             memory_directory: host::memory_directory(),
             promised,
+            promised_huge,
             settings: self.settings.clone(),
         };
         match engine.ask(&request, Some(LOCAL))? {
-            Reply::Reserved => Ok(Reservation::Made(engine, promise)),
+            Reply::Reserved => Ok(Reservation::Made(engine, (promise, huge))),
             Reply::NotEligible { reason } => Ok(Reservation::Declined(reason)),
             reply => Err(unexpected(&reply)),
         }
@@ -175,7 +177,7 @@ impl Arrival {
         cookie: &[u8],
         flags: u32,
         engine: Engine,
-        promise: Promise,
+        (promise, huge): (Promise, HugePromise),
     ) -> Result<Prepared, Error> {
         let uri = format!("unix://{}", self.incoming.display());
         let (params, native) = options::for_libvirt(params, flags);
@@ -192,6 +194,7 @@ impl Arrival {
             rewritten = uri::with_disks(rewritten, &uri::disks(&listen, port));
         }
         let prepared = phase::prepare(connection, &rewritten, cookie, native)?;
+        drop(huge);
         let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
         let session = sessions::add(session.arriving(promise, self.incoming.clone()));
         self.attach(connection, &params, &session, prepared)
@@ -300,7 +303,10 @@ pub fn finish(
     let committed = match cancelled {
         true => Err(None),
         false => match session.engine.ask(&Request::Finish, Some(LOADED)) {
-            Ok(Reply::Committed) => Ok(()),
+            Ok(Reply::Committed) => {
+                session.engine.let_go_of_memory();
+                Ok(())
+            }
             Ok(reply) => Err(Some(unexpected(&reply))),
             Err(failure) => Err(Some(failure.into())),
         },

@@ -2,9 +2,7 @@
 //! engine's to judge.
 //!
 //! Three things become of an option: libvirt's own phases see it and do it (names, definitions, disks), the engine does
-//! it and the phases do not see it ([`for_libvirt`]), or the whole migration is libvirt's own. TLS is both's: the engine
-//! protects the memory, libvirt its disks over NBD and what it checks itself (`migrate_tls_force`); QEMU's own stream,
-//! which the engine relays, is then protected twice.
+//! it and the phases do not see it ([`for_libvirt`]), or the whole migration is libvirt's own.
 
 use crate::libvirt::Params;
 use ferry_contract::control::{AutoConverge, Options};
@@ -22,14 +20,15 @@ const TAKEN: u32 = VIR_MIGRATE_LIVE
     | VIR_MIGRATE_ABORT_ON_ERROR
     | STORAGE
     | VIR_MIGRATE_NON_SHARED_SYNCHRONOUS_WRITES
-    | VIR_MIGRATE_TLS
     | DONE_BY_ENGINE;
 
 /// libvirt copies disks, over NBD.
 pub const STORAGE: u32 = VIR_MIGRATE_NON_SHARED_DISK | VIR_MIGRATE_NON_SHARED_INC;
 
 /// What the engine does in QEMU's place: QEMU's part of the move is too small for any of it.
-const DONE_BY_ENGINE: u32 = VIR_MIGRATE_PARALLEL | VIR_MIGRATE_COMPRESSED | VIR_MIGRATE_AUTO_CONVERGE;
+/// TLS also protects QEMU's own stream, which the engine relays inside its connections.
+const DONE_BY_ENGINE: u32 =
+    VIR_MIGRATE_PARALLEL | VIR_MIGRATE_COMPRESSED | VIR_MIGRATE_AUTO_CONVERGE | VIR_MIGRATE_TLS;
 
 /// Flags whose name tells an operator why libvirt's own way was taken.
 const NAMES: &[(u32, &str)] = &[
@@ -41,8 +40,8 @@ const NAMES: &[(u32, &str)] = &[
     (VIR_MIGRATE_ZEROCOPY, "zerocopy"),
 ];
 
-/// Parameters that libvirt's phases see and do. The engine uses the certificates that TLS is about, too.
-const DONE_BY_LIBVIRT: [&CStr; 12] = [
+/// Parameters that libvirt's phases see and do.
+const DONE_BY_LIBVIRT: [&CStr; 11] = [
     VIR_MIGRATE_PARAM_URI,
     VIR_MIGRATE_PARAM_DEST_NAME,
     VIR_MIGRATE_PARAM_DEST_XML,
@@ -54,11 +53,11 @@ const DONE_BY_LIBVIRT: [&CStr; 12] = [
     VIR_MIGRATE_PARAM_MIGRATE_DISKS_DETECT_ZEROES,
     VIR_MIGRATE_PARAM_DISKS_PORT,
     VIR_MIGRATE_PARAM_DISKS_URI,
-    VIR_MIGRATE_PARAM_TLS_DESTINATION,
 ];
 
 /// Parameters of what the engine does: each with the flag it belongs to, without which libvirt refuses it.
-const TUNING: [(&CStr, u32); 5] = [
+const TUNING: [(&CStr, u32); 6] = [
+    (VIR_MIGRATE_PARAM_TLS_DESTINATION, VIR_MIGRATE_TLS),
     (VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS, VIR_MIGRATE_PARALLEL),
     (VIR_MIGRATE_PARAM_COMPRESSION, VIR_MIGRATE_COMPRESSED),
     (VIR_MIGRATE_PARAM_COMPRESSION_ZSTD_LEVEL, VIR_MIGRATE_COMPRESSED),
@@ -101,6 +100,11 @@ pub fn read(params: &Params, flags: u32) -> Result<Options, String> {
         }
     }
     let storage = flags & STORAGE != 0;
+    if storage && flags & VIR_MIGRATE_TLS != 0 {
+        return Err(
+            "libvirt protects the disks it copies only where it protects all of the migration (tls)".into(),
+        );
+    }
     Ok(Options {
         // Disks are copied while the guest runs; libvirt stops it after that.
         paused: flags & VIR_MIGRATE_LIVE == 0 && !storage,
@@ -109,15 +113,16 @@ pub fn read(params: &Params, flags: u32) -> Result<Options, String> {
         compression: compression(params, flags)?,
         auto_converge: auto_converge(params, flags)?,
         storage,
-        tls_name: tls_name(params).map(str::to_owned),
+        tls_name: tls_name(params, flags),
     })
 }
 
-/// The name that the destination's certificate must bear, where the operator has said so.
-pub fn tls_name<'a>(params: &'a Params) -> Option<&'a str> {
-    params
-        .utf8(VIR_MIGRATE_PARAM_TLS_DESTINATION)
-        .filter(|name| !name.is_empty())
+/// The name that the destination's certificate must bear, where the operator has said so; as for QEMU, an empty name is
+/// none.
+fn tls_name(params: &Params, flags: u32) -> Option<String> {
+    let name = params.utf8(VIR_MIGRATE_PARAM_TLS_DESTINATION);
+    name.filter(|name| flags & VIR_MIGRATE_TLS != 0 && !name.is_empty())
+        .map(str::to_owned)
 }
 
 /// libvirt's MiB/s in bytes a second. OpenStack always says how much: 0, which is no limit, as is libvirt's largest
@@ -246,14 +251,14 @@ mod tests {
     }
 
     #[test]
-    fn tls_is_the_engines_and_libvirts() {
+    fn tls_is_the_engines_but_for_disks() {
         let params = Params::none().with(VIR_MIGRATE_PARAM_TLS_DESTINATION, "host2");
         let asked = read(&params, LIVE | VIR_MIGRATE_TLS).unwrap();
         assert_eq!(asked.tls_name.as_deref(), Some("host2"));
         let (left, flags) = for_libvirt(&params, LIVE | VIR_MIGRATE_TLS);
-        assert_eq!(flags, LIVE | VIR_MIGRATE_TLS);
-        assert_eq!(tls_name(&left), Some("host2"));
-        // As for QEMU, an empty name is none.
+        assert_eq!((flags, left.count()), (LIVE, 0));
+        let disks = LIVE | VIR_MIGRATE_TLS | VIR_MIGRATE_NON_SHARED_DISK;
+        assert!(read(&params, disks).unwrap_err().contains("disks"));
         let empty = Params::none().with(VIR_MIGRATE_PARAM_TLS_DESTINATION, "");
         assert_eq!(read(&empty, LIVE | VIR_MIGRATE_TLS).unwrap().tls_name, None);
     }

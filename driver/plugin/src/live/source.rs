@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_sys::{
     VIR_MIGRATE_ABORT_ON_ERROR, VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
-    VIR_MIGRATE_PARAM_TLS_DESTINATION, VIR_MIGRATE_PARAM_URI, VIR_MIGRATE_TLS,
+    VIR_MIGRATE_PARAM_URI,
 };
 
 /// Begin: libvirt's own, and where the guest is eligible, our offer in its cookie.
@@ -181,9 +181,8 @@ fn through_engine(
         Err(changed) => return Err(give_up(domain, params, flags, Error::failed(changed))),
     };
     let disks = options.storage.then(|| uri::disks(&answer.host, None));
-    let host = answer.host.clone();
     let (params, native) = options::for_libvirt(params, flags);
-    let towards = |socket: &Path| towards(&params, native, socket, &host, disks.as_deref());
+    let towards = |socket: &Path| towards(&params, socket, disks.as_deref());
     let give_up = |error| give_up(domain, &params, flags, error);
     let socket = match session.engine.ask(&Request::Precopy { answer, options }, None) {
         Ok(Reply::Switchover { socket }) => socket,
@@ -192,8 +191,11 @@ fn through_engine(
         Err(failure) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
             return phase::perform(domain, None, &towards(Path::new("/nonexistent")), cookie, native)
         }
-        Err(_) if domain.is_over() => return Err(give_up(over(session))),
-        Err(failure) => return Err(give_up(failure.into())),
+        Err(failure) => {
+            let error = give_up(failure.into());
+            // The engine may have noticed before libvirt has.
+            return Err(if domain.is_over() { over(session) } else { error });
+        }
     };
     let performed = phase::perform(domain, None, &towards(&socket), cookie, native);
     // The engine removes it, too, but it may have died.
@@ -247,23 +249,13 @@ fn asked(domain: Domain, params: &Params, flags: u32) -> Result<Options, String>
 }
 
 /// The parameters for a Perform into the engine's socket. With it, libvirt 11.3 refuses a listen address and wants to
-/// be told what it would take from the host in the URI: whose certificate TLS is to find, and where disks go: to the
-/// destination's host, at the port that is in libvirt's cookie.
-fn towards<'a>(
-    params: &'a Params<'_>,
-    flags: u32,
-    socket: &Path,
-    host: &str,
-    disks: Option<&str>,
-) -> Params<'a> {
+/// be told where disks go: to the destination's host, at the port that is in libvirt's cookie.
+fn towards<'a>(params: &'a Params<'_>, socket: &Path, disks: Option<&str>) -> Params<'a> {
     let uri = format!("unix://{}", socket.display());
-    let mut params = params
+    let params = params
         .share()
         .without(VIR_MIGRATE_PARAM_LISTEN_ADDRESS)
         .with(VIR_MIGRATE_PARAM_URI, &uri);
-    if flags & VIR_MIGRATE_TLS != 0 && options::tls_name(&params).is_none() {
-        params = params.with(VIR_MIGRATE_PARAM_TLS_DESTINATION, host);
-    }
     match disks {
         Some(disks) => uri::with_disks(params, disks),
         None => params,
