@@ -69,6 +69,13 @@ pub fn is_pending(uuid: Uuid) -> bool {
     journal::path(&state, uuid).symlink_metadata().is_ok()
 }
 
+/// Whether a migration of this guest keeps it from being started: it has not been given up by both hosts.
+pub fn is_fenced(uuid: Uuid) -> bool {
+    let state = host::config().unwrap_or_default().state_directory;
+    let fence = read(&journal::path(&state, uuid)).map(|journal| journal.fence().is_some());
+    fence.unwrap_or_else(|_| is_pending(uuid))
+}
+
 /// Brings an earlier migration of this guest to an end, so that another can begin.
 ///
 /// # Errors

@@ -93,7 +93,8 @@ impl Departure<'_> {
     fn supersede(&self) -> Result<(), Error> {
         let name = &self.guest.name;
         if let Some(former) = sessions::by_uuid(Role::Source, self.guest.uuid) {
-            if !former.engine.is_gone() && former.engine.statistics().wire > 0 {
+            let under_way = !former.engine.is_gone() && recovery::is_fenced(self.guest.uuid);
+            if under_way && former.engine.statistics().wire > 0 {
                 return Err(here(format!(
                     "guest {name} is being moved already; virsh domjobabort {name} ends that"
                 )));
@@ -340,8 +341,7 @@ fn tell(guest: &Guest, deleted: &Deleted) {
     }
 }
 
-/// Looks after a session whose client may go: once its engine has ended without a Confirm, the journal says what is left
-/// to do.
+/// Looks after a session whose client may go: once it has ended without a Confirm, the journal says what is left to do.
 fn watch(session: &Arc<Session>, domain: Domain) {
     let Some(uri) = domain.connection().uri() else {
         return;
@@ -363,7 +363,8 @@ fn is_over(watched: &Weak<Session>, uri: &str) -> bool {
     let Some(session) = watched.upgrade() else {
         return true;
     };
-    if !session.engine.is_gone() {
+    // Given up by the destination, the engine still waits for a Confirm that nobody may send.
+    if !session.engine.is_gone() && recovery::is_fenced(session.guest.uuid) {
         return false;
     }
     if sessions::take(&session) {
