@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::{ensure, Context, Result};
 
@@ -125,6 +125,8 @@ pub struct Lab {
     hosts: Vec<Host>,
     switch: Host,
     witness: OnceLock<Listener>,
+    /// Held while that is made.
+    listening: Mutex<()>,
     /// The lab lives while this is open.
     alive: Option<ChildStdin>,
 }
@@ -166,6 +168,7 @@ impl Lab {
             hosts,
             switch,
             witness: OnceLock::new(),
+            listening: Mutex::new(()),
             alive,
         })
     }
@@ -206,12 +209,14 @@ impl Lab {
     /// # Errors
     /// If it cannot listen there.
     pub fn witness(&self) -> Result<&Listener> {
-        if self.witness.get().is_none() {
-            let namespace = PathBuf::from(format!("/proc/{}/ns/net", self.switch.init()));
-            // One that came first stands.
-            let _ = self.witness.set(Listener::start(Some(&namespace))?);
+        // Of several guests that begin at once, one makes it.
+        let _one = self.listening.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(witness) = self.witness.get() {
+            return Ok(witness);
         }
-        self.witness.get().context("nobody listens")
+        let namespace = PathBuf::from(format!("/proc/{}/ns/net", self.switch.init()));
+        let listener = Listener::start(Some(&namespace))?;
+        Ok(self.witness.get_or_init(|| listener))
     }
 
     /// The directory all hosts see as `/lab`.
