@@ -275,7 +275,18 @@ fn in_order(offer: &Offer, mut blocks: Vec<RamBlock>) -> Result<Vec<crate::memor
                     wanted.name, wanted.size
                 ))
             })?;
-            Ok(blocks.swap_remove(index).file)
+            let file = blocks.swap_remove(index).file;
+            // The source tells of what is on its pages; of huge ones it tells otherwise than of others.
+            match file.backing().page() {
+                page if page == wanted.page => Ok(file),
+                page => Err(Error::Elsewhere(format!(
+                    "RAM block {} is made of pages of {} KiB here and of {} KiB at the source; give the guest the same \
+                     memory on both hosts (<hugepages>)",
+                    wanted.name,
+                    page >> 10,
+                    wanted.page >> 10
+                ))),
+            }
         })
         .collect::<Result<_, Error>>()?;
     match blocks.is_empty() {

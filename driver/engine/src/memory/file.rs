@@ -273,16 +273,15 @@ impl RamFile {
         let Backing::Hugetlbfs { page } = self.backing else {
             return self.punch(range);
         };
-        let range = self.locate(range.start, range.end.saturating_sub(range.start))?;
-        let pages = range.start / page * page..range.end.div_ceil(page) * page;
-        sys::allocate(&self.file, pages).map_err(self.wrap("allocate pages of"))?;
-        // A punch of less than a page clears it and leaves it there (Linux 5.19, `hugetlbfs_zero_partial_page`).
-        let half = page / 2;
-        let mut start = range.start;
-        while start < range.end {
-            let end = ((start / half + 1) * half).min(range.end);
-            sys::punch_hole(&self.file, start..end).map_err(self.wrap("clear"))?;
-            start = end;
+        // Stored: a punch of less than a page clears it since Linux 5.19 (`hugetlbfs_zero_partial_page`), and before that
+        // does nothing and says that all is well.
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        let mut range = self.locate(range.start, range.end.saturating_sub(range.start))?;
+        while !range.is_empty() {
+            let end = range.end.min(range.start + ZEROS.len() as u64);
+            let part = range.start..end;
+            self.store(part.clone(), page, &ZEROS[..(part.end - part.start) as usize])?;
+            range.start = end;
         }
         Ok(())
     }

@@ -17,9 +17,16 @@ use std::sync::Once;
 
 /// Runs what is behind the border; `failure` is what C gets where it fails, the thread's libvirt error set.
 fn border<T>(failure: T, decide: impl FnOnce() -> Result<T, Error>) -> T {
+    guarded(failure, || {
+        crate::cold::recovery::at_first_call();
+        decide()
+    })
+}
+
+/// [`border`] for what comes before the daemon has become one: a thread that is started then is lost.
+fn guarded<T>(failure: T, decide: impl FnOnce() -> Result<T, Error>) -> T {
     let decided = catch_unwind(AssertUnwindSafe(|| {
         speak_up();
-        crate::cold::recovery::at_first_call();
         decide().map_err(Error::raise)
     }));
     match decided {

@@ -4,9 +4,9 @@
 use super::guard::rescue;
 use crate::mark;
 use ferry_host as host;
-use std::io::ErrorKind;
+use std::collections::HashSet;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 /// Clears it up.
@@ -46,20 +46,27 @@ fn guests() {
     });
 }
 
-/// Removes the sockets on which nobody listens any more.
+/// Removes the sockets that nobody has open any more. They are not connected to: an incoming QEMU would take that for its
+/// migration, should another daemon be at work here.
 fn sockets(directory: &Path) {
-    let Ok(entries) = std::fs::read_dir(directory) else {
+    let (Ok(entries), Ok(open)) = (std::fs::read_dir(directory), std::fs::read("/proc/self/net/unix")) else {
         return;
     };
+    let open: HashSet<&[u8]> = open.split(|byte| *byte == b'\n').filter_map(path).collect();
     for entry in entries.flatten() {
         let path = entry.path();
-        let dead =
-            || UnixStream::connect(&path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
-        if entry.file_type().is_ok_and(|kind| kind.is_socket()) && dead() {
+        let dead = !open.contains(path.as_os_str().as_bytes());
+        if dead && entry.file_type().is_ok_and(|kind| kind.is_socket()) {
             // One that stays is in nobody's way.
             let _ = std::fs::remove_file(&path);
         }
     }
+}
+
+/// The path in a line of `/proc/net/unix`, behind seven other columns.
+fn path(line: &[u8]) -> Option<&[u8]> {
+    let start = line.iter().position(|byte| *byte == b'/')?;
+    Some(&line[start..])
 }
 
 #[cfg(test)]
