@@ -124,6 +124,21 @@ impl<'a> Scene<'a> {
     /// # Errors
     /// If not.
     pub fn lives_on(&self, host: &Host) -> Result<()> {
+        self.judge_on(host).with_context(|| self.last_seen())
+    }
+
+    /// What is known of a guest besides its answers.
+    fn last_seen(&self) -> String {
+        let console = self.console.text().unwrap_or_default();
+        let heard = self.lab.witness().map(|witness| witness.heard(self.ip).received);
+        format!(
+            "{} beats were heard, and the console's last line is '{}'",
+            heard.unwrap_or_default(),
+            console.lines().last().unwrap_or_default()
+        )
+    }
+
+    fn judge_on(&self, host: &Host) -> Result<()> {
         host.wait_for_state(&self.name, "running")?;
         for other in self
             .lab
