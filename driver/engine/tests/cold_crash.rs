@@ -382,3 +382,33 @@ fn the_plug_ins_die_and_the_engines_put_things_in_order() {
     here.end();
     guest.assert_moved();
 }
+
+#[test]
+fn one_engine_at_a_time_works_on_a_journal() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    let mut others = [Role::Source, Role::Destination].map(|role| guest.scene.recovery(role, true));
+    for other in &mut others {
+        match other.hear() {
+            Some(Reply::Failed(failure)) => assert!(failure.cause.contains("still works on"), "{failure}"),
+            reply => panic!("{reply:?}"),
+        }
+    }
+    let mut guest = guest;
+    guest.finish(source, destination);
+    guest.assert_moved();
+}
+
+#[test]
+fn what_a_later_session_has_put_in_place_is_not_undone_with_an_earlier_one() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    destination.crash();
+    source.end_aborted();
+    // As one does that has taken up what was left.
+    let journal = guest.scene.journal(Role::Destination).unwrap();
+    std::fs::rename(journal.entries[0].temporary.as_ref().unwrap(), guest.there()).unwrap();
+    let mut recovery = guest.scene.recovery(Role::Destination, true);
+    assert_eq!(recovered(&mut recovery), Recovered::Undone);
+    assert_eq!(sha256(&guest.there()), guest.digest);
+}

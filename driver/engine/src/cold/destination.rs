@@ -8,7 +8,7 @@
 
 use super::files::Reader;
 use super::hash::manifest;
-use super::journal::{find, Kept};
+use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, Looked};
 use super::place::{self, Target};
 use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
@@ -282,8 +282,8 @@ struct Arrived {
 
 /// Reserves, pulls and verifies; whatever fails leaves nothing behind, here or at the source.
 fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<Arrived, Error> {
-    let directory = &pull.settings.state_directory;
-    let earlier = find(directory, pull.guest.uuid)?;
+    let claim = Claim::take(&pull.settings.state_directory, pull.guest.uuid)?;
+    let earlier = claim.find()?;
     refuse_unfinished(earlier.as_ref())?;
     let earlier = earlier.filter(|journal| journal.role == Role::Destination);
     let inventory = &pull.offer.inventory;
@@ -305,7 +305,7 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
         signals,
         kept: None,
     };
-    let outcome = arriving.run(&mut link, earlier, |source_host, entries| Journal {
+    let outcome = arriving.run(&mut link, claim, earlier, |source_host, entries| Journal {
         version: journal::VERSION,
         role: Role::Destination,
         state: State::Pulling,
@@ -360,6 +360,7 @@ impl Arriving<'_, '_> {
     fn run(
         &mut self,
         link: &mut Link,
+        claim: Claim,
         earlier: Option<Journal>,
         journal: impl FnOnce(String, Vec<Entry>) -> Journal,
     ) -> Result<(), Error> {
@@ -394,7 +395,7 @@ impl Arriving<'_, '_> {
         remove_useless(earlier.as_ref(), &left);
         let mut journal = journal(source_host, entries);
         journal.directories = earlier.map(|earlier| earlier.directories).unwrap_or_default();
-        let kept = Kept::new(&pull.settings.state_directory, journal)?;
+        let kept = Kept::new(claim, journal)?;
         let kept = self.kept.insert(kept);
         for (path, like) in place::directories(inventory, &pull.plan.places) {
             if place::make_directory(&path, like)? {

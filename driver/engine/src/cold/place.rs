@@ -4,7 +4,7 @@ use super::files::Reader;
 use super::journal::sync_parent;
 use super::messages::Looked;
 use super::{users, Error};
-use ferry_contract::cold::journal::{Entry, Fate, Journal};
+use ferry_contract::cold::journal::{Entry, Fate, Journal, State};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
 use std::collections::BTreeSet;
@@ -311,6 +311,9 @@ pub fn is_ours(path: &Path, entry: &Entry) -> bool {
 
 /// Removes everything a session made on this host: temporary files, files in place, directories.
 pub fn undo(journal: &Journal) {
+    // Before it has asked the source, a session has nothing in place: a file there is of a later one that took up what
+    // this one left.
+    let may_be_placed = matches!(journal.state, State::Committing | State::Placed | State::Aborted);
     for entry in &journal.entries {
         if entry.fate != Fate::Moves || entry.kind == Kind::Block {
             continue;
@@ -319,7 +322,7 @@ pub fn undo(journal: &Journal) {
             .temporary
             .iter()
             .filter(|path| path.symlink_metadata().is_ok());
-        let placed = Some(&entry.path).filter(|path| is_ours(path, entry));
+        let placed = Some(&entry.path).filter(|path| may_be_placed && is_ours(path, entry));
         for path in temporary.chain(placed) {
             match fs::remove_file(path) {
                 Ok(()) => tracing::debug!(path = %path.display(), "removed"),

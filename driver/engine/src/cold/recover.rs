@@ -118,7 +118,7 @@ fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error>
     }
     let state = kept.state;
     let ownership = Arc::new(Ownership::new(kept));
-    if state == State::Prepared {
+    if matches!(state, State::Prepared | State::Aborted) {
         ownership.give_up("the source's host or engine was started anew")?;
     }
     let state = match ownership.state() {

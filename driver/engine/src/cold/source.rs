@@ -8,7 +8,7 @@
 
 use super::files::{self, Source};
 use super::hash;
-use super::journal::Kept;
+use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::{self, Nonces};
 use super::record::Recorder;
@@ -164,11 +164,14 @@ impl Ownership {
                 let _ = self.cause.set(cause.to_owned());
                 // A destination that has everything may be about to ask: after a crash it still has to hear it.
                 match kept.manifest.is_some() {
-                    true => kept.enter(State::Aborted, |_| {})?,
+                    true => {
+                        kept.enter(State::Aborted, |_| {})?;
+                        kept.loosen();
+                    }
                     false => guard.take().map_or(Ok(()), Kept::remove)?,
                 }
             }
-            State::Aborted => {}
+            State::Aborted => kept.loosen(),
             _ => return Ok(false),
         }
         self.changed.notify_all();
@@ -239,8 +242,8 @@ struct Shared {
 
 impl Session {
     fn open(serve: Serve, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<Self, Error> {
-        let earlier = super::journal::find(&serve.settings.state_directory, serve.guest.uuid)?;
-        refuse_unfinished(earlier.as_ref())?;
+        let claim = Claim::take(&serve.settings.state_directory, serve.guest.uuid)?;
+        refuse_unfinished(claim.find()?.as_ref())?;
         let (files, directories) = files::open(&serve.items)?;
         let session = Uuid::new_v4();
         let parents = files.iter().filter(|file| file.kind == Kind::File);
@@ -273,7 +276,7 @@ impl Session {
             .to_xml()
             .map_err(|error| Error::Other(error.to_string()))?;
         let journal = journal_of(&serve, &offer, &files, identity.expose_key());
-        let kept = Kept::new(&serve.settings.state_directory, journal.clone())?;
+        let kept = Kept::new(claim, journal.clone())?;
         let certificate = Arc::<OnceLock<Vec<u8>>>::default();
         let security = security(&offer, identity, Arc::clone(&certificate));
         signals.pace.set(serve.options.bandwidth);
