@@ -356,6 +356,8 @@ impl Session {
                 Some(Request::ColdDelete { keep, in_use }) => match shared.ownership.state() {
                     Some(State::OwnedThere) => {
                         recorder.enter("deletion");
+                        // Whoever holds a lock on them now is somebody else.
+                        shared.shelf.files.iter().for_each(Source::lift);
                         let journal = shared.ownership.forget()?.unwrap_or(first);
                         let deleted = delete(&journal, keep, &in_use);
                         recorder.publish(&journal, &shared.shelf.meter, Outcome::Completed, &log_directory);
@@ -666,18 +668,22 @@ impl Shared {
     /// Compares what the destination has with what was read here.
     fn ready(&self, digests: &[Option<Digest>]) -> Result<(), Error> {
         let fates = self.fates.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if digests.len() != fates.len() {
+        let count = self.shelf.files.len();
+        if (digests.len(), fates.len()) != (count, count) {
             return Err(Error::Other("not every file has its digest".into()));
         }
         let files = self.shelf.files.iter().zip(&self.shelf.blocks);
         for ((file, blocks), (digest, fate)) in files.zip(digests.iter().zip(&fates)) {
-            let own = || {
-                blocks
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .digest(file.size)
-            };
-            let expected = (*fate != Fate::Shared).then(own);
+            let blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_there = *fate == Fate::Shared;
+            // Who asks for little agrees on the digest of little.
+            if !is_there && !blocks.has(&file.runs) {
+                return Err(Error::Other(format!(
+                    "the destination has not asked for all of {}: it has no copy",
+                    file.path.display()
+                )));
+            }
+            let expected = (!is_there).then(|| blocks.digest(file.size));
             if *digest != expected {
                 return Err(Error::Other(format!(
                     "the copy of {} is not what was read here: it is damaged",
@@ -726,9 +732,11 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
             _ if keep => "it was to stay".to_owned(),
             (Fate::Shared, _) => "both hosts use it".to_owned(),
             (Fate::Present, _) => "the destination had it before".to_owned(),
+            _ if entry.digest.is_none() => "its copy was not verified".to_owned(),
             (_, Kind::Block) => "it is a volume: remove it where it was made, if nothing needs it".to_owned(),
             _ if others.contains(&real) => "another guest refers to it".to_owned(),
             _ if !place::is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
+            _ if files::is_held(&real) => "another process uses it".to_owned(),
             _ => match remove(&entry.path, &real) {
                 Ok(()) => {
                     tracing::info!(path = %entry.path.display(), "deleted: it has moved");
