@@ -568,6 +568,7 @@ fn a_destination_without_a_copy_gets_nothing() {
         let manifest = manifest(digests.iter().copied());
         assert!(ask(Ask::Commit { manifest }).is_err());
     }
+    drop(link);
     source.end_aborted();
     scene.assert_clean();
     assert!(path.exists());

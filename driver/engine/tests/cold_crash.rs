@@ -133,8 +133,6 @@ fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there()
     assert_eq!(guest.owners(), (false, false));
     assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
     source.end();
-    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
-    guest.check();
 
     guest.scene.options = Options::default();
     let (source, destination) = guest.scene.pulled();
@@ -155,10 +153,9 @@ fn what_a_crash_left_and_nobody_wants_is_removed() {
     destination.crash();
     assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
     source.end();
-    let mut recovery = guest.scene.recovery(Role::Destination, true);
-    assert_eq!(recovered(&mut recovery), Recovered::Undone);
-    recovery.end();
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
     guest.scene.assert_not_there();
+    assert_eq!(guest.scene.journal(Role::Destination), None);
     // The source keeps a note for a destination that might have been about to ask; it fences nothing.
     assert_eq!(guest.owners(), (true, false));
     guest.assert_stays_and_moves_again();

@@ -6,7 +6,7 @@
 //! | source, committed | the door is opened again, where it was: the destination says owned, or aborted |
 //! | source, owned-there | the guest leaves: undefine and delete |
 //! | source, aborted | the door is opened: a destination that still asks is told no |
-//! | destination, pulling or ready | undone: the source cannot have let go |
+//! | destination, pulling or ready | undone, with all that was pulled: the source cannot have let go |
 //! | destination, committing | the source is asked: it let go (go on), or says no (undo) |
 //! | destination, placed | the guest is to be registered |
 //! | destination, owned or aborted | the source is told |
@@ -214,11 +214,7 @@ fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -
                 }
             }
         }
-        State::Pulling | State::Ready if !abort => {
-            // The source cannot have let go. What was pulled is of use to the next attempt, which finds this journal.
-            undone(control);
-            return Ok(());
-        }
+        // The source cannot have let go. A next attempt that begins before this takes up what was pulled.
         State::Pulling | State::Ready => {
             place::undo(&kept);
             kept.remove()?;
