@@ -409,3 +409,32 @@ fn what_a_later_session_has_put_in_place_is_not_undone_with_an_earlier_one() {
     assert_eq!(recovered(&mut recovery), Recovered::Undone);
     assert_eq!(sha256(&guest.there()), guest.digest);
 }
+
+#[test]
+fn the_source_dies_while_it_deletes() {
+    let mut guest = Guest::new();
+    let (mut source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
+    guest.at_source = false;
+    // A journal that cannot be removed is there after the deletion, as after a crash between the two.
+    let path = guest.scene.journal_path(Role::Source);
+    let journal = std::fs::read(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    guest.leave(&mut source);
+    source.end();
+    assert!(!guest.disk.exists());
+    std::fs::remove_dir(&path).unwrap();
+    std::fs::write(&path, journal).unwrap();
+    assert_eq!(guest.owners(), (false, true));
+    let mut here = guest.scene.recovery(Role::Source, false);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    guest.assert_moved();
+}

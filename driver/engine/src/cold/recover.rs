@@ -144,9 +144,10 @@ fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error>
             if let Some(Request::ColdDelete { keep, in_use }) =
                 signals.next_request(Some(Instant::now() + UNTIL_ASKED))
             {
-                let journal = ownership.forget()?;
+                let journal = ownership.journal();
                 let deleted =
                     journal.map_or_else(Deleted::default, |journal| delete(&journal, keep, &in_use));
+                ownership.forget();
                 control.reply(Reply::ColdDeleted(deleted));
             }
         }

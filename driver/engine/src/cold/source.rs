@@ -25,7 +25,7 @@ use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -200,14 +200,17 @@ impl Ownership {
         })
     }
 
-    /// Ends the session, which nothing is left of.
-    pub fn forget(&self) -> Result<Option<Journal>, Error> {
-        let Some(kept) = self.lock().take() else {
-            return Ok(None);
-        };
-        let journal = Journal::clone(&kept);
-        kept.remove()?;
-        Ok(Some(journal))
+    /// What is written down.
+    pub fn journal(&self) -> Option<Journal> {
+        self.lock().as_ref().map(|kept| Journal::clone(kept))
+    }
+
+    /// Ends the session, which nothing is left of. A journal that stays all the same is a recovery's, which finds
+    /// everything done.
+    pub fn forget(&self) {
+        if let Some(Err(error)) = self.lock().take().map(Kept::remove) {
+            tracing::warn!("{error}");
+        }
     }
 }
 
@@ -358,8 +361,9 @@ impl Session {
                         recorder.enter("deletion");
                         // Whoever holds a lock on them now is somebody else.
                         shared.shelf.files.iter().for_each(Source::lift);
-                        let journal = shared.ownership.forget()?.unwrap_or(first);
+                        let journal = shared.ownership.journal().unwrap_or(first);
                         let deleted = delete(&journal, keep, &in_use);
+                        shared.ownership.forget();
                         recorder.publish(&journal, &shared.shelf.meter, Outcome::Completed, &log_directory);
                         control.reply(Reply::ColdDeleted(deleted));
                         return Ok(());
@@ -719,7 +723,8 @@ impl Shared {
     }
 }
 
-/// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since.
+/// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since. What
+/// is gone already was deleted before a crash.
 pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
     let mut outcome = Deleted::default();
     let others: Vec<_> = in_use
@@ -735,6 +740,10 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
             _ if entry.digest.is_none() => "its copy was not verified".to_owned(),
             (_, Kind::Block) => "it is a volume: remove it where it was made, if nothing needs it".to_owned(),
             _ if others.contains(&real) => "another guest refers to it".to_owned(),
+            _ if is_gone(&real) => {
+                outcome.deleted.push(entry.path.clone());
+                continue;
+            }
             _ if !place::is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
             _ if files::is_held(&real) => "another process uses it".to_owned(),
             _ => match remove(&entry.path, &real) {
@@ -764,8 +773,13 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
     outcome
 }
 
+fn is_gone(path: &Path) -> bool {
+    let found = path.symlink_metadata();
+    found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+}
+
 /// The file, and the symbolic link that named it.
-fn remove(path: &std::path::Path, real: &std::path::Path) -> std::io::Result<()> {
+fn remove(path: &Path, real: &Path) -> std::io::Result<()> {
     std::fs::remove_file(real)?;
     match path.symlink_metadata() {
         Ok(link) if link.is_symlink() => std::fs::remove_file(path),
