@@ -438,3 +438,36 @@ fn the_source_dies_while_it_deletes() {
     here.end();
     guest.assert_moved();
 }
+
+#[test]
+fn a_recovery_deletes_no_file_that_was_changed_since() {
+    let mut guest = Guest::new();
+    let (source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
+    source.crash();
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(&guest.disk)
+        .and_then(|mut file| std::io::Write::write_all(&mut file, b"another life"))
+        .unwrap();
+    let mut here = guest.scene.recovery(Role::Source, false);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    let deleted = here.ask(&Request::ColdDelete {
+        keep: false,
+        in_use: Vec::new(),
+    });
+    match deleted {
+        Reply::ColdDeleted(deleted) => {
+            assert!(deleted.kept[0].reason.contains("changed after"), "{deleted:?}")
+        }
+        other => panic!("{other:?}"),
+    }
+    here.end();
+    assert!(guest.disk.exists());
+    guest.scene.assert_clean();
+}

@@ -452,6 +452,7 @@ impl Arriving<'_, '_> {
                     fate: *fate,
                     digest: None,
                     identity: None,
+                    modified: None,
                 }
             })
             .collect()

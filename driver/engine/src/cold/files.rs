@@ -42,10 +42,18 @@ pub struct Source {
     pub runs: Vec<Range<u64>>,
     /// (device, inode).
     pub identity: (u64, u64),
+    /// See [`modified`].
+    pub modified: i64,
     seen: Seen,
     mode: u32,
     owner: (u32, u32),
     reader: Reader,
+}
+
+/// When a file was last changed, nanoseconds since 1970.
+pub fn modified(metadata: &Metadata) -> i64 {
+    let seconds = metadata.mtime().saturating_mul(1_000_000_000);
+    seconds.saturating_add(metadata.mtime_nsec())
 }
 
 /// What changes when somebody writes to a file.
@@ -94,6 +102,7 @@ impl Source {
             allocated,
             runs,
             identity: (metadata.dev(), metadata.ino()),
+            modified: modified(&metadata),
             seen: Seen::of(&metadata),
             mode: metadata.mode() & 0o7777,
             owner: (metadata.uid(), metadata.gid()),

@@ -447,6 +447,7 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         fate: Fate::Moves,
         digest: None,
         identity: Some(file.identity),
+        modified: Some(file.modified),
     };
     Journal {
         version: journal::VERSION,
@@ -709,11 +710,8 @@ impl Shared {
         };
         let path = &definition.path;
         let found = std::fs::metadata(path).map_err(Error::file("look at", path))?;
-        let modified = found
-            .mtime()
-            .saturating_mul(1_000_000_000)
-            .saturating_add(found.mtime_nsec());
-        match (found.ino(), found.len(), modified) == (definition.inode, definition.size, definition.modified)
+        match (found.ino(), found.len(), files::modified(&found))
+            == (definition.inode, definition.size, definition.modified)
         {
             true => Ok(()),
             false => Err(Error::Other(
@@ -745,6 +743,7 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
                 continue;
             }
             _ if !place::is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
+            _ if is_changed(&real, entry) => "it was changed after it was copied".to_owned(),
             _ if files::is_held(&real) => "another process uses it".to_owned(),
             _ => match remove(&entry.path, &real) {
                 Ok(()) => {
@@ -776,6 +775,13 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
 fn is_gone(path: &Path) -> bool {
     let found = path.symlink_metadata();
     found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+}
+
+/// Whether it has another length or time than the file that was copied.
+fn is_changed(path: &Path, entry: &Entry) -> bool {
+    let found = std::fs::metadata(path).ok();
+    let found = found.map(|found| (found.len(), files::modified(&found)));
+    found != entry.modified.map(|modified| (entry.size, modified))
 }
 
 /// The file, and the symbolic link that named it.
