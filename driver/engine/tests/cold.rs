@@ -610,9 +610,11 @@ fn a_cancelled_move_leaves_nothing() {
         let Some(Reply::Failed(failure)) = destination.hear() else {
             panic!()
         };
-        if !at_source {
-            assert_eq!(failure.kind, FailureKind::Cancelled);
-        }
+        // Whichever host it was cancelled on, both say so.
+        assert_eq!(failure.kind, FailureKind::Cancelled, "{failure}");
+        assert_eq!(failure.host, if at_source { "host1" } else { "host2" });
+        let refused = source.refusal(&Request::ColdConfirm);
+        assert_eq!(refused.kind, FailureKind::Cancelled, "{refused}");
         assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
         source.end();
         destination.end();

@@ -22,7 +22,7 @@ use crate::report::Outcome;
 use crate::wire::{message, Connection, Identity, Protection, Purpose, Security};
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Digest, Kind, Options, Pull as Order, MAX_SIZE};
-use ferry_contract::control::{Reply, Request};
+use ferry_contract::control::{Failure, FailureKind, Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
 use std::collections::{BTreeMap, BTreeSet};
@@ -80,7 +80,7 @@ impl Told<'_> {
     fn ended(&mut self, journal: &Journal, error: Option<&Error>) {
         let outcome = match error {
             None => Outcome::Completed,
-            Some(Error::Ended(crate::live::Error::Cancelled)) => Outcome::Cancelled,
+            Some(error) if error.failure("").kind == FailureKind::Cancelled => Outcome::Cancelled,
             Some(error) => Outcome::Failed {
                 stage: None,
                 error: error.to_string(),
@@ -134,7 +134,9 @@ impl Link {
                     self.connection = None;
                     std::thread::sleep(Duration::from_millis(100));
                 }
-                Ok(Answer::Refused { cause, host }) => return Err(Error::Refused { cause, host }),
+                Ok(Answer::Refused { kind, cause, host }) => {
+                    return Err(Error::Refused { kind, cause, host })
+                }
                 outcome => return outcome,
             }
         }
@@ -229,11 +231,11 @@ impl Link {
     ///
     /// # Errors
     /// As with [`ask`](Self::ask).
-    pub fn abort(&mut self, cause: &str, patience: Duration) -> Result<(), Error> {
+    pub fn abort(&mut self, cause: &Error, patience: Duration) -> Result<(), Error> {
         // What ended the session has broken its connections.
         self.connection = None;
-        let cause = cause.to_owned();
-        match self.ask(&Ask::Abort { cause }, &Signals::default(), patience)? {
+        let Failure { kind, cause, .. } = cause.failure(&self.host);
+        match self.ask(&Ask::Abort { kind, cause }, &Signals::default(), patience)? {
             Answer::Aborted => Ok(()),
             other => Err(out_of_turn(&other)),
         }
@@ -340,7 +342,7 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
                 kept.remove()?;
             }
             // It frees the guest sooner; the source notices by itself, too.
-            if let Err(untold) = link.abort(&error.to_string(), Duration::from_secs(3)) {
+            if let Err(untold) = link.abort(&error, Duration::from_secs(3)) {
                 tracing::warn!("the source could not be told: {untold}");
             }
             Err(error)
@@ -594,10 +596,12 @@ impl Arrived {
                         Err(error)
                     }
                 },
-                Some(Request::ColdAbort) => match self.abort(record, "libvirt or the operator gave it up") {
-                    Ok(()) => return control.reply(Reply::ColdAborted),
-                    Err(error) => return control.reply(Reply::Failed(error.failure(&host))),
-                },
+                Some(Request::ColdAbort) => {
+                    match self.abort(record, signals, "libvirt or the operator gave it up") {
+                        Ok(()) => return control.reply(Reply::ColdAborted),
+                        Err(error) => return control.reply(Reply::Failed(error.failure(&host))),
+                    }
+                }
                 Some(other) => {
                     tracing::warn!(?other, "a request out of turn");
                     continue;
@@ -607,7 +611,7 @@ impl Arrived {
                 None => {
                     if matches!(self.kept.state, State::Pulling | State::Ready) {
                         if let Err(error) =
-                            self.abort(record, "the destination's daemon gave the migration up")
+                            self.abort(record, signals, "the destination's daemon gave the migration up")
                         {
                             tracing::error!("{error}");
                         }
@@ -654,9 +658,12 @@ impl Arrived {
         }
     }
 
-    fn abort(self, record: &mut Told<'_>, cause: &str) -> Result<(), Error> {
-        record.ended(&self.kept, Some(&Error::Other(cause.to_owned())));
-        abort(self.kept, self.link, cause)
+    fn abort(self, record: &mut Told<'_>, signals: &Signals, cause: &str) -> Result<(), Error> {
+        let cause = signals
+            .check()
+            .map_or_else(Error::from, |()| Error::Other(cause.to_owned()));
+        record.ended(&self.kept, Some(&cause));
+        abort(self.kept, self.link, &cause)
     }
 }
 
@@ -704,7 +711,7 @@ pub fn owned(kept: &mut Kept, link: &mut Link, signals: &Signals) -> Result<bool
 ///
 /// # Errors
 /// The guest is this host's already, or the journal cannot be written.
-pub fn abort(mut kept: Kept, mut link: Link, cause: &str) -> Result<(), Error> {
+pub fn abort(mut kept: Kept, mut link: Link, cause: &Error) -> Result<(), Error> {
     match kept.state {
         State::Owned => {
             return Err(Error::Other(

@@ -19,6 +19,7 @@ use crate::control::Meter;
 use crate::live::signals::{End, Signals};
 use crate::wire::{self, connect, Connection, Purpose, Security};
 use ferry_contract::cold::{Kind, BLOCK};
+use ferry_contract::control::FailureKind;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -561,7 +562,11 @@ impl Puller<'_> {
                 Frame::Failed { .. } => {
                     let cause = String::from_utf8_lossy(payload).into_owned();
                     let host = connection.peer().ip().to_string();
-                    return Err(Error::Refused { cause, host });
+                    return Err(Error::Refused {
+                        kind: FailureKind::Failed,
+                        cause,
+                        host,
+                    });
                 }
             };
             if file.target.is_none() && !same {

@@ -15,7 +15,7 @@ use super::destination::{self, Link};
 use super::journal::Kept;
 use super::messages::{Answer, Ask};
 use super::pull::Peer;
-use super::source::{delete, listen, Ownership};
+use super::source::{delete, listen, refusal, Ownership};
 use super::{nonce, place, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
@@ -119,7 +119,8 @@ fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error>
     let state = kept.state;
     let ownership = Arc::new(Ownership::new(kept));
     if matches!(state, State::Prepared | State::Aborted) {
-        ownership.give_up("the source's host or engine was started anew")?;
+        let anew = "the source's host or engine was started anew";
+        ownership.give_up(&Error::Other(anew.into()))?;
     }
     let state = match ownership.state() {
         Some(State::OwnedThere) => Some(State::OwnedThere),
@@ -177,13 +178,10 @@ fn open_door(journal: &Journal, ownership: &Arc<Ownership>) -> Result<(), Error>
                     .commit(manifest, || Err(no()))
                     .map(|()| Answer::Committed),
                 Ask::Owned => ownership.owned().map(|()| Answer::OwnedThere),
-                Ask::Abort { cause } => ownership.given_back(&cause).map(|()| Answer::Aborted),
+                Ask::Abort { kind, cause } => ownership.given_back(kind, cause).map(|()| Answer::Aborted),
                 _ => Err(no()),
             };
-            let answer = answer.unwrap_or_else(|error| Answer::Refused {
-                cause: error.to_string(),
-                host: host.clone(),
-            });
+            let answer = answer.unwrap_or_else(|error| refusal(&error, &host));
             if message::send(&mut connection, &answer).is_err() {
                 return;
             }
@@ -223,20 +221,22 @@ fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -
             return Ok(());
         }
         State::Aborted => {
-            destination::abort(kept, link, "the destination gave the migration up before a crash")?;
+            let before = "the destination gave the migration up before a crash";
+            destination::abort(kept, link, &Error::Other(before.into()))?;
             undone(control);
             return Ok(());
         }
         _ if abort => {
-            destination::abort(kept, link, "the operator gave the migration up")?;
+            let operator = "the operator gave the migration up";
+            destination::abort(kept, link, &Error::Other(operator.into()))?;
             undone(control);
             return Ok(());
         }
         State::Placed => {}
         _ => match destination::commit(&mut kept, &mut link, signals, PATIENCE) {
             Ok(()) => {}
-            Err(Error::Refused { cause, .. }) => {
-                destination::abort(kept, link, &cause)?;
+            Err(refused @ Error::Refused { .. }) => {
+                destination::abort(kept, link, &refused)?;
                 undone(control);
                 return Ok(());
             }
@@ -257,7 +257,8 @@ fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -
             control.reply(Reply::ColdOwned { told });
         }
         Some(Request::ColdAbort) => {
-            destination::abort(kept, link, "libvirt cannot register the guest at the destination")?;
+            let libvirt = "libvirt cannot register the guest at the destination";
+            destination::abort(kept, link, &Error::Other(libvirt.into()))?;
             control.reply(Reply::ColdAborted);
         }
         // It stays placed: the next recovery asks again.

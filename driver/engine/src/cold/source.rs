@@ -21,7 +21,7 @@ use crate::report::Outcome;
 use crate::wire::{message, Connection, Identity, Listener, Protection, Purpose, Security, Token};
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Definition, Deleted, Digest, Inventory, Kept as KeptFile, Kind, Serve};
-use ferry_contract::control::{Reply, Request};
+use ferry_contract::control::{Failure, FailureKind, Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
 use std::os::unix::fs::MetadataExt;
@@ -66,7 +66,7 @@ pub struct Ownership {
     kept: Mutex<Option<Kept>>,
     changed: Condvar,
     /// Why it was given up.
-    cause: OnceLock<String>,
+    cause: OnceLock<(FailureKind, String)>,
 }
 
 impl Ownership {
@@ -89,11 +89,12 @@ impl Ownership {
     }
 
     /// Why the session was given up.
-    pub fn cause(&self) -> String {
-        self.cause
-            .get()
-            .cloned()
-            .unwrap_or_else(|| "this migration is over".into())
+    pub fn cause(&self) -> Error {
+        match self.cause.get() {
+            Some((FailureKind::Cancelled, _)) => Error::Ended(crate::live::Error::Cancelled),
+            Some((_, cause)) => Error::Other(cause.clone()),
+            None => Error::Other("this migration is over".into()),
+        }
     }
 
     /// Waits until the state is another one than this, for so long at most.
@@ -108,7 +109,7 @@ impl Ownership {
     pub fn commit(&self, manifest: Digest, check: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
         let mut kept = self.lock();
         let Some(kept) = kept.as_mut() else {
-            return Err(Error::Other(self.cause()));
+            return Err(self.cause());
         };
         match (kept.state, kept.manifest) {
             (_, known) if known != Some(manifest) => Err(Error::Other(
@@ -119,7 +120,7 @@ impl Ownership {
                 kept.enter(State::Committed, |_| {})
             }
             (State::Committed | State::OwnedThere, _) => Ok(()),
-            _ => Err(Error::Other(self.cause())),
+            _ => Err(self.cause()),
         }?;
         self.changed.notify_all();
         Ok(())
@@ -138,7 +139,7 @@ impl Ownership {
     }
 
     /// The destination says that it will never own the guest: it is ours, and nothing is left to be asked.
-    pub fn given_back(&self, cause: &str) -> Result<(), Error> {
+    pub fn given_back(&self, kind: FailureKind, cause: String) -> Result<(), Error> {
         let mut kept = self.lock();
         match kept.as_ref().map(|kept| kept.state) {
             Some(State::OwnedThere) => {
@@ -147,21 +148,21 @@ impl Ownership {
             None => return Ok(()),
             Some(_) => {}
         }
-        let _ = self.cause.set(cause.to_owned());
+        let _ = self.cause.set((kind, cause));
         kept.take().map_or(Ok(()), Kept::remove)?;
         self.changed.notify_all();
         Ok(())
     }
 
     /// Gives the session up from here, as long as the guest has not been let go of; says whether that was so.
-    pub fn give_up(&self, cause: &str) -> Result<bool, Error> {
+    pub fn give_up(&self, cause: &Error) -> Result<bool, Error> {
         let mut guard = self.lock();
         let Some(kept) = guard.as_mut() else {
             return Ok(true);
         };
         match kept.state {
             State::Prepared => {
-                let _ = self.cause.set(cause.to_owned());
+                let _ = self.cause.set((cause.failure("").kind, cause.to_string()));
                 // A destination that has everything may be about to ask: after a crash it still has to hear it.
                 match kept.manifest.is_some() {
                     true => {
@@ -188,7 +189,7 @@ impl Ownership {
     ) -> Result<(), Error> {
         let mut kept = self.lock();
         let Some(kept) = kept.as_mut().filter(|kept| kept.state == State::Prepared) else {
-            return Err(Error::Other(self.cause()));
+            return Err(self.cause());
         };
         kept.note(|journal| {
             journal.manifest = Some(hash::manifest(digests.iter().copied()));
@@ -330,7 +331,7 @@ impl Session {
             door.welcome(purpose, connection)
         });
         if let Err(error) = opened {
-            shared.ownership.give_up(&error.to_string())?;
+            shared.ownership.give_up(&error)?;
             return Err(error);
         }
         control.reply(Reply::ColdOffer(Box::new(self.offer)));
@@ -352,8 +353,11 @@ impl Session {
                          \"virt-ferry recover\" has asked",
                     ),
                     _ => {
-                        shared.ownership.give_up("the migration did not get to its end")?;
-                        fail(&format!("the guest stays here: {}", shared.ownership.cause()));
+                        let early = Error::Other("the migration did not get to its end".into());
+                        shared.ownership.give_up(&early)?;
+                        let mut failure = shared.ownership.cause().failure(&host);
+                        failure.cause = format!("the guest stays here: {}", failure.cause);
+                        control.reply(Reply::Failed(failure));
                     }
                 },
                 Some(Request::ColdDelete { keep, in_use }) => match shared.ownership.state() {
@@ -371,7 +375,8 @@ impl Session {
                     _ => fail("nothing is deleted: the guest is not the destination's"),
                 },
                 Some(Request::ColdAbort) => {
-                    let given_up = shared.ownership.give_up("the operator or libvirt gave the migration up")?;
+                    let cause = Error::Other("the operator or libvirt gave the migration up".into());
+                    let given_up = shared.ownership.give_up(&cause)?;
                     let state = shared.ownership.wait_while(State::Committed, UNTIL_CONFIRMED);
                     match given_up || state.is_none() {
                         true => {
@@ -387,19 +392,19 @@ impl Session {
                 None => {}
             }
             // The operator's end, and the plug-in's: as long as nobody else owns the guest, it is ours alone to decide.
-            let ended = signals.check().err().map(|error| error.to_string());
-            let ended = ended.or_else(|| shared.nobody_there(began));
+            let ended = signals.check().err().map(Error::from);
+            let ended = ended.or_else(|| shared.nobody_there(began).map(Error::Other));
             if let Some(cause) = ended {
                 shared.ownership.give_up(&cause)?;
             }
             if !told && matches!(shared.ownership.state(), None | Some(State::Aborted)) {
                 told = true;
                 first.peer = shared.peer();
-                let outcome = match signals.check() {
-                    Err(crate::live::Error::Cancelled) => Outcome::Cancelled,
+                let outcome = match shared.ownership.cause() {
+                    Error::Ended(crate::live::Error::Cancelled) => Outcome::Cancelled,
                     _ => Outcome::Failed {
                         stage: None,
-                        error: shared.ownership.cause(),
+                        error: shared.ownership.cause().to_string(),
                     },
                 };
                 recorder.publish(&first, &shared.shelf.meter, outcome, &log_directory);
@@ -483,6 +488,12 @@ fn security(offer: &ColdOffer, identity: Identity, peer: Arc<OnceLock<Vec<u8>>>)
             plain: offer.encryption == Encryption::Never,
         },
     }
+}
+
+/// No, and why.
+pub fn refusal(error: &Error, host: &str) -> Answer {
+    let Failure { kind, host, cause } = error.failure(host);
+    Answer::Refused { kind, cause, host }
 }
 
 /// Opens the door: each connection that comes gets a thread of its own.
@@ -587,10 +598,7 @@ impl Shared {
             };
             let answer = self.answer(ask).unwrap_or_else(|error| {
                 tracing::warn!("refused: {error}");
-                Answer::Refused {
-                    cause: error.to_string(),
-                    host: self.host.clone(),
-                }
+                refusal(&error, &self.host)
             });
             message::send(&mut connection, &answer)?;
         }
@@ -604,7 +612,7 @@ impl Shared {
         };
         let running = || match self.ownership.state() {
             Some(State::Prepared) => Ok(()),
-            _ => Err(Error::Other(self.ownership.cause())),
+            _ => Err(self.ownership.cause()),
         };
         match ask {
             Ask::Open { host } => {
@@ -662,9 +670,9 @@ impl Shared {
                 tracing::info!("the guest is registered at the destination");
                 Ok(Answer::OwnedThere)
             }
-            Ask::Abort { cause } => {
+            Ask::Abort { kind, cause } => {
                 tracing::warn!("the destination gave the migration up: {cause}");
-                self.ownership.given_back(&cause)?;
+                self.ownership.given_back(kind, cause)?;
                 Ok(Answer::Aborted)
             }
         }
