@@ -37,6 +37,8 @@ const DEPTH: usize = 8;
 const VERIFIERS: usize = 2;
 /// How long a cut connection is tried again. The source waits a little longer.
 pub const RECONNECT: Duration = Duration::from_secs(50);
+/// How long a source may send nothing, however often it answers, and the disks here take nothing.
+const STALLED: Duration = Duration::from_secs(120);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(200);
 /// The longest attempt.
@@ -152,6 +154,8 @@ pub struct Pull<'a> {
     received: AtomicU64,
     /// Bytes read back and found the same.
     pub verified: AtomicU64,
+    /// See [`STALLED`].
+    patience: Duration,
     queue: Mutex<Queue>,
     changed: Condvar,
 }
@@ -195,6 +199,7 @@ impl<'a> Pull<'a> {
             meter,
             received: AtomicU64::new(zeroed),
             verified: AtomicU64::new(0),
+            patience: STALLED,
             queue: Mutex::new(queue),
             changed: Condvar::new(),
         }
@@ -216,6 +221,7 @@ impl<'a> Pull<'a> {
             for _ in 0..VERIFIERS {
                 self.start(scope, "verify", Self::verify)?;
             }
+            let (mut last, mut moved) = (0, Instant::now());
             loop {
                 let (queue, _) = self
                     .changed
@@ -225,11 +231,22 @@ impl<'a> Pull<'a> {
                     .unwrap_or_else(PoisonError::into_inner);
                 let done = queue.open == 0 || queue.failure.is_some();
                 drop(queue);
-                if let Err(error) = self
-                    .signals
-                    .check()
-                    .map_err(Error::from)
-                    .and_then(|()| meanwhile(self.verified.load(Relaxed)))
+                let verified = self.verified.load(Relaxed);
+                let now = verified + self.received.load(Relaxed);
+                if now != last {
+                    (last, moved) = (now, Instant::now());
+                }
+                let going = match moved.elapsed() < self.patience {
+                    true => Ok(()),
+                    false => Err(Error::Other(format!(
+                        "nothing was received or written for {} s: look at the network, at the disks of both hosts, and at \
+                         the engine's log on the source",
+                        self.patience.as_secs()
+                    ))),
+                };
+                if let Err(error) = going
+                    .and_then(|()| self.signals.check().map_err(Error::from))
+                    .and_then(|()| meanwhile(verified))
                 {
                     self.fail(error);
                 }
@@ -445,6 +462,8 @@ impl Puller<'_> {
                 Err(Error::Wire(error)) if is_cut(&error) => {
                     self.pull.signals.check()?;
                     tracing::warn!(%error, stream = self.number, "the connection was cut: connecting again");
+                    // One that is taken and closed at once would be made again at once.
+                    std::thread::sleep(PAUSE);
                     self.connection = None;
                     self.asked = 0;
                 }
@@ -617,6 +636,60 @@ mod tests {
         assert_eq!(gaps(&[0..3, 3..7], 6 * BLOCK + 1), []);
         let chunks: Vec<_> = chunks(3, &[0..17, 20..21]).map(|chunk| chunk.blocks).collect();
         assert_eq!(chunks, [0..16, 16..17, 20..21]);
+    }
+
+    #[test]
+    fn a_source_that_sends_nothing_is_given_up() {
+        let security = Security {
+            session: uuid::Uuid::from_u128(1),
+            token: [7; 32].into(),
+            protection: wire::Protection::Plain,
+        };
+        for closes in [false, true] {
+            let listener = wire::Listener::bind([127, 0, 0, 1].into(), 48960..=48990).unwrap();
+            let peer = Peer {
+                addresses: vec![listener.address()],
+                security: security.clone(),
+            };
+            let (theirs, stop) = (security.clone(), listener.stopper());
+            let source = std::thread::spawn(move || {
+                let mut open = Vec::new();
+                while let Ok(connection) = listener.accept(&theirs, Instant::now() + ATTEMPT) {
+                    open.extend((!closes).then_some(connection));
+                }
+            });
+            let looked = Looked {
+                size: BLOCK,
+                kind: Kind::File,
+                mode: 0o600,
+                owner: "0".into(),
+                group: "0".into(),
+                attributes: Vec::new(),
+                name: "disk".into(),
+                has_nonce: false,
+            };
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("disk");
+            let file = Incoming {
+                number: 0,
+                source: "/disk".into(),
+                target: Some(Target::file(&path, BLOCK, false).unwrap()),
+                path,
+                looked,
+                reader: None,
+                runs: std::iter::once(0..1).collect(),
+                have: Vec::new(),
+                blocks: Mutex::default(),
+            };
+            let (signals, meter) = (Signals::default(), Arc::default());
+            let mut pull = Pull::new(&peer, vec![file], &signals, &meter);
+            pull.patience = Duration::from_millis(700);
+            // It does answer, meanwhile.
+            let failed = pull.run(2, |_| Ok(())).unwrap_err();
+            assert!(failed.to_string().contains("nothing was received"), "{failed}");
+            stop.stop();
+            source.join().unwrap();
+        }
     }
 
     #[test]
