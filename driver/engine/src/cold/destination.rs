@@ -39,6 +39,11 @@ const UNTIL_ASKED: Duration = Duration::from_secs(60);
 const UNTIL_FINISHED: Duration = Duration::from_secs(15 * 60);
 /// How long the source is tried to be told what it must know; after that a recovery tells it.
 const TELL: Duration = Duration::from_secs(30);
+/// Runs of all files that are kept apart, 16 bytes each: a disk of 8 TiB, every other block of it empty. Of more, the
+/// gaps are asked for, too.
+const MAX_RUNS: usize = 4 << 20;
+/// Bytes of all files' attributes.
+const MAX_ATTRIBUTES: usize = 64 << 20;
 /// For one answer of the source's.
 const ANSWER: Duration = Duration::from_secs(30);
 
@@ -172,8 +177,14 @@ impl Link {
         }
     }
 
-    /// Blocks of a file of this size that may hold data, ascending and apart.
-    fn runs(&mut self, file: u32, size: u64, signals: &Signals) -> Result<Vec<Range<u64>>, Error> {
+    /// Blocks of a file of this size that may hold data, as `most` runs, ascending and apart.
+    fn runs(
+        &mut self,
+        file: u32,
+        size: u64,
+        most: usize,
+        signals: &Signals,
+    ) -> Result<Vec<Range<u64>>, Error> {
         let (mut runs, mut from) = (Vec::<Range<u64>>::new(), 0);
         let end = size.div_ceil(ferry_contract::cold::BLOCK);
         loop {
@@ -181,6 +192,7 @@ impl Link {
                 Answer::Runs { runs, next } => (runs, next),
                 other => return Err(out_of_turn(&other)),
             };
+            let nothing = found.is_empty();
             for run in found {
                 let after = runs.last().map_or(0, |last| last.end);
                 if run.start < after || run.start >= run.end || run.end > end {
@@ -188,11 +200,11 @@ impl Link {
                         "the source says that file {file} has data where there is none"
                     )));
                 }
-                runs.push(run);
+                extents::push(&mut runs, run, most);
             }
             match next {
                 None => return Ok(runs),
-                Some(next) if next > from => from = next,
+                Some(next) if next > from && !nothing => from = next,
                 Some(_) => return Err(Error::Other("the source repeats itself".into())),
             }
         }
@@ -370,7 +382,7 @@ impl Arriving<'_, '_> {
         let inventory = &pull.offer.inventory;
         self.told.recorder.enter("reservation");
         let (source_host, nonce) = link.open(signals)?;
-        let mut looked = Vec::new();
+        let (mut looked, mut attributes) = (Vec::new(), 0);
         for (number, file) in inventory.files.iter().enumerate() {
             let found = link.look(number as u32, signals)?;
             if found.size != file.size || found.kind != file.kind {
@@ -378,6 +390,11 @@ impl Arriving<'_, '_> {
                     "{} is another file than was offered",
                     file.path.display()
                 )));
+            }
+            let length = |(name, value): &(String, Vec<u8>)| name.len() + value.len();
+            attributes += found.attributes.iter().map(length).sum::<usize>();
+            if attributes > MAX_ATTRIBUTES {
+                return Err(Error::Other("the source's files have too many attributes".into()));
             }
             looked.push(found);
         }
@@ -468,7 +485,7 @@ impl Arriving<'_, '_> {
         fates: &[Fate],
         left: &BTreeMap<PathBuf, PathBuf>,
     ) -> Result<Vec<Incoming>, Error> {
-        let mut files = Vec::new();
+        let (mut files, mut most) = (Vec::new(), MAX_RUNS);
         let inventory = &self.pull.offer.inventory;
         let planned = inventory.files.iter().zip(&self.pull.plan.places).zip(fates);
         for (number, (((file, path), fate), looked)) in planned.zip(looked).enumerate() {
@@ -503,7 +520,9 @@ impl Arriving<'_, '_> {
                     (Some(target), None, have)
                 }
             };
-            let runs = union(&link.runs(number, size, self.signals)?, &have);
+            let runs = link.runs(number, size, most.max(1), self.signals)?;
+            most = most.saturating_sub(runs.len());
+            let runs = union(&runs, &have);
             files.push(Incoming {
                 number,
                 source: file.path.clone(),

@@ -162,7 +162,7 @@ pub struct Pull<'a> {
 
 #[derive(Default)]
 struct Queue {
-    pull: VecDeque<Chunk>,
+    pull: Cursor,
     verify: VecDeque<Chunk>,
     /// Chunks that are not verified yet.
     open: usize,
@@ -175,7 +175,7 @@ impl<'a> Pull<'a> {
         let mut queue = Queue::default();
         let (mut total, mut zeroed) = (0, 0);
         for (index, file) in files.iter().enumerate() {
-            queue.pull.extend(chunks(index, &file.runs));
+            queue.open += file.runs.iter().map(count).sum::<usize>();
             total += extents::bytes(&file.runs, file.looked.size);
             // What a device held before must be gone, also where the source has nothing.
             if file
@@ -188,7 +188,7 @@ impl<'a> Pull<'a> {
                 queue.verify.extend(chunks(index, &gaps));
             }
         }
-        queue.open = queue.pull.len() + queue.verify.len();
+        queue.open += queue.verify.len();
         total += zeroed;
         meter.total.store(total, Relaxed);
         meter.remaining.store(total, Relaxed);
@@ -322,7 +322,7 @@ impl<'a> Pull<'a> {
         if queue.failure.is_some() {
             return None;
         }
-        queue.pull.pop_front()
+        queue.pull.next(&self.files)
     }
 
     /// A chunk has been written.
@@ -389,6 +389,43 @@ impl<'a> Pull<'a> {
         let remaining = (left(&self.received) + left(&self.verified)) / 2;
         self.meter.remaining.store(remaining, Relaxed);
     }
+}
+
+/// What is to be asked for next: a list of all chunks would be as long as the source wants.
+#[derive(Debug, Default)]
+struct Cursor {
+    file: usize,
+    run: usize,
+    block: u64,
+}
+
+impl Cursor {
+    fn next(&mut self, files: &[Incoming]) -> Option<Chunk> {
+        loop {
+            let file = files.get(self.file)?;
+            let Some(run) = file.runs.get(self.run) else {
+                *self = Self {
+                    file: self.file + 1,
+                    ..Self::default()
+                };
+                continue;
+            };
+            let start = run.start.max(self.block);
+            let end = run.end.min(start + CHUNK);
+            if start >= end {
+                self.run += 1;
+                continue;
+            }
+            self.block = end;
+            let (file, blocks) = (self.file, start..end);
+            return Some(Chunk { file, blocks });
+        }
+    }
+}
+
+/// Chunks of a run.
+fn count(run: &Range<u64>) -> usize {
+    (run.end - run.start).div_ceil(CHUNK) as usize
 }
 
 fn chunks(file: usize, runs: &[Range<u64>]) -> impl Iterator<Item = Chunk> + '_ {
@@ -638,6 +675,56 @@ mod tests {
         assert_eq!(chunks, [0..16, 16..17, 20..21]);
     }
 
+    fn incoming(directory: &std::path::Path, runs: &[Range<u64>]) -> Incoming {
+        let path = directory.join("disk");
+        let size = runs.iter().map(|run| run.end).max().unwrap_or_default() * BLOCK;
+        let looked = Looked {
+            size,
+            kind: Kind::File,
+            mode: 0o600,
+            owner: "0".into(),
+            group: "0".into(),
+            attributes: Vec::new(),
+            name: "disk".into(),
+            has_nonce: false,
+        };
+        Incoming {
+            number: 0,
+            source: "/disk".into(),
+            target: Some(Target::file(&path, size, false).unwrap()),
+            path,
+            looked,
+            reader: None,
+            runs: runs.iter().filter(|run| !run.is_empty()).cloned().collect(),
+            have: Vec::new(),
+            blocks: Mutex::default(),
+        }
+    }
+
+    #[test]
+    fn every_block_is_asked_for_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let (one, two) = (directory.path().join("one"), directory.path().join("two"));
+        for path in [&one, &two] {
+            std::fs::create_dir(path).unwrap();
+        }
+        let end = 1 << 22;
+        let files = [
+            incoming(&one, &[0..17, 20..21]),
+            incoming(&two, &[5..end, end..end]),
+        ];
+        let open: usize = files.iter().flat_map(|file| &file.runs).map(count).sum();
+        let mut cursor = Cursor::default();
+        let found: Vec<_> = std::iter::from_fn(|| cursor.next(&files)).collect();
+        assert_eq!(found.len(), open);
+        let expected = files
+            .iter()
+            .enumerate()
+            .flat_map(|(number, file)| chunks(number, &file.runs));
+        let plain = |chunk: Chunk| (chunk.file, chunk.blocks);
+        assert!(found.into_iter().map(plain).eq(expected.map(plain)));
+    }
+
     #[test]
     fn a_source_that_sends_nothing_is_given_up() {
         let security = Security {
@@ -658,29 +745,8 @@ mod tests {
                     open.extend((!closes).then_some(connection));
                 }
             });
-            let looked = Looked {
-                size: BLOCK,
-                kind: Kind::File,
-                mode: 0o600,
-                owner: "0".into(),
-                group: "0".into(),
-                attributes: Vec::new(),
-                name: "disk".into(),
-                has_nonce: false,
-            };
             let directory = tempfile::tempdir().unwrap();
-            let path = directory.path().join("disk");
-            let file = Incoming {
-                number: 0,
-                source: "/disk".into(),
-                target: Some(Target::file(&path, BLOCK, false).unwrap()),
-                path,
-                looked,
-                reader: None,
-                runs: std::iter::once(0..1).collect(),
-                have: Vec::new(),
-                blocks: Mutex::default(),
-            };
+            let file = incoming(directory.path(), &[0..1, 1..1]);
             let (signals, meter) = (Signals::default(), Arc::default());
             let mut pull = Pull::new(&peer, vec![file], &signals, &meter);
             pull.patience = Duration::from_millis(700);
