@@ -220,7 +220,7 @@ pub enum Request {
     ColdRecover {
         /// The journal's file.
         journal: PathBuf,
-        /// The operator wants the guest to stay at the source, and no partial files kept.
+        /// The operator wants the guest to stay at the source, also where the destination could take it.
         abort: bool,
         /// The configuration in force.
         settings: Settings,

@@ -537,6 +537,60 @@ fn what_changes_meanwhile_stays_at_the_source() {
 }
 
 #[test]
+fn a_destination_without_a_copy_gets_nothing() {
+    use ferry_contract::cold::journal::Fate;
+    use ferry_engine::cold::destination::{peer, Link};
+    use ferry_engine::cold::hash::{manifest, Blocks};
+    use ferry_engine::cold::messages::{Answer, Ask};
+    let mut scene = Scene::default();
+    let path = scene.image("disk.raw", 8, 4);
+    let (source, offer) = scene.begin();
+    let identity = ferry_engine::wire::Identity::generate(offer.session).unwrap();
+    let mut link = Link::new(peer(&offer, Encryption::Always, identity).unwrap(), "host2");
+    let mut ask = |ask: Ask| {
+        let patience = std::time::Duration::from_secs(10);
+        link.ask(&ask, &Default::default(), patience)
+            .map_err(|error| error.to_string())
+    };
+    // The digest of what it has asked for, which is nothing.
+    let digest = Some(Blocks::default().digest(offer.inventory.files[0].size));
+    let ready = |digests: &[_]| Ask::Ready {
+        digests: digests.to_vec(),
+    };
+    assert!(ask(ready(&[])).unwrap_err().contains("not every file"));
+    let fates = vec![Fate::Moves];
+    assert_eq!(ask(Ask::Fates { fates }), Ok(Answer::Noted));
+    assert!(ask(ready(&[])).unwrap_err().contains("not every file"));
+    assert!(ask(ready(&[digest]))
+        .unwrap_err()
+        .contains("has not asked for all of"));
+    for digests in [&[][..], &[digest]] {
+        let manifest = manifest(digests.iter().copied());
+        assert!(ask(Ask::Commit { manifest }).is_err());
+    }
+    drop(link);
+    source.end_aborted();
+    scene.assert_clean();
+    assert!(path.exists());
+}
+
+#[test]
+fn what_another_process_uses_is_not_deleted() {
+    let mut scene = Scene::default();
+    let path = scene.image("base.raw", 8, 4);
+    let (source, destination) = scene.pulled();
+    // A guest that was started on it meanwhile, as a base.
+    let reader = File::open(&path).unwrap();
+    ofd_read_lock(&reader, 100);
+    let deleted = conclude(&scene, source, destination, &[]);
+    assert!(
+        path.exists() && deleted.kept[0].reason.contains("another process"),
+        "{deleted:?}"
+    );
+    scene.assert_clean();
+}
+
+#[test]
 fn a_cancelled_move_leaves_nothing() {
     for at_source in [true, false] {
         let mut scene = Scene {
@@ -556,9 +610,11 @@ fn a_cancelled_move_leaves_nothing() {
         let Some(Reply::Failed(failure)) = destination.hear() else {
             panic!()
         };
-        if !at_source {
-            assert_eq!(failure.kind, FailureKind::Cancelled);
-        }
+        // Whichever host it was cancelled on, both say so.
+        assert_eq!(failure.kind, FailureKind::Cancelled, "{failure}");
+        assert_eq!(failure.host, if at_source { "host1" } else { "host2" });
+        let refused = source.refusal(&Request::ColdConfirm);
+        assert_eq!(refused.kind, FailureKind::Cancelled, "{refused}");
         assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
         source.end();
         destination.end();

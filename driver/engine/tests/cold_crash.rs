@@ -133,8 +133,6 @@ fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there()
     assert_eq!(guest.owners(), (false, false));
     assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
     source.end();
-    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
-    guest.check();
 
     guest.scene.options = Options::default();
     let (source, destination) = guest.scene.pulled();
@@ -155,10 +153,9 @@ fn what_a_crash_left_and_nobody_wants_is_removed() {
     destination.crash();
     assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
     source.end();
-    let mut recovery = guest.scene.recovery(Role::Destination, true);
-    assert_eq!(recovered(&mut recovery), Recovered::Undone);
-    recovery.end();
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
     guest.scene.assert_not_there();
+    assert_eq!(guest.scene.journal(Role::Destination), None);
     // The source keeps a note for a destination that might have been about to ask; it fences nothing.
     assert_eq!(guest.owners(), (true, false));
     guest.assert_stays_and_moves_again();
@@ -381,4 +378,96 @@ fn the_plug_ins_die_and_the_engines_put_things_in_order() {
     guest.leave(&mut here);
     here.end();
     guest.assert_moved();
+}
+
+#[test]
+fn one_engine_at_a_time_works_on_a_journal() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    let mut others = [Role::Source, Role::Destination].map(|role| guest.scene.recovery(role, true));
+    for other in &mut others {
+        match other.hear() {
+            Some(Reply::Failed(failure)) => assert!(failure.cause.contains("still works on"), "{failure}"),
+            reply => panic!("{reply:?}"),
+        }
+    }
+    let mut guest = guest;
+    guest.finish(source, destination);
+    guest.assert_moved();
+}
+
+#[test]
+fn what_a_later_session_has_put_in_place_is_not_undone_with_an_earlier_one() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    destination.crash();
+    source.end_aborted();
+    // As one does that has taken up what was left.
+    let journal = guest.scene.journal(Role::Destination).unwrap();
+    std::fs::rename(journal.entries[0].temporary.as_ref().unwrap(), guest.there()).unwrap();
+    let mut recovery = guest.scene.recovery(Role::Destination, true);
+    assert_eq!(recovered(&mut recovery), Recovered::Undone);
+    assert_eq!(sha256(&guest.there()), guest.digest);
+}
+
+#[test]
+fn the_source_dies_while_it_deletes() {
+    let mut guest = Guest::new();
+    let (mut source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
+    guest.at_source = false;
+    // A journal that cannot be removed is there after the deletion, as after a crash between the two.
+    let path = guest.scene.journal_path(Role::Source);
+    let journal = std::fs::read(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    guest.leave(&mut source);
+    source.end();
+    assert!(!guest.disk.exists());
+    std::fs::remove_dir(&path).unwrap();
+    std::fs::write(&path, journal).unwrap();
+    assert_eq!(guest.owners(), (false, true));
+    let mut here = guest.scene.recovery(Role::Source, false);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn a_recovery_deletes_no_file_that_was_changed_since() {
+    let mut guest = Guest::new();
+    let (source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
+    source.crash();
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(&guest.disk)
+        .and_then(|mut file| std::io::Write::write_all(&mut file, b"another life"))
+        .unwrap();
+    let mut here = guest.scene.recovery(Role::Source, false);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    let deleted = here.ask(&Request::ColdDelete {
+        keep: false,
+        in_use: Vec::new(),
+    });
+    match deleted {
+        Reply::ColdDeleted(deleted) => {
+            assert!(deleted.kept[0].reason.contains("changed after"), "{deleted:?}")
+        }
+        other => panic!("{other:?}"),
+    }
+    here.end();
+    assert!(guest.disk.exists());
+    guest.scene.assert_clean();
 }

@@ -79,6 +79,9 @@ pub struct Entry {
     pub digest: Option<Digest>,
     /// Its device and inode, so that nothing else is ever deleted in its place.
     pub identity: Option<(u64, u64)>,
+    /// Source: when it was last changed, nanoseconds since 1970. A number of an inode may come back, with another file.
+    #[serde(default)]
+    pub modified: Option<i64>,
 }
 
 /// What becomes of a file.

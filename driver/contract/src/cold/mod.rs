@@ -151,8 +151,8 @@ pub enum Recovered {
     ///
     /// [`ColdOwned`]: crate::control::Request::ColdOwned
     Define,
-    /// Destination: the guest is not here and never will be by this session; what was pulled is gone, or kept for the
-    /// next try of the same guest.
+    /// Destination: the guest is not here and never will be by this session; what was pulled is gone, and so is the
+    /// journal, unless the source is still to be told.
     Undone,
     /// Destination: the guest is here, and the source knows; the journal is gone.
     Arrived,

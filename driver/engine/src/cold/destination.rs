@@ -8,7 +8,7 @@
 
 use super::files::Reader;
 use super::hash::manifest;
-use super::journal::{find, Kept};
+use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, Looked};
 use super::place::{self, Target};
 use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
@@ -22,7 +22,7 @@ use crate::report::Outcome;
 use crate::wire::{message, Connection, Identity, Protection, Purpose, Security};
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Digest, Kind, Options, Pull as Order, MAX_SIZE};
-use ferry_contract::control::{Reply, Request};
+use ferry_contract::control::{Failure, FailureKind, Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,6 +39,11 @@ const UNTIL_ASKED: Duration = Duration::from_secs(60);
 const UNTIL_FINISHED: Duration = Duration::from_secs(15 * 60);
 /// How long the source is tried to be told what it must know; after that a recovery tells it.
 const TELL: Duration = Duration::from_secs(30);
+/// Runs of all files that are kept apart, 16 bytes each: a disk of 8 TiB, every other block of it empty. Of more, the
+/// gaps are asked for, too.
+const MAX_RUNS: usize = 4 << 20;
+/// Bytes of all files' attributes.
+const MAX_ATTRIBUTES: usize = 64 << 20;
 /// For one answer of the source's.
 const ANSWER: Duration = Duration::from_secs(30);
 
@@ -80,7 +85,7 @@ impl Told<'_> {
     fn ended(&mut self, journal: &Journal, error: Option<&Error>) {
         let outcome = match error {
             None => Outcome::Completed,
-            Some(Error::Ended(crate::live::Error::Cancelled)) => Outcome::Cancelled,
+            Some(error) if error.failure("").kind == FailureKind::Cancelled => Outcome::Cancelled,
             Some(error) => Outcome::Failed {
                 stage: None,
                 error: error.to_string(),
@@ -134,7 +139,9 @@ impl Link {
                     self.connection = None;
                     std::thread::sleep(Duration::from_millis(100));
                 }
-                Ok(Answer::Refused { cause, host }) => return Err(Error::Refused { cause, host }),
+                Ok(Answer::Refused { kind, cause, host }) => {
+                    return Err(Error::Refused { kind, cause, host })
+                }
                 outcome => return outcome,
             }
         }
@@ -170,8 +177,14 @@ impl Link {
         }
     }
 
-    /// Blocks of a file of this size that may hold data, ascending and apart.
-    fn runs(&mut self, file: u32, size: u64, signals: &Signals) -> Result<Vec<Range<u64>>, Error> {
+    /// Blocks of a file of this size that may hold data, as `most` runs, ascending and apart.
+    fn runs(
+        &mut self,
+        file: u32,
+        size: u64,
+        most: usize,
+        signals: &Signals,
+    ) -> Result<Vec<Range<u64>>, Error> {
         let (mut runs, mut from) = (Vec::<Range<u64>>::new(), 0);
         let end = size.div_ceil(ferry_contract::cold::BLOCK);
         loop {
@@ -179,6 +192,7 @@ impl Link {
                 Answer::Runs { runs, next } => (runs, next),
                 other => return Err(out_of_turn(&other)),
             };
+            let nothing = found.is_empty();
             for run in found {
                 let after = runs.last().map_or(0, |last| last.end);
                 if run.start < after || run.start >= run.end || run.end > end {
@@ -186,11 +200,11 @@ impl Link {
                         "the source says that file {file} has data where there is none"
                     )));
                 }
-                runs.push(run);
+                extents::push(&mut runs, run, most);
             }
             match next {
                 None => return Ok(runs),
-                Some(next) if next > from => from = next,
+                Some(next) if next > from && !nothing => from = next,
                 Some(_) => return Err(Error::Other("the source repeats itself".into())),
             }
         }
@@ -229,11 +243,11 @@ impl Link {
     ///
     /// # Errors
     /// As with [`ask`](Self::ask).
-    pub fn abort(&mut self, cause: &str, patience: Duration) -> Result<(), Error> {
+    pub fn abort(&mut self, cause: &Error, patience: Duration) -> Result<(), Error> {
         // What ended the session has broken its connections.
         self.connection = None;
-        let cause = cause.to_owned();
-        match self.ask(&Ask::Abort { cause }, &Signals::default(), patience)? {
+        let Failure { kind, cause, .. } = cause.failure(&self.host);
+        match self.ask(&Ask::Abort { kind, cause }, &Signals::default(), patience)? {
             Answer::Aborted => Ok(()),
             other => Err(out_of_turn(&other)),
         }
@@ -282,8 +296,8 @@ struct Arrived {
 
 /// Reserves, pulls and verifies; whatever fails leaves nothing behind, here or at the source.
 fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<Arrived, Error> {
-    let directory = &pull.settings.state_directory;
-    let earlier = find(directory, pull.guest.uuid)?;
+    let claim = Claim::take(&pull.settings.state_directory, pull.guest.uuid)?;
+    let earlier = claim.find()?;
     refuse_unfinished(earlier.as_ref())?;
     let earlier = earlier.filter(|journal| journal.role == Role::Destination);
     let inventory = &pull.offer.inventory;
@@ -305,7 +319,7 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
         signals,
         kept: None,
     };
-    let outcome = arriving.run(&mut link, earlier, |source_host, entries| Journal {
+    let outcome = arriving.run(&mut link, claim, earlier, |source_host, entries| Journal {
         version: journal::VERSION,
         role: Role::Destination,
         state: State::Pulling,
@@ -340,7 +354,7 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
                 kept.remove()?;
             }
             // It frees the guest sooner; the source notices by itself, too.
-            if let Err(untold) = link.abort(&error.to_string(), Duration::from_secs(3)) {
+            if let Err(untold) = link.abort(&error, Duration::from_secs(3)) {
                 tracing::warn!("the source could not be told: {untold}");
             }
             Err(error)
@@ -360,6 +374,7 @@ impl Arriving<'_, '_> {
     fn run(
         &mut self,
         link: &mut Link,
+        claim: Claim,
         earlier: Option<Journal>,
         journal: impl FnOnce(String, Vec<Entry>) -> Journal,
     ) -> Result<(), Error> {
@@ -367,7 +382,7 @@ impl Arriving<'_, '_> {
         let inventory = &pull.offer.inventory;
         self.told.recorder.enter("reservation");
         let (source_host, nonce) = link.open(signals)?;
-        let mut looked = Vec::new();
+        let (mut looked, mut attributes) = (Vec::new(), 0);
         for (number, file) in inventory.files.iter().enumerate() {
             let found = link.look(number as u32, signals)?;
             if found.size != file.size || found.kind != file.kind {
@@ -375,6 +390,11 @@ impl Arriving<'_, '_> {
                     "{} is another file than was offered",
                     file.path.display()
                 )));
+            }
+            let length = |(name, value): &(String, Vec<u8>)| name.len() + value.len();
+            attributes += found.attributes.iter().map(length).sum::<usize>();
+            if attributes > MAX_ATTRIBUTES {
+                return Err(Error::Other("the source's files have too many attributes".into()));
             }
             looked.push(found);
         }
@@ -394,7 +414,7 @@ impl Arriving<'_, '_> {
         remove_useless(earlier.as_ref(), &left);
         let mut journal = journal(source_host, entries);
         journal.directories = earlier.map(|earlier| earlier.directories).unwrap_or_default();
-        let kept = Kept::new(&pull.settings.state_directory, journal)?;
+        let kept = Kept::new(claim, journal)?;
         let kept = self.kept.insert(kept);
         for (path, like) in place::directories(inventory, &pull.plan.places) {
             if place::make_directory(&path, like)? {
@@ -451,6 +471,7 @@ impl Arriving<'_, '_> {
                     fate: *fate,
                     digest: None,
                     identity: None,
+                    modified: None,
                 }
             })
             .collect()
@@ -464,7 +485,7 @@ impl Arriving<'_, '_> {
         fates: &[Fate],
         left: &BTreeMap<PathBuf, PathBuf>,
     ) -> Result<Vec<Incoming>, Error> {
-        let mut files = Vec::new();
+        let (mut files, mut most) = (Vec::new(), MAX_RUNS);
         let inventory = &self.pull.offer.inventory;
         let planned = inventory.files.iter().zip(&self.pull.plan.places).zip(fates);
         for (number, (((file, path), fate), looked)) in planned.zip(looked).enumerate() {
@@ -499,7 +520,9 @@ impl Arriving<'_, '_> {
                     (Some(target), None, have)
                 }
             };
-            let runs = union(&link.runs(number, size, self.signals)?, &have);
+            let runs = link.runs(number, size, most.max(1), self.signals)?;
+            most = most.saturating_sub(runs.len());
+            let runs = union(&runs, &have);
             files.push(Incoming {
                 number,
                 source: file.path.clone(),
@@ -592,10 +615,12 @@ impl Arrived {
                         Err(error)
                     }
                 },
-                Some(Request::ColdAbort) => match self.abort(record, "libvirt or the operator gave it up") {
-                    Ok(()) => return control.reply(Reply::ColdAborted),
-                    Err(error) => return control.reply(Reply::Failed(error.failure(&host))),
-                },
+                Some(Request::ColdAbort) => {
+                    match self.abort(record, signals, "libvirt or the operator gave it up") {
+                        Ok(()) => return control.reply(Reply::ColdAborted),
+                        Err(error) => return control.reply(Reply::Failed(error.failure(&host))),
+                    }
+                }
                 Some(other) => {
                     tracing::warn!(?other, "a request out of turn");
                     continue;
@@ -605,7 +630,7 @@ impl Arrived {
                 None => {
                     if matches!(self.kept.state, State::Pulling | State::Ready) {
                         if let Err(error) =
-                            self.abort(record, "the destination's daemon gave the migration up")
+                            self.abort(record, signals, "the destination's daemon gave the migration up")
                         {
                             tracing::error!("{error}");
                         }
@@ -652,9 +677,12 @@ impl Arrived {
         }
     }
 
-    fn abort(self, record: &mut Told<'_>, cause: &str) -> Result<(), Error> {
-        record.ended(&self.kept, Some(&Error::Other(cause.to_owned())));
-        abort(self.kept, self.link, cause)
+    fn abort(self, record: &mut Told<'_>, signals: &Signals, cause: &str) -> Result<(), Error> {
+        let cause = signals
+            .check()
+            .map_or_else(Error::from, |()| Error::Other(cause.to_owned()));
+        record.ended(&self.kept, Some(&cause));
+        abort(self.kept, self.link, &cause)
     }
 }
 
@@ -702,7 +730,7 @@ pub fn owned(kept: &mut Kept, link: &mut Link, signals: &Signals) -> Result<bool
 ///
 /// # Errors
 /// The guest is this host's already, or the journal cannot be written.
-pub fn abort(mut kept: Kept, mut link: Link, cause: &str) -> Result<(), Error> {
+pub fn abort(mut kept: Kept, mut link: Link, cause: &Error) -> Result<(), Error> {
     match kept.state {
         State::Owned => {
             return Err(Error::Other(

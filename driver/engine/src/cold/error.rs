@@ -43,6 +43,8 @@ pub enum Error {
     /// The other host's engine says no.
     #[error("{cause}")]
     Refused {
+        /// For this kind of reason.
+        kind: FailureKind,
         /// In these words.
         cause: String,
         /// On this host.
@@ -67,8 +69,8 @@ impl Error {
     pub fn failure(&self, host: &str) -> Failure {
         match self {
             Self::Ended(error) => error.failure(host),
-            Self::Refused { host, cause } => Failure {
-                kind: FailureKind::Failed,
+            Self::Refused { kind, host, cause } => Failure {
+                kind: *kind,
                 host: host.clone(),
                 cause: cause.clone(),
             },

@@ -39,6 +39,15 @@ pub fn data_blocks(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
     Ok(runs)
 }
 
+/// Adds a run behind all others. Where there are `most` already, what lies before it becomes part of the last one.
+pub fn push(runs: &mut Vec<Range<u64>>, run: Range<u64>, most: usize) {
+    let full = runs.len() >= most;
+    match runs.last_mut().filter(|_| full) {
+        Some(last) => last.end = run.end,
+        None => runs.push(run),
+    }
+}
+
 /// Bytes in these blocks of a file.
 pub fn bytes(runs: &[Range<u64>], size: u64) -> u64 {
     let of = |run: &Range<u64>| match run.is_empty() {
@@ -57,6 +66,15 @@ fn seek(file: &File, at: u64, whence: Whence) -> Result<u64, Errno> {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn more_runs_than_there_may_be_are_joined() {
+        let mut runs = Vec::new();
+        for run in [0..1, 2..3, 4..5, 6..7] {
+            push(&mut runs, run, 2);
+        }
+        assert_eq!(runs, [0..1, 2..7]);
+    }
 
     #[test]
     fn only_what_was_written_is_data() {

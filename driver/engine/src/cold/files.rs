@@ -17,6 +17,9 @@ const FENCE: [i64; 3] = [100, 201, 203];
 /// "I write", "I write what is there already", "I resize".
 const WRITERS: Range<i64> = 101..104;
 
+/// All of QEMU's bytes on an image, whatever they say.
+const ANY: Range<i64> = 100..300;
+
 /// The alignment of direct I/O, bytes: enough for every device.
 const ALIGN: usize = 4096;
 
@@ -39,10 +42,18 @@ pub struct Source {
     pub runs: Vec<Range<u64>>,
     /// (device, inode).
     pub identity: (u64, u64),
+    /// See [`modified`].
+    pub modified: i64,
     seen: Seen,
     mode: u32,
     owner: (u32, u32),
     reader: Reader,
+}
+
+/// When a file was last changed, nanoseconds since 1970.
+pub fn modified(metadata: &Metadata) -> i64 {
+    let seconds = metadata.mtime().saturating_mul(1_000_000_000);
+    seconds.saturating_add(metadata.mtime_nsec())
 }
 
 /// What changes when somebody writes to a file.
@@ -91,6 +102,7 @@ impl Source {
             allocated,
             runs,
             identity: (metadata.dev(), metadata.ino()),
+            modified: modified(&metadata),
             seen: Seen::of(&metadata),
             mode: metadata.mode() & 0o7777,
             owner: (metadata.uid(), metadata.gid()),
@@ -133,6 +145,17 @@ impl Source {
     pub fn read(&self, buffer: &mut Aligned, offset: u64, length: usize) -> Result<(), Error> {
         let read = self.reader.read(buffer, offset, length);
         read.map_err(Error::file("read", &self.path))
+    }
+
+    /// Lets go of the locks: the file is nobody's any more.
+    pub fn lift(&self) {
+        for byte in FENCE {
+            // Where there are no locks there is nothing to let go of.
+            let _ = fcntl(
+                &self.reader.buffered,
+                FcntlArg::F_OFD_SETLK(&lock(libc::F_UNLCK, byte, 1)),
+            );
+        }
     }
 
     /// Whether it is still what it was when it was opened.
@@ -292,6 +315,11 @@ pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
     let mut probe = lock(libc::F_WRLCK, bytes.start, bytes.end - bytes.start);
     let asked = fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe));
     asked.is_ok() && probe.l_type != libc::F_UNLCK as libc::c_short
+}
+
+/// Whether any process uses the image, as a disk or as another one's base.
+pub fn is_held(path: &Path) -> bool {
+    File::open(path).is_ok_and(|file| is_locked(&file, ANY))
 }
 
 /// `user.*` attributes: libvirt's own (`trusted.libvirt.*`) count this host's users, and labels are this host's too.

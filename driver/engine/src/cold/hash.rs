@@ -8,6 +8,7 @@
 use crate::memory::is_zero;
 use ferry_contract::cold::{Digest, BLOCK};
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// The hash of one block; `None` where it is all zeros.
 pub type BlockHash = Option<[u8; 32]>;
@@ -25,29 +26,36 @@ pub fn length(size: u64, number: u64) -> usize {
     left.unwrap_or(0).min(BLOCK) as usize
 }
 
-/// What is known of one file's blocks; those that are not noted are zeros.
+/// What is known of one file's blocks; for the digest, those that are not noted are zeros.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Blocks(BTreeMap<u64, [u8; 32]>);
+pub struct Blocks(BTreeMap<u64, BlockHash>);
 
 impl Blocks {
     /// Notes a block. A second time, whether it is the same.
     pub fn note(&mut self, number: u64, hash: BlockHash) -> bool {
-        match hash {
-            Some(hash) => *self.0.entry(number).or_insert(hash) == hash,
-            None => !self.0.contains_key(&number),
-        }
+        *self.0.entry(number).or_insert(hash) == hash
     }
 
     /// What is noted of a block.
     pub fn get(&self, number: u64) -> BlockHash {
-        self.0.get(&number).copied()
+        self.0.get(&number).copied().flatten()
+    }
+
+    /// Whether every block of these runs is noted.
+    pub fn has(&self, runs: &[Range<u64>]) -> bool {
+        let mut blocks = runs.iter().cloned().flatten();
+        blocks.all(|block| self.0.contains_key(&block))
     }
 
     /// The digest of a file of this size.
     pub fn digest(&self, size: u64) -> Digest {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&size.to_le_bytes());
-        for (number, hash) in &self.0 {
+        let data = self
+            .0
+            .iter()
+            .filter_map(|(number, hash)| Some((number, hash.as_ref()?)));
+        for (number, hash) in data {
             hasher.update(&number.to_le_bytes());
             hasher.update(hash);
         }
@@ -76,8 +84,9 @@ mod tests {
         let mut blocks = Blocks::default();
         let size = 3 * BLOCK + 5;
         let empty = blocks.digest(size);
-        assert!(blocks.note(1, block(&vec![0; BLOCK as usize])));
+        assert!(blocks.note(0, block(&vec![0; BLOCK as usize])));
         assert_eq!(blocks.digest(size), empty);
+        assert!(!blocks.note(0, block(b"x")));
         assert_ne!(blocks.digest(size + 1), empty);
         assert!(blocks.note(1, block(b"x")));
         assert!(blocks.note(1, block(b"x")));
@@ -88,6 +97,8 @@ mod tests {
         let mut elsewhere = Blocks::default();
         elsewhere.note(2, block(b"x"));
         assert_ne!(elsewhere.digest(size), with);
+        // Zeros are no data, but they are known.
+        assert!(blocks.has(&[0..1, 1..2]) && !blocks.has(&[0..2, 3..4]));
     }
 
     #[test]

@@ -1,18 +1,120 @@
-//! Keeping a journal: each state is on the disk before anything is done that rests on it.
+//! Keeping a journal: each state is on the disk before anything is done that rests on it, by one engine at a time.
 
 use super::Error;
 use ferry_contract::cold::journal::{self, Journal, State, MAX_LENGTH};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use uuid::Uuid;
+
+/// How long an engine whose work is over may still take to end.
+const LEAVING: Duration = Duration::from_secs(5);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The right to work on a guest's journal: one engine has it at a time, and a dead one none.
+#[derive(Debug)]
+pub struct Claim {
+    /// The journal.
+    journal: PathBuf,
+    /// Beside it: the journal itself is another file with every word.
+    path: PathBuf,
+    _locked: Flock<File>,
+}
+
+impl Claim {
+    /// Takes the right to the journal of this guest; waits some seconds for an engine that is about to end.
+    ///
+    /// # Errors
+    /// Another engine works on it.
+    pub fn take(state_directory: &Path, guest: Uuid) -> Result<Self, Error> {
+        let journal = journal::path(state_directory, guest);
+        let directory = journal.parent().unwrap_or(state_directory);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(Error::file("make the directory", directory))?;
+        Self::of(&journal)
+    }
+
+    fn of(journal: &Path) -> Result<Self, Error> {
+        let path = journal.with_extension("lock");
+        let end = Instant::now() + LEAVING;
+        loop {
+            match try_lock(&path).map_err(Error::file("lock", &path))? {
+                Some(locked) => {
+                    return Ok(Self {
+                        journal: journal.to_owned(),
+                        path,
+                        _locked: locked,
+                    })
+                }
+                None if Instant::now() < end => std::thread::sleep(LOOK),
+                None => {
+                    let holder = fs::read_to_string(&path).unwrap_or_default();
+                    return Err(Error::Other(format!(
+                        "an engine (process {}) still works on the migration that {} speaks of: wait for its end, or end \
+                         that process",
+                        holder.trim(),
+                        journal.display()
+                    )));
+                }
+            }
+        }
+    }
+
+    /// What is written there.
+    ///
+    /// # Errors
+    /// It cannot be read, or is no journal.
+    pub fn find(&self) -> Result<Option<Journal>, Error> {
+        read(&self.journal)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // Still locked: whoever waits for it sees that it has gone, and makes its own.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// The lock, with this process's number in it; `None` where another one has it.
+fn try_lock(path: &Path) -> io::Result<Option<Flock<File>>> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)?;
+    let mut locked = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(locked) => locked,
+        Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
+        Err((_, error)) => return Err(error.into()),
+    };
+    let (ours, there) = (locked.metadata()?, fs::metadata(path));
+    if !there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
+        // Its last holder has removed it meanwhile.
+        return Ok(None);
+    }
+    locked.set_len(0)?;
+    writeln!(locked, "{}", std::process::id())?;
+    Ok(Some(locked))
+}
 
 /// A journal and where it is kept.
 #[derive(Debug)]
 pub struct Kept {
     path: PathBuf,
     journal: Journal,
+    /// None once nothing is to be written any more.
+    claim: Option<Claim>,
 }
 
 impl std::ops::Deref for Kept {
@@ -28,30 +130,35 @@ impl Kept {
     ///
     /// # Errors
     /// It cannot be kept; then nothing may be done that it would speak of.
-    pub fn new(state_directory: &Path, journal: Journal) -> Result<Self, Error> {
-        let path = journal::path(state_directory, journal.guest.uuid);
-        let directory = path.parent().unwrap_or(state_directory);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(Error::file("make the directory", directory))?;
-        let kept = Self { path, journal };
+    pub fn new(claim: Claim, journal: Journal) -> Result<Self, Error> {
+        let kept = Self {
+            path: claim.journal.clone(),
+            journal,
+            claim: Some(claim),
+        };
         kept.write()?;
         Ok(kept)
     }
 
-    /// Reads the journal at `path`.
+    /// Reads the journal at `path`, once no other engine works on it.
     ///
     /// # Errors
-    /// It cannot be read, or is none.
+    /// It cannot be read, or is none; another engine works on it.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let journal =
-            read(path)?.ok_or_else(|| Error::Other(format!("there is no journal {}", path.display())))?;
+        let claim = Claim::of(path)?;
+        let journal = claim
+            .find()?
+            .ok_or_else(|| Error::Other(format!("there is no journal {}", path.display())))?;
         Ok(Self {
             path: path.to_owned(),
             journal,
+            claim: Some(claim),
         })
+    }
+
+    /// Lets others at it: this journal is only kept to be removed one day, and a new session may replace it before.
+    pub fn loosen(&mut self) {
+        self.claim = None;
     }
 
     /// Goes on to `state`, with what `change` notes: it has happened once this returns.
@@ -79,6 +186,14 @@ impl Kept {
     /// # Errors
     /// It cannot be removed.
     pub fn remove(self) -> Result<(), Error> {
+        let claim = match self.claim {
+            Some(claim) => claim,
+            None => Claim::of(&self.path)?,
+        };
+        let session = self.journal.session;
+        if claim.find()?.is_some_and(|found| found.session != session) {
+            return Ok(());
+        }
         let removed = fs::remove_file(&self.path).or_else(|error| match error.kind() {
             io::ErrorKind::NotFound => Ok(()),
             _ => Err(error),
@@ -93,14 +208,6 @@ impl Kept {
             .map_err(|error| Error::Other(format!("the journal cannot be written: {error}")))?;
         replace(&self.path, &text).map_err(Error::file("write the journal", &self.path))
     }
-}
-
-/// The journal of a guest on this host, where there is one.
-///
-/// # Errors
-/// It cannot be read, or is none.
-pub fn find(state_directory: &Path, guest: Uuid) -> Result<Option<Journal>, Error> {
-    read(&journal::path(state_directory, guest))
 }
 
 fn read(path: &Path) -> Result<Option<Journal>, Error> {

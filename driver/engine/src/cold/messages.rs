@@ -2,6 +2,7 @@
 
 use ferry_contract::cold::journal::Fate;
 use ferry_contract::cold::{Digest, Kind};
+use ferry_contract::control::FailureKind;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -53,7 +54,9 @@ pub enum Ask {
     Owned,
     /// The guest is not here and never will be by this session.
     Abort {
-        /// Why, for the log.
+        /// Whether the operator cancelled it.
+        kind: FailureKind,
+        /// Why.
         cause: String,
     },
 }
@@ -88,6 +91,8 @@ pub enum Answer {
     Aborted,
     /// To anything: no.
     Refused {
+        /// What kind of failure it is.
+        kind: FailureKind,
         /// Why.
         cause: String,
         /// The source host's name.

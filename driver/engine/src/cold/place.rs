@@ -4,7 +4,7 @@ use super::files::Reader;
 use super::journal::sync_parent;
 use super::messages::Looked;
 use super::{users, Error};
-use ferry_contract::cold::journal::{Entry, Fate, Journal};
+use ferry_contract::cold::journal::{Entry, Fate, Journal, State};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
 use std::collections::BTreeSet;
@@ -17,6 +17,9 @@ use uuid::Uuid;
 
 /// Bytes a file's name may have (NAME_MAX).
 const LONGEST_NAME: usize = 255;
+
+/// Of a mode, what a guest's file can need: none that runs as its owner here because the other host says so.
+const PERMISSIONS: u32 = 0o777;
 
 /// Under which name a file is written: hidden, in the same directory, and ours by its looks.
 pub fn temporary(path: &Path, session: Uuid) -> PathBuf {
@@ -167,7 +170,7 @@ impl Target {
                 tracing::warn!(path = %self.path.display(), owner = like.owner, group = like.group, "no such owner here");
             }
             fchown(&self.file, owner.0, owner.1).map_err(failed)?;
-            let mode = fs::Permissions::from_mode(like.mode & 0o7777);
+            let mode = fs::Permissions::from_mode(like.mode & PERMISSIONS);
             self.file.set_permissions(mode).map_err(failed)?;
             for (name, value) in &like.attributes {
                 self.attribute(name, value);
@@ -260,7 +263,7 @@ pub fn make_directory(path: &Path, like: Option<&Directory>) -> Result<bool, Err
             users::group_id(&like.group),
         )
         .map_err(failed)?;
-        let mode = fs::Permissions::from_mode(like.mode & 0o7777);
+        let mode = fs::Permissions::from_mode(like.mode & PERMISSIONS);
         directory.set_permissions(mode).map_err(failed)?;
     }
     sync_parent(path).map_err(failed)?;
@@ -311,6 +314,9 @@ pub fn is_ours(path: &Path, entry: &Entry) -> bool {
 
 /// Removes everything a session made on this host: temporary files, files in place, directories.
 pub fn undo(journal: &Journal) {
+    // Before it has asked the source, a session has nothing in place: a file there is of a later one that took up what
+    // this one left.
+    let may_be_placed = matches!(journal.state, State::Committing | State::Placed | State::Aborted);
     for entry in &journal.entries {
         if entry.fate != Fate::Moves || entry.kind == Kind::Block {
             continue;
@@ -319,7 +325,7 @@ pub fn undo(journal: &Journal) {
             .temporary
             .iter()
             .filter(|path| path.symlink_metadata().is_ok());
-        let placed = Some(&entry.path).filter(|path| is_ours(path, entry));
+        let placed = Some(&entry.path).filter(|path| may_be_placed && is_ours(path, entry));
         for path in temporary.chain(placed) {
             match fs::remove_file(path) {
                 Ok(()) => tracing::debug!(path = %path.display(), "removed"),
@@ -366,6 +372,34 @@ mod tests {
         fs::remove_file(&to).unwrap();
         rename(&from, &to).unwrap();
         assert_eq!(fs::read_to_string(&to).unwrap(), "new");
+    }
+
+    #[test]
+    fn nothing_runs_as_its_owner() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = Target::file(&directory.path().join("file"), 1, false).unwrap();
+        let own = fs::metadata(&target.path).unwrap();
+        let like = Looked {
+            size: 1,
+            kind: Kind::File,
+            mode: 0o6755,
+            owner: own.uid().to_string(),
+            group: own.gid().to_string(),
+            attributes: Vec::new(),
+            name: "file".into(),
+            has_nonce: false,
+        };
+        target.complete(&like).unwrap();
+        assert_eq!(fs::metadata(&target.path).unwrap().mode() & 0o7777, 0o755);
+        let made = directory.path().join("made");
+        let like = Directory {
+            path: "/there".into(),
+            mode: 0o7750,
+            owner: like.owner,
+            group: like.group,
+        };
+        assert!(make_directory(&made, Some(&like)).unwrap());
+        assert_eq!(fs::metadata(&made).unwrap().mode() & 0o7777, 0o750);
     }
 
     #[test]

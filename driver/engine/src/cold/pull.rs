@@ -19,6 +19,7 @@ use crate::control::Meter;
 use crate::live::signals::{End, Signals};
 use crate::wire::{self, connect, Connection, Purpose, Security};
 use ferry_contract::cold::{Kind, BLOCK};
+use ferry_contract::control::FailureKind;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -36,6 +37,8 @@ const DEPTH: usize = 8;
 const VERIFIERS: usize = 2;
 /// How long a cut connection is tried again. The source waits a little longer.
 pub const RECONNECT: Duration = Duration::from_secs(50);
+/// How long a source may send nothing, however often it answers, and the disks here take nothing.
+const STALLED: Duration = Duration::from_secs(120);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(200);
 /// The longest attempt.
@@ -151,13 +154,15 @@ pub struct Pull<'a> {
     received: AtomicU64,
     /// Bytes read back and found the same.
     pub verified: AtomicU64,
+    /// See [`STALLED`].
+    patience: Duration,
     queue: Mutex<Queue>,
     changed: Condvar,
 }
 
 #[derive(Default)]
 struct Queue {
-    pull: VecDeque<Chunk>,
+    pull: Cursor,
     verify: VecDeque<Chunk>,
     /// Chunks that are not verified yet.
     open: usize,
@@ -170,7 +175,7 @@ impl<'a> Pull<'a> {
         let mut queue = Queue::default();
         let (mut total, mut zeroed) = (0, 0);
         for (index, file) in files.iter().enumerate() {
-            queue.pull.extend(chunks(index, &file.runs));
+            queue.open += file.runs.iter().map(count).sum::<usize>();
             total += extents::bytes(&file.runs, file.looked.size);
             // What a device held before must be gone, also where the source has nothing.
             if file
@@ -183,7 +188,7 @@ impl<'a> Pull<'a> {
                 queue.verify.extend(chunks(index, &gaps));
             }
         }
-        queue.open = queue.pull.len() + queue.verify.len();
+        queue.open += queue.verify.len();
         total += zeroed;
         meter.total.store(total, Relaxed);
         meter.remaining.store(total, Relaxed);
@@ -194,6 +199,7 @@ impl<'a> Pull<'a> {
             meter,
             received: AtomicU64::new(zeroed),
             verified: AtomicU64::new(0),
+            patience: STALLED,
             queue: Mutex::new(queue),
             changed: Condvar::new(),
         }
@@ -215,6 +221,7 @@ impl<'a> Pull<'a> {
             for _ in 0..VERIFIERS {
                 self.start(scope, "verify", Self::verify)?;
             }
+            let (mut last, mut moved) = (0, Instant::now());
             loop {
                 let (queue, _) = self
                     .changed
@@ -224,11 +231,22 @@ impl<'a> Pull<'a> {
                     .unwrap_or_else(PoisonError::into_inner);
                 let done = queue.open == 0 || queue.failure.is_some();
                 drop(queue);
-                if let Err(error) = self
-                    .signals
-                    .check()
-                    .map_err(Error::from)
-                    .and_then(|()| meanwhile(self.verified.load(Relaxed)))
+                let verified = self.verified.load(Relaxed);
+                let now = verified + self.received.load(Relaxed);
+                if now != last {
+                    (last, moved) = (now, Instant::now());
+                }
+                let going = match moved.elapsed() < self.patience {
+                    true => Ok(()),
+                    false => Err(Error::Other(format!(
+                        "nothing was received or written for {} s: look at the network, at the disks of both hosts, and at \
+                         the engine's log on the source",
+                        self.patience.as_secs()
+                    ))),
+                };
+                if let Err(error) = going
+                    .and_then(|()| self.signals.check().map_err(Error::from))
+                    .and_then(|()| meanwhile(verified))
                 {
                     self.fail(error);
                 }
@@ -304,7 +322,7 @@ impl<'a> Pull<'a> {
         if queue.failure.is_some() {
             return None;
         }
-        queue.pull.pop_front()
+        queue.pull.next(&self.files)
     }
 
     /// A chunk has been written.
@@ -371,6 +389,43 @@ impl<'a> Pull<'a> {
         let remaining = (left(&self.received) + left(&self.verified)) / 2;
         self.meter.remaining.store(remaining, Relaxed);
     }
+}
+
+/// What is to be asked for next: a list of all chunks would be as long as the source wants.
+#[derive(Debug, Default)]
+struct Cursor {
+    file: usize,
+    run: usize,
+    block: u64,
+}
+
+impl Cursor {
+    fn next(&mut self, files: &[Incoming]) -> Option<Chunk> {
+        loop {
+            let file = files.get(self.file)?;
+            let Some(run) = file.runs.get(self.run) else {
+                *self = Self {
+                    file: self.file + 1,
+                    ..Self::default()
+                };
+                continue;
+            };
+            let start = run.start.max(self.block);
+            let end = run.end.min(start + CHUNK);
+            if start >= end {
+                self.run += 1;
+                continue;
+            }
+            self.block = end;
+            let (file, blocks) = (self.file, start..end);
+            return Some(Chunk { file, blocks });
+        }
+    }
+}
+
+/// Chunks of a run.
+fn count(run: &Range<u64>) -> usize {
+    (run.end - run.start).div_ceil(CHUNK) as usize
 }
 
 fn chunks(file: usize, runs: &[Range<u64>]) -> impl Iterator<Item = Chunk> + '_ {
@@ -444,6 +499,8 @@ impl Puller<'_> {
                 Err(Error::Wire(error)) if is_cut(&error) => {
                     self.pull.signals.check()?;
                     tracing::warn!(%error, stream = self.number, "the connection was cut: connecting again");
+                    // One that is taken and closed at once would be made again at once.
+                    std::thread::sleep(PAUSE);
                     self.connection = None;
                     self.asked = 0;
                 }
@@ -561,7 +618,11 @@ impl Puller<'_> {
                 Frame::Failed { .. } => {
                     let cause = String::from_utf8_lossy(payload).into_owned();
                     let host = connection.peer().ip().to_string();
-                    return Err(Error::Refused { cause, host });
+                    return Err(Error::Refused {
+                        kind: FailureKind::Failed,
+                        cause,
+                        host,
+                    });
                 }
             };
             if file.target.is_none() && !same {
@@ -612,6 +673,89 @@ mod tests {
         assert_eq!(gaps(&[0..3, 3..7], 6 * BLOCK + 1), []);
         let chunks: Vec<_> = chunks(3, &[0..17, 20..21]).map(|chunk| chunk.blocks).collect();
         assert_eq!(chunks, [0..16, 16..17, 20..21]);
+    }
+
+    fn incoming(directory: &std::path::Path, runs: &[Range<u64>]) -> Incoming {
+        let path = directory.join("disk");
+        let size = runs.iter().map(|run| run.end).max().unwrap_or_default() * BLOCK;
+        let looked = Looked {
+            size,
+            kind: Kind::File,
+            mode: 0o600,
+            owner: "0".into(),
+            group: "0".into(),
+            attributes: Vec::new(),
+            name: "disk".into(),
+            has_nonce: false,
+        };
+        Incoming {
+            number: 0,
+            source: "/disk".into(),
+            target: Some(Target::file(&path, size, false).unwrap()),
+            path,
+            looked,
+            reader: None,
+            runs: runs.iter().filter(|run| !run.is_empty()).cloned().collect(),
+            have: Vec::new(),
+            blocks: Mutex::default(),
+        }
+    }
+
+    #[test]
+    fn every_block_is_asked_for_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let (one, two) = (directory.path().join("one"), directory.path().join("two"));
+        for path in [&one, &two] {
+            std::fs::create_dir(path).unwrap();
+        }
+        let end = 1 << 22;
+        let files = [
+            incoming(&one, &[0..17, 20..21]),
+            incoming(&two, &[5..end, end..end]),
+        ];
+        let open: usize = files.iter().flat_map(|file| &file.runs).map(count).sum();
+        let mut cursor = Cursor::default();
+        let found: Vec<_> = std::iter::from_fn(|| cursor.next(&files)).collect();
+        assert_eq!(found.len(), open);
+        let expected = files
+            .iter()
+            .enumerate()
+            .flat_map(|(number, file)| chunks(number, &file.runs));
+        let plain = |chunk: Chunk| (chunk.file, chunk.blocks);
+        assert!(found.into_iter().map(plain).eq(expected.map(plain)));
+    }
+
+    #[test]
+    fn a_source_that_sends_nothing_is_given_up() {
+        let security = Security {
+            session: uuid::Uuid::from_u128(1),
+            token: [7; 32].into(),
+            protection: wire::Protection::Plain,
+        };
+        for closes in [false, true] {
+            let listener = wire::Listener::bind([127, 0, 0, 1].into(), 48960..=48990).unwrap();
+            let peer = Peer {
+                addresses: vec![listener.address()],
+                security: security.clone(),
+            };
+            let (theirs, stop) = (security.clone(), listener.stopper());
+            let source = std::thread::spawn(move || {
+                let mut open = Vec::new();
+                while let Ok(connection) = listener.accept(&theirs, Instant::now() + ATTEMPT) {
+                    open.extend((!closes).then_some(connection));
+                }
+            });
+            let directory = tempfile::tempdir().unwrap();
+            let file = incoming(directory.path(), &[0..1, 1..1]);
+            let (signals, meter) = (Signals::default(), Arc::default());
+            let mut pull = Pull::new(&peer, vec![file], &signals, &meter);
+            pull.patience = Duration::from_millis(700);
+            // It does answer, meanwhile.
+            let failed = pull.run(2, |_| Ok(())).unwrap_err();
+            assert!(failed.to_string().contains("nothing was received"), "{failed}");
+            stop.stop();
+            source.join().unwrap();
+        }
     }
 
     #[test]

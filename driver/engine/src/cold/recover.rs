@@ -6,7 +6,7 @@
 //! | source, committed | the door is opened again, where it was: the destination says owned, or aborted |
 //! | source, owned-there | the guest leaves: undefine and delete |
 //! | source, aborted | the door is opened: a destination that still asks is told no |
-//! | destination, pulling or ready | undone: the source cannot have let go |
+//! | destination, pulling or ready | undone, with all that was pulled: the source cannot have let go |
 //! | destination, committing | the source is asked: it let go (go on), or says no (undo) |
 //! | destination, placed | the guest is to be registered |
 //! | destination, owned or aborted | the source is told |
@@ -15,7 +15,7 @@ use super::destination::{self, Link};
 use super::journal::Kept;
 use super::messages::{Answer, Ask};
 use super::pull::Peer;
-use super::source::{delete, listen, Ownership};
+use super::source::{delete, listen, refusal, Ownership};
 use super::{nonce, place, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
@@ -118,8 +118,9 @@ fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error>
     }
     let state = kept.state;
     let ownership = Arc::new(Ownership::new(kept));
-    if state == State::Prepared {
-        ownership.give_up("the source's host or engine was started anew")?;
+    if matches!(state, State::Prepared | State::Aborted) {
+        let anew = "the source's host or engine was started anew";
+        ownership.give_up(&Error::Other(anew.into()))?;
     }
     let state = match ownership.state() {
         Some(State::OwnedThere) => Some(State::OwnedThere),
@@ -144,9 +145,10 @@ fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error>
             if let Some(Request::ColdDelete { keep, in_use }) =
                 signals.next_request(Some(Instant::now() + UNTIL_ASKED))
             {
-                let journal = ownership.forget()?;
+                let journal = ownership.journal();
                 let deleted =
                     journal.map_or_else(Deleted::default, |journal| delete(&journal, keep, &in_use));
+                ownership.forget();
                 control.reply(Reply::ColdDeleted(deleted));
             }
         }
@@ -176,13 +178,10 @@ fn open_door(journal: &Journal, ownership: &Arc<Ownership>) -> Result<(), Error>
                     .commit(manifest, || Err(no()))
                     .map(|()| Answer::Committed),
                 Ask::Owned => ownership.owned().map(|()| Answer::OwnedThere),
-                Ask::Abort { cause } => ownership.given_back(&cause).map(|()| Answer::Aborted),
+                Ask::Abort { kind, cause } => ownership.given_back(kind, cause).map(|()| Answer::Aborted),
                 _ => Err(no()),
             };
-            let answer = answer.unwrap_or_else(|error| Answer::Refused {
-                cause: error.to_string(),
-                host: host.clone(),
-            });
+            let answer = answer.unwrap_or_else(|error| refusal(&error, &host));
             if message::send(&mut connection, &answer).is_err() {
                 return;
             }
@@ -214,11 +213,7 @@ fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -
                 }
             }
         }
-        State::Pulling | State::Ready if !abort => {
-            // The source cannot have let go. What was pulled is of use to the next attempt, which finds this journal.
-            undone(control);
-            return Ok(());
-        }
+        // The source cannot have let go. A next attempt that begins before this takes up what was pulled.
         State::Pulling | State::Ready => {
             place::undo(&kept);
             kept.remove()?;
@@ -226,20 +221,22 @@ fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -
             return Ok(());
         }
         State::Aborted => {
-            destination::abort(kept, link, "the destination gave the migration up before a crash")?;
+            let before = "the destination gave the migration up before a crash";
+            destination::abort(kept, link, &Error::Other(before.into()))?;
             undone(control);
             return Ok(());
         }
         _ if abort => {
-            destination::abort(kept, link, "the operator gave the migration up")?;
+            let operator = "the operator gave the migration up";
+            destination::abort(kept, link, &Error::Other(operator.into()))?;
             undone(control);
             return Ok(());
         }
         State::Placed => {}
         _ => match destination::commit(&mut kept, &mut link, signals, PATIENCE) {
             Ok(()) => {}
-            Err(Error::Refused { cause, .. }) => {
-                destination::abort(kept, link, &cause)?;
+            Err(refused @ Error::Refused { .. }) => {
+                destination::abort(kept, link, &refused)?;
                 undone(control);
                 return Ok(());
             }
@@ -260,7 +257,8 @@ fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -
             control.reply(Reply::ColdOwned { told });
         }
         Some(Request::ColdAbort) => {
-            destination::abort(kept, link, "libvirt cannot register the guest at the destination")?;
+            let libvirt = "libvirt cannot register the guest at the destination";
+            destination::abort(kept, link, &Error::Other(libvirt.into()))?;
             control.reply(Reply::ColdAborted);
         }
         // It stays placed: the next recovery asks again.

@@ -8,7 +8,7 @@
 
 use super::files::{self, Source};
 use super::hash;
-use super::journal::Kept;
+use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::{self, Nonces};
 use super::record::Recorder;
@@ -21,11 +21,11 @@ use crate::report::Outcome;
 use crate::wire::{message, Connection, Identity, Listener, Protection, Purpose, Security, Token};
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Definition, Deleted, Digest, Inventory, Kept as KeptFile, Kind, Serve};
-use ferry_contract::control::{Reply, Request};
+use ferry_contract::control::{Failure, FailureKind, Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -66,7 +66,7 @@ pub struct Ownership {
     kept: Mutex<Option<Kept>>,
     changed: Condvar,
     /// Why it was given up.
-    cause: OnceLock<String>,
+    cause: OnceLock<(FailureKind, String)>,
 }
 
 impl Ownership {
@@ -89,11 +89,12 @@ impl Ownership {
     }
 
     /// Why the session was given up.
-    pub fn cause(&self) -> String {
-        self.cause
-            .get()
-            .cloned()
-            .unwrap_or_else(|| "this migration is over".into())
+    pub fn cause(&self) -> Error {
+        match self.cause.get() {
+            Some((FailureKind::Cancelled, _)) => Error::Ended(crate::live::Error::Cancelled),
+            Some((_, cause)) => Error::Other(cause.clone()),
+            None => Error::Other("this migration is over".into()),
+        }
     }
 
     /// Waits until the state is another one than this, for so long at most.
@@ -108,7 +109,7 @@ impl Ownership {
     pub fn commit(&self, manifest: Digest, check: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
         let mut kept = self.lock();
         let Some(kept) = kept.as_mut() else {
-            return Err(Error::Other(self.cause()));
+            return Err(self.cause());
         };
         match (kept.state, kept.manifest) {
             (_, known) if known != Some(manifest) => Err(Error::Other(
@@ -119,7 +120,7 @@ impl Ownership {
                 kept.enter(State::Committed, |_| {})
             }
             (State::Committed | State::OwnedThere, _) => Ok(()),
-            _ => Err(Error::Other(self.cause())),
+            _ => Err(self.cause()),
         }?;
         self.changed.notify_all();
         Ok(())
@@ -138,7 +139,7 @@ impl Ownership {
     }
 
     /// The destination says that it will never own the guest: it is ours, and nothing is left to be asked.
-    pub fn given_back(&self, cause: &str) -> Result<(), Error> {
+    pub fn given_back(&self, kind: FailureKind, cause: String) -> Result<(), Error> {
         let mut kept = self.lock();
         match kept.as_ref().map(|kept| kept.state) {
             Some(State::OwnedThere) => {
@@ -147,28 +148,31 @@ impl Ownership {
             None => return Ok(()),
             Some(_) => {}
         }
-        let _ = self.cause.set(cause.to_owned());
+        let _ = self.cause.set((kind, cause));
         kept.take().map_or(Ok(()), Kept::remove)?;
         self.changed.notify_all();
         Ok(())
     }
 
     /// Gives the session up from here, as long as the guest has not been let go of; says whether that was so.
-    pub fn give_up(&self, cause: &str) -> Result<bool, Error> {
+    pub fn give_up(&self, cause: &Error) -> Result<bool, Error> {
         let mut guard = self.lock();
         let Some(kept) = guard.as_mut() else {
             return Ok(true);
         };
         match kept.state {
             State::Prepared => {
-                let _ = self.cause.set(cause.to_owned());
+                let _ = self.cause.set((cause.failure("").kind, cause.to_string()));
                 // A destination that has everything may be about to ask: after a crash it still has to hear it.
                 match kept.manifest.is_some() {
-                    true => kept.enter(State::Aborted, |_| {})?,
+                    true => {
+                        kept.enter(State::Aborted, |_| {})?;
+                        kept.loosen();
+                    }
                     false => guard.take().map_or(Ok(()), Kept::remove)?,
                 }
             }
-            State::Aborted => {}
+            State::Aborted => kept.loosen(),
             _ => return Ok(false),
         }
         self.changed.notify_all();
@@ -185,7 +189,7 @@ impl Ownership {
     ) -> Result<(), Error> {
         let mut kept = self.lock();
         let Some(kept) = kept.as_mut().filter(|kept| kept.state == State::Prepared) else {
-            return Err(Error::Other(self.cause()));
+            return Err(self.cause());
         };
         kept.note(|journal| {
             journal.manifest = Some(hash::manifest(digests.iter().copied()));
@@ -197,14 +201,17 @@ impl Ownership {
         })
     }
 
-    /// Ends the session, which nothing is left of.
-    pub fn forget(&self) -> Result<Option<Journal>, Error> {
-        let Some(kept) = self.lock().take() else {
-            return Ok(None);
-        };
-        let journal = Journal::clone(&kept);
-        kept.remove()?;
-        Ok(Some(journal))
+    /// What is written down.
+    pub fn journal(&self) -> Option<Journal> {
+        self.lock().as_ref().map(|kept| Journal::clone(kept))
+    }
+
+    /// Ends the session, which nothing is left of. A journal that stays all the same is a recovery's, which finds
+    /// everything done.
+    pub fn forget(&self) {
+        if let Some(Err(error)) = self.lock().take().map(Kept::remove) {
+            tracing::warn!("{error}");
+        }
     }
 }
 
@@ -239,8 +246,8 @@ struct Shared {
 
 impl Session {
     fn open(serve: Serve, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<Self, Error> {
-        let earlier = super::journal::find(&serve.settings.state_directory, serve.guest.uuid)?;
-        refuse_unfinished(earlier.as_ref())?;
+        let claim = Claim::take(&serve.settings.state_directory, serve.guest.uuid)?;
+        refuse_unfinished(claim.find()?.as_ref())?;
         let (files, directories) = files::open(&serve.items)?;
         let session = Uuid::new_v4();
         let parents = files.iter().filter(|file| file.kind == Kind::File);
@@ -273,7 +280,7 @@ impl Session {
             .to_xml()
             .map_err(|error| Error::Other(error.to_string()))?;
         let journal = journal_of(&serve, &offer, &files, identity.expose_key());
-        let kept = Kept::new(&serve.settings.state_directory, journal.clone())?;
+        let kept = Kept::new(claim, journal.clone())?;
         let certificate = Arc::<OnceLock<Vec<u8>>>::default();
         let security = security(&offer, identity, Arc::clone(&certificate));
         signals.pace.set(serve.options.bandwidth);
@@ -324,7 +331,7 @@ impl Session {
             door.welcome(purpose, connection)
         });
         if let Err(error) = opened {
-            shared.ownership.give_up(&error.to_string())?;
+            shared.ownership.give_up(&error)?;
             return Err(error);
         }
         control.reply(Reply::ColdOffer(Box::new(self.offer)));
@@ -346,15 +353,21 @@ impl Session {
                          \"virt-ferry recover\" has asked",
                     ),
                     _ => {
-                        shared.ownership.give_up("the migration did not get to its end")?;
-                        fail(&format!("the guest stays here: {}", shared.ownership.cause()));
+                        let early = Error::Other("the migration did not get to its end".into());
+                        shared.ownership.give_up(&early)?;
+                        let mut failure = shared.ownership.cause().failure(&host);
+                        failure.cause = format!("the guest stays here: {}", failure.cause);
+                        control.reply(Reply::Failed(failure));
                     }
                 },
                 Some(Request::ColdDelete { keep, in_use }) => match shared.ownership.state() {
                     Some(State::OwnedThere) => {
                         recorder.enter("deletion");
-                        let journal = shared.ownership.forget()?.unwrap_or(first);
+                        // Whoever holds a lock on them now is somebody else.
+                        shared.shelf.files.iter().for_each(Source::lift);
+                        let journal = shared.ownership.journal().unwrap_or(first);
                         let deleted = delete(&journal, keep, &in_use);
+                        shared.ownership.forget();
                         recorder.publish(&journal, &shared.shelf.meter, Outcome::Completed, &log_directory);
                         control.reply(Reply::ColdDeleted(deleted));
                         return Ok(());
@@ -362,7 +375,8 @@ impl Session {
                     _ => fail("nothing is deleted: the guest is not the destination's"),
                 },
                 Some(Request::ColdAbort) => {
-                    let given_up = shared.ownership.give_up("the operator or libvirt gave the migration up")?;
+                    let cause = Error::Other("the operator or libvirt gave the migration up".into());
+                    let given_up = shared.ownership.give_up(&cause)?;
                     let state = shared.ownership.wait_while(State::Committed, UNTIL_CONFIRMED);
                     match given_up || state.is_none() {
                         true => {
@@ -378,19 +392,19 @@ impl Session {
                 None => {}
             }
             // The operator's end, and the plug-in's: as long as nobody else owns the guest, it is ours alone to decide.
-            let ended = signals.check().err().map(|error| error.to_string());
-            let ended = ended.or_else(|| shared.nobody_there(began));
+            let ended = signals.check().err().map(Error::from);
+            let ended = ended.or_else(|| shared.nobody_there(began).map(Error::Other));
             if let Some(cause) = ended {
                 shared.ownership.give_up(&cause)?;
             }
             if !told && matches!(shared.ownership.state(), None | Some(State::Aborted)) {
                 told = true;
                 first.peer = shared.peer();
-                let outcome = match signals.check() {
-                    Err(crate::live::Error::Cancelled) => Outcome::Cancelled,
+                let outcome = match shared.ownership.cause() {
+                    Error::Ended(crate::live::Error::Cancelled) => Outcome::Cancelled,
                     _ => Outcome::Failed {
                         stage: None,
-                        error: shared.ownership.cause(),
+                        error: shared.ownership.cause().to_string(),
                     },
                 };
                 recorder.publish(&first, &shared.shelf.meter, outcome, &log_directory);
@@ -438,6 +452,7 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         fate: Fate::Moves,
         digest: None,
         identity: Some(file.identity),
+        modified: Some(file.modified),
     };
     Journal {
         version: journal::VERSION,
@@ -473,6 +488,12 @@ fn security(offer: &ColdOffer, identity: Identity, peer: Arc<OnceLock<Vec<u8>>>)
             plain: offer.encryption == Encryption::Never,
         },
     }
+}
+
+/// No, and why.
+pub fn refusal(error: &Error, host: &str) -> Answer {
+    let Failure { kind, host, cause } = error.failure(host);
+    Answer::Refused { kind, cause, host }
 }
 
 /// Opens the door: each connection that comes gets a thread of its own.
@@ -577,10 +598,7 @@ impl Shared {
             };
             let answer = self.answer(ask).unwrap_or_else(|error| {
                 tracing::warn!("refused: {error}");
-                Answer::Refused {
-                    cause: error.to_string(),
-                    host: self.host.clone(),
-                }
+                refusal(&error, &self.host)
             });
             message::send(&mut connection, &answer)?;
         }
@@ -594,7 +612,7 @@ impl Shared {
         };
         let running = || match self.ownership.state() {
             Some(State::Prepared) => Ok(()),
-            _ => Err(Error::Other(self.ownership.cause())),
+            _ => Err(self.ownership.cause()),
         };
         match ask {
             Ask::Open { host } => {
@@ -652,9 +670,9 @@ impl Shared {
                 tracing::info!("the guest is registered at the destination");
                 Ok(Answer::OwnedThere)
             }
-            Ask::Abort { cause } => {
+            Ask::Abort { kind, cause } => {
                 tracing::warn!("the destination gave the migration up: {cause}");
-                self.ownership.given_back(&cause)?;
+                self.ownership.given_back(kind, cause)?;
                 Ok(Answer::Aborted)
             }
         }
@@ -663,18 +681,22 @@ impl Shared {
     /// Compares what the destination has with what was read here.
     fn ready(&self, digests: &[Option<Digest>]) -> Result<(), Error> {
         let fates = self.fates.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if digests.len() != fates.len() {
+        let count = self.shelf.files.len();
+        if (digests.len(), fates.len()) != (count, count) {
             return Err(Error::Other("not every file has its digest".into()));
         }
         let files = self.shelf.files.iter().zip(&self.shelf.blocks);
         for ((file, blocks), (digest, fate)) in files.zip(digests.iter().zip(&fates)) {
-            let own = || {
-                blocks
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .digest(file.size)
-            };
-            let expected = (*fate != Fate::Shared).then(own);
+            let blocks = blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_there = *fate == Fate::Shared;
+            // Who asks for little agrees on the digest of little.
+            if !is_there && !blocks.has(&file.runs) {
+                return Err(Error::Other(format!(
+                    "the destination has not asked for all of {}: it has no copy",
+                    file.path.display()
+                )));
+            }
+            let expected = (!is_there).then(|| blocks.digest(file.size));
             if *digest != expected {
                 return Err(Error::Other(format!(
                     "the copy of {} is not what was read here: it is damaged",
@@ -696,11 +718,8 @@ impl Shared {
         };
         let path = &definition.path;
         let found = std::fs::metadata(path).map_err(Error::file("look at", path))?;
-        let modified = found
-            .mtime()
-            .saturating_mul(1_000_000_000)
-            .saturating_add(found.mtime_nsec());
-        match (found.ino(), found.len(), modified) == (definition.inode, definition.size, definition.modified)
+        match (found.ino(), found.len(), files::modified(&found))
+            == (definition.inode, definition.size, definition.modified)
         {
             true => Ok(()),
             false => Err(Error::Other(
@@ -710,7 +729,8 @@ impl Shared {
     }
 }
 
-/// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since.
+/// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since. What
+/// is gone already was deleted before a crash.
 pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
     let mut outcome = Deleted::default();
     let others: Vec<_> = in_use
@@ -723,9 +743,16 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
             _ if keep => "it was to stay".to_owned(),
             (Fate::Shared, _) => "both hosts use it".to_owned(),
             (Fate::Present, _) => "the destination had it before".to_owned(),
+            _ if entry.digest.is_none() => "its copy was not verified".to_owned(),
             (_, Kind::Block) => "it is a volume: remove it where it was made, if nothing needs it".to_owned(),
             _ if others.contains(&real) => "another guest refers to it".to_owned(),
+            _ if is_gone(&real) => {
+                outcome.deleted.push(entry.path.clone());
+                continue;
+            }
             _ if !place::is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
+            _ if is_changed(&real, entry) => "it was changed after it was copied".to_owned(),
+            _ if files::is_held(&real) => "another process uses it".to_owned(),
             _ => match remove(&entry.path, &real) {
                 Ok(()) => {
                     tracing::info!(path = %entry.path.display(), "deleted: it has moved");
@@ -753,8 +780,20 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
     outcome
 }
 
+fn is_gone(path: &Path) -> bool {
+    let found = path.symlink_metadata();
+    found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+}
+
+/// Whether it has another length or time than the file that was copied.
+fn is_changed(path: &Path, entry: &Entry) -> bool {
+    let found = std::fs::metadata(path).ok();
+    let found = found.map(|found| (found.len(), files::modified(&found)));
+    found != entry.modified.map(|modified| (entry.size, modified))
+}
+
 /// The file, and the symbolic link that named it.
-fn remove(path: &std::path::Path, real: &std::path::Path) -> std::io::Result<()> {
+fn remove(path: &Path, real: &Path) -> std::io::Result<()> {
     std::fs::remove_file(real)?;
     match path.symlink_metadata() {
         Ok(link) if link.is_symlink() => std::fs::remove_file(path),

@@ -291,8 +291,12 @@ impl Scene {
     }
 
     pub fn journal(&self, role: Role) -> Option<Journal> {
-        let text = fs::read(journal::path(&self.state(role), self.guest.uuid)).ok()?;
+        let text = fs::read(self.journal_path(role)).ok()?;
         Some(Journal::parse(&text).unwrap())
+    }
+
+    pub fn journal_path(&self, role: Role) -> PathBuf {
+        journal::path(&self.state(role), self.guest.uuid)
     }
 
     pub fn await_state(&self, role: Role, state: State) {
@@ -304,7 +308,7 @@ impl Scene {
     pub fn recovery(&self, role: Role, abort: bool) -> Engine {
         let mut engine = Engine::start("cold-recover");
         engine.tell(&Request::ColdRecover {
-            journal: journal::path(&self.state(role), self.guest.uuid),
+            journal: self.journal_path(role),
             abort,
             settings: self.settings(role),
         });
