@@ -13,13 +13,14 @@ use crate::libvirt::{
 };
 use crate::live::options;
 use ferry_contract::cold::journal::Role;
-use ferry_contract::cold::{Inventory, Kind, MetadataKind, Plan, Pull};
+use ferry_contract::cold::{Inventory, MetadataKind, Plan, Pull};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::{self, ColdAnswer, ColdOffer};
 use ferry_contract::session::Guest;
 use ferry_host as host;
 use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -114,7 +115,7 @@ impl Arrival {
                 media: Vec::new(),
             }
         });
-        problems.extend(taken(connection, &offer.inventory, &places.files));
+        problems.extend(taken(connection, &guest, &places.files));
         if !problems.is_empty() {
             return Err(here(format!(
                 "guest {} cannot come here: {}",
@@ -247,27 +248,30 @@ fn in_the_way(connection: Connection, xml: &str, definition: &Definition, guest:
 }
 
 /// Devices are written to in place: none that another guest here has, though it may not run now.
-fn taken(connection: Connection, inventory: &Inventory, places: &[PathBuf]) -> Vec<String> {
-    let devices = inventory
-        .files
-        .iter()
-        .zip(places)
-        .filter(|(file, _)| file.kind == Kind::Block);
-    let mut devices = devices.map(|(_, place)| place).peekable();
-    if devices.peek().is_none() {
+fn taken(connection: Connection, guest: &Guest, places: &[PathBuf]) -> Vec<String> {
+    let devices: Vec<_> = places.iter().filter(|place| is_device(place)).collect();
+    if devices.is_empty() {
         return Vec::new();
     }
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    match inventory::others(connection, inventory.guest.uuid) {
+    match inventory::others(connection, guest.uuid) {
         Ok(others) => {
             let others: Vec<_> = others.iter().map(|path| real(path)).collect();
             devices
+                .into_iter()
                 .filter(|place| others.contains(&real(place)))
                 .map(|place| format!("{} belongs to another guest of this host", place.display()))
                 .collect()
         }
         Err(why) => vec![why],
     }
+}
+
+/// Whether a place is a device here, whatever its content comes from.
+fn is_device(place: &Path) -> bool {
+    place
+        .metadata()
+        .is_ok_and(|found| found.file_type().is_block_device())
 }
 
 /// The definition under another name.
@@ -496,5 +500,22 @@ mod tests {
             ("kvm", Some("/usr/bin/q"))
         );
         assert_eq!(Machine::read("<domain/>"), None);
+    }
+
+    #[test]
+    fn a_place_is_judged_by_what_it_is_here() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x");
+        assert!(!is_device(&path));
+        std::fs::write(&path, "").unwrap();
+        assert!(!is_device(&path));
+        // A device is only looked at: any that this machine has.
+        let mut devices = std::fs::read_dir("/dev").unwrap().flatten();
+        let device = devices.find(|entry| entry.file_type().is_ok_and(|kind| kind.is_block_device()));
+        if let Some(device) = device {
+            let link = directory.path().join("link");
+            std::os::unix::fs::symlink(device.path(), &link).unwrap();
+            assert!(is_device(&device.path()) && is_device(&link));
+        }
     }
 }
