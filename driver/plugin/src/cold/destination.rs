@@ -337,8 +337,7 @@ pub fn finish(
         Ok((domain, cookie))
     });
     let finished = finished.inspect_err(|_| {
-        unregister(connection, &session.guest);
-        give_up(&session.engine, &session.guest);
+        withdraw(connection, &session.engine, &session.guest);
         exorcise(connection, &session.guest, &arrived.definition);
     })?;
     if !own_it(connection, &session.engine, &session.guest, &arrived.places) {
@@ -396,18 +395,38 @@ pub fn give_up(engine: &Engine, guest: &Guest) {
     }
 }
 
-/// Takes back a registration of ours that is not complete.
-fn unregister(connection: Connection, guest: &Guest) {
-    let Ok(domain) = connection.domain(guest.uuid) else {
-        return;
-    };
-    if domain.get().is_persistent().unwrap_or(false) {
-        if let Err(error) = domain.get().undefine() {
+/// Gives a guest up that libvirt did not take as it should: its registration goes first, then its files. One that stays
+/// registered keeps them, and the journal keeps it from being started until a recovery has tried again.
+pub fn withdraw(connection: Connection, engine: &Engine, guest: &Guest) {
+    match unregister(connection, guest) {
+        Ok(()) => give_up(engine, guest),
+        Err(error) => {
             tracing::error!(
                 guest = guest.name,
-                "the guest stays registered here, though it did not come: {error}"
+                "the guest stays registered here, though it is not complete, and cannot be started: {error}"
             );
+            recovery::watch(connection);
         }
+    }
+}
+
+/// Takes back a registration of ours that is not complete.
+///
+/// # Errors
+/// If the guest is still registered, or that is not known.
+pub fn unregister(connection: Connection, guest: &Guest) -> Result<(), Error> {
+    let domain = match connection.domain(guest.uuid) {
+        Ok(domain) => domain,
+        Err(error) if error.is_no_domain() => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let domain = domain.get();
+    if !domain.is_shut_off()? {
+        return Err(here(format!("guest {} runs", guest.name)));
+    }
+    match domain.is_persistent()? {
+        true => domain.undefine(),
+        false => Ok(()),
     }
 }
 

@@ -4,7 +4,7 @@
 //! Until then nobody starts the guest: libvirt's hook reads the same journal. One thread a daemon, and only while there is
 //! something to bring to an end; it is woken by the first call after the daemon's start, and by whatever finds a journal.
 
-use super::destination::{complete, give_up, own_it};
+use super::destination::{complete, own_it, withdraw};
 use super::source::{leave, Left};
 use super::{here, sessions, unexpected};
 use crate::engine::Engine;
@@ -159,7 +159,7 @@ fn define(connection: Connection, journal: &Journal, engine: &Engine) -> Result<
         };
         complete(domain.get(), &journal.inventory)
     };
-    registered().inspect_err(|_| give_up(engine, &journal.guest))?;
+    registered().inspect_err(|_| withdraw(connection, engine, &journal.guest))?;
     let places: Vec<PathBuf> = journal.entries.iter().map(|entry| entry.path.clone()).collect();
     Ok(own_it(connection, engine, &journal.guest, &places))
 }
