@@ -459,7 +459,10 @@ fn watch(session: &Arc<Session>, connection: Connection, flags: u32) {
     let watched = Arc::downgrade(session);
     let started = std::thread::Builder::new()
         .name("ferry-cold-watch".into())
-        .spawn(move || while !is_over(&watched, &uri, flags) {});
+        .spawn(move || {
+            let mut told = false;
+            while !is_over(&watched, &uri, flags, &mut told) {}
+        });
     if let Err(error) = started {
         tracing::warn!(
             guest = session.guest.name,
@@ -468,7 +471,8 @@ fn watch(session: &Arc<Session>, connection: Connection, flags: u32) {
     }
 }
 
-fn is_over(watched: &Weak<Session>, uri: &str, flags: u32) -> bool {
+/// Whether nothing is left to watch; the log is `told` once what is being done.
+fn is_over(watched: &Weak<Session>, uri: &str, flags: u32, told: &mut bool) -> bool {
     std::thread::sleep(LOOK);
     let Some(session) = watched.upgrade().filter(sessions::is_listed) else {
         return true;
@@ -480,14 +484,17 @@ fn is_over(watched: &Weak<Session>, uri: &str, flags: u32) -> bool {
     let Ok(connection) = OwnedConnection::open(&c_string(uri)) else {
         return false;
     };
-    tracing::warn!(
-        guest = session.guest.name,
-        "the migration's client or engine has gone: what was pulled is removed"
-    );
+    if !std::mem::replace(told, true) {
+        tracing::warn!(
+            guest = session.guest.name,
+            "the migration's client or engine has gone: what was pulled is removed"
+        );
+    }
     let params = Params::none().with(VIR_MIGRATE_PARAM_DEST_NAME, &session.guest.name);
     // Always an error: cancelled, it returns no domain.
     let _ = finish(connection.get(), &params, &[], flags, true);
-    true
+    // Somebody else may be dealing with the guest just now.
+    !sessions::is_listed(&session)
 }
 
 #[cfg(test)]
