@@ -66,6 +66,7 @@ impl Departure<'_> {
                  image away (virsh managedsave-remove {name})"
             )));
         }
+        host::hook().map_err(here)?;
         self.supersede()?;
         // Before the definition is read: an edit after this is noticed at the commitment.
         let file = inventory::definition_file(name);
