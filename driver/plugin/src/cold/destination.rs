@@ -80,6 +80,9 @@ impl Here for ThisHost {
     fn exists(&self, path: &Path) -> bool {
         path.symlink_metadata().is_ok()
     }
+    fn keeps_images(&self, path: &Path) -> bool {
+        path.is_file() || pools::hold(self.0, path)
+    }
 }
 
 impl Arrival {
