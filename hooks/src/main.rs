@@ -28,7 +28,9 @@ fn main() -> ExitCode {
     let mut xml = Vec::new();
     let read = std::io::stdin().take(MAX_XML).read_to_end(&mut xml);
     let verdict = match read {
-        Ok(_) => verdict(&String::from_utf8_lossy(&xml), &state_directory()),
+        Ok(_) => ferry_host::state_directory()
+            .map_err(|why| format!("it may be between two hosts, and that cannot be known: {why}"))
+            .and_then(|state| verdict(&String::from_utf8_lossy(&xml), &state)),
         Err(error) => Err(format!("its definition cannot be read: {error}")),
     };
     match verdict {
@@ -42,11 +44,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Where the journals are; a configuration that cannot be read is told elsewhere.
-fn state_directory() -> std::path::PathBuf {
-    ferry_host::config().unwrap_or_default().state_directory
 }
 
 /// Whether the guest of this definition may start.

@@ -39,6 +39,9 @@ enum Command {
     Recover {
         /// Guests, by name; without any, all of this host's
         guests: Vec<String>,
+        /// Give one guest's move up where the other host will not answer any more; only if it cannot have the guest
+        #[arg(long, value_name = "GUEST", conflicts_with = "guests")]
+        abort: Option<String>,
         /// libvirt's URI
         #[arg(short, long, default_value = "qemu:///system")]
         connect: String,
@@ -48,7 +51,12 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Check { guests, connect } => run(&connect, &guests),
-        Command::Recover { guests, connect } => recover::run(&connect, &guests),
+        Command::Recover {
+            abort: Some(guest),
+            connect,
+            ..
+        } => recover::abort(&connect, &guest),
+        Command::Recover { guests, connect, .. } => recover::run(&connect, &guests),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result};
 use ferry_contract::cold::journal::{Journal, DIRECTORY, MAX_LENGTH};
-use ferry_contract::cold::RECOVER;
+use ferry_contract::recover::Word;
 use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use uuid::Uuid;
 use virt::connect::Connect;
 
 /// For both hosts' engines to find each other.
@@ -13,9 +14,11 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// One migration that has not come to its end: the guest's name, and how it stands.
+/// One migration that has not come to its end: whose it is, and how it stands.
 struct Open {
     guest: String,
+    /// The guest's; none where the journal cannot be read.
+    uuid: Option<Uuid>,
     stands: String,
 }
 
@@ -35,7 +38,7 @@ pub fn run(uri: &str, guests: &[String]) -> Result<bool> {
     }
     let libvirt = Connect::open(Some(uri)).with_context(|| format!("cannot ask libvirt at {uri}"))?;
     // Not a guest's definition, but the word at which the plug-in looks: libvirt itself refuses it.
-    let _ = libvirt.define_domain_xml(RECOVER);
+    let _ = libvirt.define_domain_xml(&Word::Recover.to_string());
     let deadline = Instant::now() + PATIENCE;
     loop {
         let open = concerned()?;
@@ -44,7 +47,7 @@ pub fn run(uri: &str, guests: &[String]) -> Result<bool> {
             return Ok(true);
         }
         if Instant::now() > deadline {
-            for Open { guest, stands } in open {
+            for Open { guest, stands, .. } in open {
                 println!("{guest}  {stands}");
             }
             return Ok(false);
@@ -53,12 +56,32 @@ pub fn run(uri: &str, guests: &[String]) -> Result<bool> {
     }
 }
 
+/// Has the daemon give a guest's migration up; `false` where it is still open.
+///
+/// # Errors
+/// If libvirt or the journals cannot be asked, or nothing of this guest is open.
+pub fn abort(uri: &str, guest: &str) -> Result<bool> {
+    let of_guest = || -> Result<Option<Open>> { Ok(open()?.into_iter().find(|open| open.guest == guest)) };
+    let uuid = of_guest()?.and_then(|open| open.uuid);
+    let uuid = uuid.with_context(|| format!("no migration of guest {guest} is open on this host"))?;
+    let libvirt = Connect::open(Some(uri)).with_context(|| format!("cannot ask libvirt at {uri}"))?;
+    // It waits for the attempt, and then refuses the word as above, or says why it cannot be done.
+    let said = libvirt.define_domain_xml(&Word::Abort(uuid).to_string());
+    let Some(Open { stands, .. }) = of_guest()? else {
+        println!("nothing is open any more");
+        return Ok(true);
+    };
+    println!("{guest}  {stands}");
+    if let Err(error) = said {
+        println!("{error}");
+    }
+    Ok(false)
+}
+
 /// What the journals of this host say.
 fn open() -> Result<Vec<Open>> {
-    let directory = ferry_host::config()
-        .unwrap_or_default()
-        .state_directory
-        .join(DIRECTORY);
+    let state = ferry_host::state_directory().map_err(anyhow::Error::msg)?;
+    let directory = state.join(DIRECTORY);
     let entries = match std::fs::read_dir(&directory) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -81,6 +104,7 @@ fn read(path: &Path) -> Option<Open> {
     let read = std::fs::File::open(path).and_then(|file| file.take(MAX_LENGTH).read_to_end(&mut text));
     let unreadable = |why: &dyn std::fmt::Display| Open {
         guest: path.display().to_string(),
+        uuid: None,
         stands: format!("cannot be read: {why}"),
     };
     Some(match (read, Journal::parse(&text)) {
@@ -92,6 +116,7 @@ fn read(path: &Path) -> Option<Open> {
                 Some(fence) => format!("cannot be started here: {fence}"),
                 None => "is this host's; the other host has not heard it yet".into(),
             },
+            uuid: Some(journal.guest.uuid),
             guest: journal.guest.name,
         },
     })

@@ -8,6 +8,9 @@ use std::path::PathBuf;
 /// Where the plug-in looks for its configuration; it need not exist.
 pub const PATH: &str = "/etc/virt-ferry/virt-ferry.toml";
 
+/// The key of [`Config::state_directory`].
+const STATE_DIRECTORY: &str = "state_directory";
+
 /// The configuration of one host.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -145,6 +148,22 @@ impl Config {
         Ok(config)
     }
 
+    /// Where the journals are, also in a text that [`parse`](Self::parse) refuses: a mistake elsewhere must not let a guest
+    /// start that is between two hosts. `None` where the text does not let that be known.
+    pub fn state_directory_in(text: &str) -> Option<PathBuf> {
+        let of = |text: &str| match toml::from_str::<toml::Table>(text).ok()?.remove(STATE_DIRECTORY) {
+            None => Some(Self::default().state_directory),
+            Some(toml::Value::String(directory)) => Some(directory.into()),
+            Some(_) => None,
+        };
+        of(text).or_else(|| {
+            // No TOML as a whole; that key's line may be, or there may be none.
+            let named = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
+            let named: Vec<_> = named.filter(|line| line.contains(STATE_DIRECTORY)).collect();
+            of(&named.join("\n"))
+        })
+    }
+
     /// What the engine needs of it.
     pub fn settings(&self) -> Settings {
         Settings {
@@ -214,6 +233,27 @@ mod tests {
     fn ranges_are_kept() {
         for text in ["streams = 0", "streams = 17", "ports = [0, 1]", "ports = [5, 4]"] {
             assert!(matches!(Config::parse(text), Err(Error::Range { .. })), "{text}");
+        }
+    }
+
+    #[test]
+    fn journals_are_found_whatever_else_is_wrong() {
+        let default = Some(Config::default().state_directory);
+        for (text, directory) in [
+            ("", default.clone()),
+            ("encrypt = 1\n", default.clone()),
+            ("streams = \n", default.clone()),
+            ("streams = \n# state_directory = \"/s\"\n", default),
+            ("encrypt = 1\nstate_directory = \"/s\"\n", Some("/s".into())),
+            (
+                "streams = \nstate_directory = \"/s\" # there\n",
+                Some("/s".into()),
+            ),
+            ("state_directory = /s\n", None),
+            ("state_directory = 7\n", None),
+        ] {
+            assert!(Config::parse(text).is_err() || text.is_empty(), "{text}");
+            assert_eq!(Config::state_directory_in(text), directory, "{text}");
         }
     }
 }

@@ -18,6 +18,7 @@ pub mod cold;
 pub mod config;
 pub mod control;
 pub mod cookie;
+pub mod recover;
 pub mod session;
 pub mod stage;
 mod xml;

@@ -27,6 +27,42 @@ pub fn config() -> Result<Config, String> {
     }
 }
 
+/// Where the journals of cold migrations are, also under a configuration that [`config`] refuses.
+///
+/// # Errors
+/// Why that cannot be known: then any guest may be between two hosts.
+pub fn state_directory() -> Result<PathBuf, String> {
+    let text = match read(Path::new(PATH)) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(error) => return Err(format!("{PATH}: {error}")),
+    };
+    Config::state_directory_in(&text)
+        .ok_or_else(|| format!("{PATH}: state_directory cannot be read: correct it"))
+}
+
+/// Where libvirt runs our hook from before each start of a guest.
+pub const HOOK: &str = "/etc/libvirt/hooks/qemu.d/virt-ferry";
+
+/// Whether the hook is there that keeps a guest from being started while it is between two hosts: after a crash nothing
+/// else does.
+///
+/// # Errors
+/// What to do, in a sentence.
+pub fn hook() -> Result<(), String> {
+    is_program(Path::new(HOOK)).then_some(()).ok_or_else(|| {
+        format!(
+            "{HOOK}, which keeps a guest from being started on two hosts, is not there or not executable: run \
+             packaging/install, then restart libvirtd or virtqemud, which looks for it when it starts"
+        )
+    })
+}
+
+fn is_program(path: &Path) -> bool {
+    let found = path.metadata();
+    found.is_ok_and(|found| found.is_file() && found.mode() & 0o111 != 0)
+}
+
 fn read(path: &Path) -> std::io::Result<String> {
     let mut text = String::new();
     std::fs::File::open(path)?
@@ -157,5 +193,12 @@ mod tests {
         assert_eq!(tmpfs(Path::new("/proc/self")), None);
         let room = tmpfs(Path::new("/dev/shm/not/there")).unwrap();
         assert!(room.size >= room.free && room.size > 0);
+    }
+
+    #[test]
+    fn a_hook_is_a_program() {
+        assert!(is_program(&std::env::current_exe().unwrap()));
+        assert!(!is_program(Path::new("/etc/passwd")) && !is_program(Path::new("/")));
+        assert!(!is_program(Path::new("/no/such/hook")));
     }
 }

@@ -193,20 +193,6 @@ impl Definition {
     pub fn disk(&self, target: &str) -> Option<&Disk> {
         self.disks.iter().find(|disk| disk.target == target)
     }
-
-    /// Every path that the definition names.
-    pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        let disks = self
-            .disks
-            .iter()
-            .flat_map(|disk| std::iter::once(&disk.source).chain(&disk.layers));
-        let tpm = self.tpm.iter().filter_map(|tpm| tpm.source.as_deref());
-        disks
-            .filter_map(Source::path)
-            .chain(self.nvram.as_deref())
-            .chain(self.needed.iter().map(PathBuf::as_path))
-            .chain(tpm)
-    }
 }
 
 impl Disk {
@@ -325,11 +311,6 @@ mod tests {
         assert!(empty.media && empty.source == Source::None);
         assert!(found.disk("vde").unwrap().media);
         assert!(found.disk("vdf").is_none() && found.unmovable[0].contains("vhostuser"));
-        let paths: Vec<_> = found.paths().map(Path::to_owned).collect();
-        assert_eq!(
-            paths,
-            ["/a/top.qcow2", "/a/base", "/dev/vg/lv", "/iso"].map(PathBuf::from)
-        );
     }
 
     #[test]

@@ -13,13 +13,14 @@ use crate::libvirt::{
 };
 use crate::live::options;
 use ferry_contract::cold::journal::Role;
-use ferry_contract::cold::{Inventory, Kind, MetadataKind, Plan, Pull};
+use ferry_contract::cold::{Inventory, MetadataKind, Plan, Pull};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::{self, ColdAnswer, ColdOffer};
 use ferry_contract::session::Guest;
 use ferry_host as host;
 use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -53,6 +54,7 @@ pub fn prepare(
         }
         Err(error) => return Err(here(error)),
     };
+    host::hook().map_err(here)?;
     let _held = recovery::hold(offer.inventory.guest.uuid)?;
     let arrival = Arrival::plan(connection, params, flags, offer, config)?;
     let engine = arrival.pull(params, flags)?;
@@ -77,6 +79,9 @@ impl Here for ThisHost {
     }
     fn exists(&self, path: &Path) -> bool {
         path.symlink_metadata().is_ok()
+    }
+    fn keeps_images(&self, path: &Path) -> bool {
+        path.is_file() || pools::hold(self.0, path)
     }
 }
 
@@ -114,7 +119,7 @@ impl Arrival {
                 media: Vec::new(),
             }
         });
-        problems.extend(taken(connection, &offer.inventory, &places.files));
+        problems.extend(taken(connection, &guest, &places.files));
         if !problems.is_empty() {
             return Err(here(format!(
                 "guest {} cannot come here: {}",
@@ -247,27 +252,30 @@ fn in_the_way(connection: Connection, xml: &str, definition: &Definition, guest:
 }
 
 /// Devices are written to in place: none that another guest here has, though it may not run now.
-fn taken(connection: Connection, inventory: &Inventory, places: &[PathBuf]) -> Vec<String> {
-    let devices = inventory
-        .files
-        .iter()
-        .zip(places)
-        .filter(|(file, _)| file.kind == Kind::Block);
-    let mut devices = devices.map(|(_, place)| place).peekable();
-    if devices.peek().is_none() {
+fn taken(connection: Connection, guest: &Guest, places: &[PathBuf]) -> Vec<String> {
+    let devices: Vec<_> = places.iter().filter(|place| is_device(place)).collect();
+    if devices.is_empty() {
         return Vec::new();
     }
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    match inventory::others(connection, inventory.guest.uuid) {
+    match inventory::others(connection, guest.uuid) {
         Ok(others) => {
             let others: Vec<_> = others.iter().map(|path| real(path)).collect();
             devices
+                .into_iter()
                 .filter(|place| others.contains(&real(place)))
                 .map(|place| format!("{} belongs to another guest of this host", place.display()))
                 .collect()
         }
         Err(why) => vec![why],
     }
+}
+
+/// Whether a place is a device here, whatever its content comes from.
+fn is_device(place: &Path) -> bool {
+    place
+        .metadata()
+        .is_ok_and(|found| found.file_type().is_block_device())
 }
 
 /// The definition under another name.
@@ -333,8 +341,7 @@ pub fn finish(
         Ok((domain, cookie))
     });
     let finished = finished.inspect_err(|_| {
-        unregister(connection, &session.guest);
-        give_up(&session.engine, &session.guest);
+        withdraw(connection, &session.engine, &session.guest);
         exorcise(connection, &session.guest, &arrived.definition);
     })?;
     if !own_it(connection, &session.engine, &session.guest, &arrived.places) {
@@ -392,18 +399,38 @@ pub fn give_up(engine: &Engine, guest: &Guest) {
     }
 }
 
-/// Takes back a registration of ours that is not complete.
-fn unregister(connection: Connection, guest: &Guest) {
-    let Ok(domain) = connection.domain(guest.uuid) else {
-        return;
-    };
-    if domain.get().is_persistent().unwrap_or(false) {
-        if let Err(error) = domain.get().undefine() {
+/// Gives a guest up that libvirt did not take as it should: its registration goes first, then its files. One that stays
+/// registered keeps them, and the journal keeps it from being started until a recovery has tried again.
+pub fn withdraw(connection: Connection, engine: &Engine, guest: &Guest) {
+    match unregister(connection, guest) {
+        Ok(()) => give_up(engine, guest),
+        Err(error) => {
             tracing::error!(
                 guest = guest.name,
-                "the guest stays registered here, though it did not come: {error}"
+                "the guest stays registered here, though it is not complete, and cannot be started: {error}"
             );
+            recovery::watch(connection);
         }
+    }
+}
+
+/// Takes back a registration of ours that is not complete.
+///
+/// # Errors
+/// If the guest is still registered, or that is not known.
+pub fn unregister(connection: Connection, guest: &Guest) -> Result<(), Error> {
+    let domain = match connection.domain(guest.uuid) {
+        Ok(domain) => domain,
+        Err(error) if error.is_no_domain() => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let domain = domain.get();
+    if !domain.is_shut_off()? {
+        return Err(here(format!("guest {} runs", guest.name)));
+    }
+    match domain.is_persistent()? {
+        true => domain.undefine(),
+        false => Ok(()),
     }
 }
 
@@ -436,7 +463,10 @@ fn watch(session: &Arc<Session>, connection: Connection, flags: u32) {
     let watched = Arc::downgrade(session);
     let started = std::thread::Builder::new()
         .name("ferry-cold-watch".into())
-        .spawn(move || while !is_over(&watched, &uri, flags) {});
+        .spawn(move || {
+            let mut told = false;
+            while !is_over(&watched, &uri, flags, &mut told) {}
+        });
     if let Err(error) = started {
         tracing::warn!(
             guest = session.guest.name,
@@ -445,7 +475,8 @@ fn watch(session: &Arc<Session>, connection: Connection, flags: u32) {
     }
 }
 
-fn is_over(watched: &Weak<Session>, uri: &str, flags: u32) -> bool {
+/// Whether nothing is left to watch; the log is `told` once what is being done.
+fn is_over(watched: &Weak<Session>, uri: &str, flags: u32, told: &mut bool) -> bool {
     std::thread::sleep(LOOK);
     let Some(session) = watched.upgrade().filter(sessions::is_listed) else {
         return true;
@@ -457,14 +488,17 @@ fn is_over(watched: &Weak<Session>, uri: &str, flags: u32) -> bool {
     let Ok(connection) = OwnedConnection::open(&c_string(uri)) else {
         return false;
     };
-    tracing::warn!(
-        guest = session.guest.name,
-        "the migration's client or engine has gone: what was pulled is removed"
-    );
+    if !std::mem::replace(told, true) {
+        tracing::warn!(
+            guest = session.guest.name,
+            "the migration's client or engine has gone: what was pulled is removed"
+        );
+    }
     let params = Params::none().with(VIR_MIGRATE_PARAM_DEST_NAME, &session.guest.name);
     // Always an error: cancelled, it returns no domain.
     let _ = finish(connection.get(), &params, &[], flags, true);
-    true
+    // Somebody else may be dealing with the guest just now.
+    !sessions::is_listed(&session)
 }
 
 #[cfg(test)]
@@ -496,5 +530,22 @@ mod tests {
             ("kvm", Some("/usr/bin/q"))
         );
         assert_eq!(Machine::read("<domain/>"), None);
+    }
+
+    #[test]
+    fn a_place_is_judged_by_what_it_is_here() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x");
+        assert!(!is_device(&path));
+        std::fs::write(&path, "").unwrap();
+        assert!(!is_device(&path));
+        // A device is only looked at: any that this machine has.
+        let mut devices = std::fs::read_dir("/dev").unwrap().flatten();
+        let device = devices.find(|entry| entry.file_type().is_ok_and(|kind| kind.is_block_device()));
+        if let Some(device) = device {
+            let link = directory.path().join("link");
+            std::os::unix::fs::symlink(device.path(), &link).unwrap();
+            assert!(is_device(&device.path()) && is_device(&link));
+        }
     }
 }

@@ -15,6 +15,8 @@ pub trait Here {
     fn path_of(&self, source: &Source) -> Result<Option<PathBuf>, String>;
     /// Whether a file is there.
     fn exists(&self, path: &Path) -> bool;
+    /// Whether this is a file that is there already, which nothing overwrites, or in the directory of a pool.
+    fn keeps_images(&self, path: &Path) -> bool;
 }
 
 /// Where everything goes, or is looked for.
@@ -40,7 +42,8 @@ pub fn places(
     let mut files: Vec<PathBuf> = Vec::new();
     for file in &inventory.files {
         // The layers above it come before it.
-        match place(file, inventory, &files, guest, name, here) {
+        let place = place(file, inventory, &files, guest, name, here);
+        match place.and_then(|place| images_only(place, file, guest, here)) {
             Ok(place) if files.contains(&place) => {
                 problems.push(format!(
                     "two of the guest's files would go to {}",
@@ -60,6 +63,33 @@ pub fn places(
         true => Ok(Places { files, media }),
         false => Err(problems),
     }
+}
+
+/// A place that only the source's headers or snapshots name, and no definition, must be one where this host keeps images:
+/// beside a disk of the guest's, or in a pool.
+fn images_only(place: PathBuf, file: &File, guest: &Definition, here: &impl Here) -> Result<PathBuf, String> {
+    let named = match &file.part {
+        Part::Disk { layer: 0, .. } | Part::Nvram | Part::Tpm | Part::Log => true,
+        Part::Disk { target, layer, .. } => guest.disk(target).is_some_and(|disk| {
+            disk.layers.get(usize::from(*layer) - 1).and_then(Source::path) == Some(&place)
+        }),
+        Part::Data { .. } | Part::Other => false,
+    };
+    let disks = guest.disks.iter().filter(|disk| !disk.media);
+    let mut disks = disks.filter_map(|disk| here.path_of(&disk.source).ok().flatten());
+    // Everything is below the root.
+    let beside = |disk: PathBuf| {
+        disk.parent()
+            .is_some_and(|directory| directory.parent().is_some() && place.starts_with(directory))
+    };
+    if named || here.keeps_images(&place) || disks.any(beside) {
+        return Ok(place);
+    }
+    Err(format!(
+        "{} is neither beside a disk of the guest's nor in the directory of a storage pool: make one of its directory \
+         (virsh pool-create-as NAME dir --target DIRECTORY)",
+        place.display()
+    ))
 }
 
 fn place(
@@ -268,6 +298,9 @@ mod tests {
         fn exists(&self, path: &Path) -> bool {
             self.0.iter().any(|file| Path::new(file) == path)
         }
+        fn keeps_images(&self, path: &Path) -> bool {
+            path.starts_with("/pool")
+        }
     }
 
     fn disk(target: &str, layer: u16, relative: bool) -> Part {
@@ -348,19 +381,19 @@ mod tests {
                 ("/a/top.data", data),
                 ("/a/b/mid", disk("vda", 1, true)),
                 ("/a/base", disk("vda", 2, true)),
-                ("/c/root", disk("vda", 3, false)),
+                ("/pool/root", disk("vda", 3, false)),
             ],
             &[],
         );
         let same = files(&chain, &definition("", &qcow2("vda", "/a/top")), "g", &Host(&[]));
         assert_eq!(
             same.unwrap(),
-            ["/a/top", "/a/top.data", "/a/b/mid", "/a/base", "/c/root"]
+            ["/a/top", "/a/top.data", "/a/b/mid", "/a/base", "/pool/root"]
         );
         let moved = files(&chain, &definition("", &qcow2("vda", "/x/y/t")), "g", &Host(&[]));
         assert_eq!(
             moved.unwrap(),
-            ["/x/y/t", "/x/y/top.data", "/x/y/b/mid", "/x/y/base", "/c/root"]
+            ["/x/y/t", "/x/y/top.data", "/x/y/b/mid", "/x/y/base", "/pool/root"]
         );
     }
 
@@ -430,8 +463,22 @@ mod tests {
             ("/etc/g.log", Part::Log),
             ("/var/log/libvirt/qemu/other.log", Part::Log),
             ("/a", disk("vda", 0, false)),
+            ("/etc/cron.d/x", Part::Other),
+            ("/etc/cron.d/x", disk("vdb", 1, false)),
+            (
+                "/etc/cron.d/x",
+                Part::Data {
+                    target: "vdb".into(),
+                    layer: 0,
+                    relative: false,
+                },
+            ),
         ] {
-            let guest = definition("", "<tpm><backend type='emulator'/></tpm>");
+            let devices = format!(
+                "<tpm><backend type='emulator'/></tpm>{}",
+                qcow2("vdb", "/images/b")
+            );
+            let guest = definition("", &devices);
             assert!(
                 files(&inventory(&[(path, part)], &[]), &guest, "g", &Host(&[])).is_err(),
                 "{path}"

@@ -65,6 +65,21 @@ pub fn path_of(connection: Connection, source: &Source) -> Result<Option<PathBuf
     }
 }
 
+/// Whether this path is, or will be, in an active pool: a file in its directory, or a device among its volumes.
+pub fn hold(connection: Connection, path: &Path) -> bool {
+    let pools = match Storage::of(connection).and_then(|storage| storage.pools()) {
+        Ok(pools) => pools,
+        Err(error) => {
+            tracing::debug!("no storage pool was looked at: {error}");
+            return false;
+        }
+    };
+    let shapes = pools.iter().filter_map(|pool| Shape::read(&pool.xml().ok()?));
+    let mut targets = shapes.map(|shape| shape.target);
+    // Everything is below the root.
+    targets.any(|target| target.parent().is_some() && path.starts_with(target))
+}
+
 /// Has every active pool look again in whose directory one of these files came or went.
 pub fn refresh<'a>(connection: Connection, files: impl Iterator<Item = &'a Path>) {
     let mut directories: Vec<&Path> = files.filter_map(Path::parent).collect();

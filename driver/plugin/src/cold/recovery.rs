@@ -4,12 +4,12 @@
 //! Until then nobody starts the guest: libvirt's hook reads the same journal. One thread a daemon, and only while there is
 //! something to bring to an end; it is woken by the first call after the daemon's start, and by whatever finds a journal.
 
-use super::destination::{complete, give_up, own_it};
+use super::destination::{complete, own_it, unregister, withdraw};
 use super::source::{leave, Left};
 use super::{here, sessions, unexpected};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
-use ferry_contract::cold::journal::{self, Journal};
+use ferry_contract::cold::journal::{self, Journal, Role, State};
 use ferry_contract::cold::Recovered;
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
@@ -19,7 +19,7 @@ use std::collections::HashSet;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, Once};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// For an engine to find the other host's, which may be on its way up itself.
@@ -63,15 +63,19 @@ pub fn hold(uuid: Uuid) -> Result<Hold, Error> {
         .ok_or_else(|| here("another migration of this guest is under way, or is being ended; try again"))
 }
 
-/// Whether a migration of this guest is written down on this host.
+/// Whether a migration of this guest is written down on this host, or may be.
 pub fn is_pending(uuid: Uuid) -> bool {
-    let state = host::config().unwrap_or_default().state_directory;
-    journal::path(&state, uuid).symlink_metadata().is_ok()
+    let state = host::state_directory();
+    state.map_or(true, |state| {
+        journal::path(&state, uuid).symlink_metadata().is_ok()
+    })
 }
 
 /// Whether a migration of this guest keeps it from being started: it has not been given up by both hosts.
 pub fn is_fenced(uuid: Uuid) -> bool {
-    let state = host::config().unwrap_or_default().state_directory;
+    let Ok(state) = host::state_directory() else {
+        return true;
+    };
     let fence = read(&journal::path(&state, uuid)).map(|journal| journal.fence().is_some());
     fence.unwrap_or_else(|_| is_pending(uuid))
 }
@@ -85,26 +89,101 @@ pub fn settle(connection: Connection, guest: &Guest, config: &Config) -> Result<
     if path.symlink_metadata().is_err() {
         return Ok(());
     }
-    match recover(connection, &path, config)? {
-        None => Ok(()),
-        Some(cause) => {
+    match recover(connection, &path, config, Purpose::Settle) {
+        Ok(None) => Ok(()),
+        // The other host may never come back to hear whose the guest is; that is settled without it.
+        Ok(Some(_)) | Err(_) if read(&path).is_ok_and(|journal| journal.fence().is_none()) => {
+            tracing::warn!(
+                guest = guest.name,
+                "the other host of an earlier migration has not heard how it ended: virt-ferry recover --abort there, if it waits"
+            );
+            Ok(())
+        }
+        Err(error) => Err(error),
+        Ok(Some(cause)) => {
             watch(connection);
             Err(here(format!(
                 "an earlier migration of guest {} has not come to its end: {cause}. It is tried again until the other host \
-                 answers; virt-ferry recover {} says how it stands",
+                 answers; virt-ferry recover {} says how it stands, and with --abort gives it up",
                 guest.name, guest.name
             )))
         }
     }
 }
 
+/// Gives a guest's migration up, as the operator wants it.
+///
+/// # Errors
+/// Why that cannot be done now.
+pub fn abort(connection: Connection, uuid: Uuid) -> Result<(), Error> {
+    let config = host::config().map_err(here)?;
+    let path = journal::path(&config.state_directory, uuid);
+    let deadline = Instant::now() + ASKED;
+    let _held = loop {
+        match hold(uuid) {
+            Ok(hold) => break hold,
+            // An attempt of our own thread's.
+            Err(_) if !sessions::is_under_way(uuid) && Instant::now() < deadline => {
+                std::thread::sleep(PAUSES[0]);
+            }
+            Err(error) => return Err(error),
+        }
+    };
+    if sessions::is_under_way(uuid) {
+        return Err(here(
+            "its migration is under way: virsh domjobabort GUEST at its source ends it",
+        ));
+    }
+    if path.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    let journal = read(&path).map_err(here)?;
+    if journal.role == Role::Destination && matches!(journal.state, State::Committing | State::Placed) {
+        // Before its files go.
+        unregister(connection, &journal.guest)?;
+    }
+    let open = recover(connection, &path, &config, Purpose::Abort)?;
+    open.map_or(Ok(()), |cause| {
+        Err(here(format!("it cannot be given up now: {cause}")))
+    })
+}
+
+/// What a recovery is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// The guest is to move again, and takes up what was pulled.
+    Settle,
+    /// Nobody waits: what nobody will take up is removed.
+    End,
+    /// The operator gives it up.
+    Abort,
+}
+
+impl Purpose {
+    /// Whether files that were being pulled are of no use any more.
+    fn aborts(self, journal: &Journal) -> bool {
+        let pulling =
+            journal.role == Role::Destination && matches!(journal.state, State::Pulling | State::Ready);
+        match self {
+            Self::Settle => false,
+            Self::End => pulling,
+            Self::Abort => true,
+        }
+    }
+}
+
 /// One attempt; `Some` says why it is still open.
-fn recover(connection: Connection, path: &Path, config: &Config) -> Result<Option<String>, Error> {
+fn recover(
+    connection: Connection,
+    path: &Path,
+    config: &Config,
+    purpose: Purpose,
+) -> Result<Option<String>, Error> {
     let journal = read(path).map_err(here)?;
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
-        abort: false,
+        abort: purpose.aborts(&journal),
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -159,7 +238,7 @@ fn define(connection: Connection, journal: &Journal, engine: &Engine) -> Result<
         };
         complete(domain.get(), &journal.inventory)
     };
-    registered().inspect_err(|_| give_up(engine, &journal.guest))?;
+    registered().inspect_err(|_| withdraw(connection, engine, &journal.guest))?;
     let places: Vec<PathBuf> = journal.entries.iter().map(|entry| entry.path.clone()).collect();
     Ok(own_it(connection, engine, &journal.guest, &places))
 }
@@ -176,8 +255,8 @@ fn read(path: &Path) -> Result<Journal, String> {
 }
 
 /// Journals of guests that nobody deals with.
-fn open(config: &Config) -> Vec<(Uuid, PathBuf)> {
-    let directory = config.state_directory.join(journal::DIRECTORY);
+fn open(state_directory: &Path) -> Vec<(Uuid, PathBuf)> {
+    let directory = state_directory.join(journal::DIRECTORY);
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -222,8 +301,8 @@ pub fn watch(connection: Connection) {
 pub fn at_first_call() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let config = host::config().unwrap_or_default();
-        if !open(&config).is_empty() {
+        // Where it cannot be known, the hook says so at a guest's start.
+        if host::state_directory().is_ok_and(|state| !open(&state).is_empty()) {
             attend("qemu:///system".into());
         }
     });
@@ -259,14 +338,12 @@ fn attendance(uri: &str) {
             Err(reason) => return tracing::warn!("interrupted migrations are not attended to: {reason}"),
         };
         attendant().called = false;
-        if open(&config).is_empty() {
+        if open(&config.state_directory).is_empty() {
             return;
         }
         // A connection of its own each time: the daemon must be able to end.
-        if let Ok(connection) = OwnedConnection::open(&crate::libvirt::c_string(uri)) {
-            round(connection.get(), &config);
-        }
-        if open(&config).is_empty() {
+        let connection = OwnedConnection::open(&crate::libvirt::c_string(uri));
+        if connection.is_ok_and(|connection| round(connection.get(), &config)) {
             return;
         }
         let (state, _) = CALLED
@@ -282,17 +359,19 @@ fn attendance(uri: &str) {
     );
 }
 
-fn round(connection: Connection, config: &Config) {
-    for (uuid, path) in open(config) {
-        let Some(_hold) = try_hold(uuid) else {
-            continue;
-        };
-        match recover(connection, &path, config) {
-            Ok(None) => {}
-            Ok(Some(cause)) => tracing::warn!("{} stays open: {cause}", path.display()),
-            Err(error) => tracing::warn!("{} stays open: {error}", path.display()),
+/// One attempt at each journal; whether nothing is left to attempt again.
+fn round(connection: Connection, config: &Config) -> bool {
+    let mut done = true;
+    for (uuid, path) in open(&config.state_directory) {
+        let ended = try_hold(uuid).map(|_hold| recover(connection, &path, config, Purpose::End));
+        done &= matches!(ended, Some(Ok(None)));
+        match ended {
+            None | Some(Ok(None)) => {}
+            Some(Ok(Some(cause))) => tracing::warn!("{} stays open: {cause}", path.display()),
+            Some(Err(error)) => tracing::warn!("{} stays open: {error}", path.display()),
         }
     }
+    done
 }
 
 #[cfg(test)]
@@ -314,11 +393,7 @@ mod tests {
         let state = std::env::temp_dir().join(format!("ferry-journals-{}", std::process::id()));
         let directory = state.join(journal::DIRECTORY);
         std::fs::create_dir_all(&directory).unwrap();
-        let config = Config {
-            state_directory: state.clone(),
-            ..Config::default()
-        };
-        assert_eq!(open(&config), []);
+        assert_eq!(open(&state), []);
         let uuid = Uuid::from_u128(5);
         for name in [
             format!("{uuid}.json"),
@@ -327,7 +402,7 @@ mod tests {
         ] {
             std::fs::write(directory.join(name), "{}").unwrap();
         }
-        assert_eq!(open(&config), [(uuid, journal::path(&state, uuid))]);
+        assert_eq!(open(&state), [(uuid, journal::path(&state, uuid))]);
         std::fs::remove_dir_all(&state).unwrap();
     }
 }

@@ -66,13 +66,16 @@ impl Departure<'_> {
                  image away (virsh managedsave-remove {name})"
             )));
         }
+        host::hook().map_err(here)?;
         self.supersede()?;
+        // Before the definition is read: an edit after this is noticed at the commitment.
+        let file = inventory::definition_file(name);
         let begun = self.libvirts()?;
         let definition = Definition::read(&self.domain.definition()?).map_err(here)?;
         let disks = self.params.texts(VIR_MIGRATE_PARAM_MIGRATE_DISKS);
         let found = inventory::take(self.domain, &definition, &disks)
             .map_err(|why| here(format!("guest {name} cannot be moved: {why}")))?;
-        let (session, offer) = self.serve(found)?;
+        let (session, offer) = self.serve(found, file)?;
         match cookie::with_cold_offer(begun.cookie.bytes(), &offer) {
             Ok(bytes) => {
                 watch(&session, self.domain);
@@ -145,7 +148,11 @@ impl Departure<'_> {
     }
 
     /// Starts the engine that fences and serves the guest's files.
-    fn serve(&self, found: inventory::Found) -> Result<(Arc<Session>, ColdOffer), Error> {
+    fn serve(
+        &self,
+        found: inventory::Found,
+        definition: Option<cold::Definition>,
+    ) -> Result<(Arc<Session>, ColdOffer), Error> {
         let name_here = self.domain.connection().hostname().unwrap_or_else(host::name);
         let asked = cold::Options {
             bandwidth: options::bandwidth(self.params.number(VIR_MIGRATE_PARAM_BANDWIDTH).unwrap_or(0))
@@ -163,7 +170,7 @@ impl Departure<'_> {
             media: found.media,
             metadata: found.metadata,
             autostart: self.domain.autostart()?,
-            definition: inventory::definition_file(&self.guest.name),
+            definition,
             options: asked,
             settings: self.config.settings(),
         };

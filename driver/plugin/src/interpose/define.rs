@@ -4,27 +4,39 @@ use super::border;
 use crate::cold;
 use crate::guest_memory::{self, Start};
 use crate::libvirt::{real, Connection, Error};
+use ferry_contract::recover::Word;
 use std::ffi::{CStr, CString};
 use std::os::raw::{c_char, c_int, c_uint};
 use virt_sys::{virConnectPtr, virDomainPtr};
 
-/// The definition to use: the caller's, unless it is to be changed.
+/// The definition to use: the caller's, unless it is to be changed, or is a word for us, which libvirt then refuses.
+///
+/// # Errors
+/// Why what the word asks cannot be done.
 ///
 /// # Safety
 /// `xml` is NULL or a string that lives as long as the call.
-unsafe fn chosen(connection: virConnectPtr, xml: *const c_char, start: Start) -> Option<CString> {
+unsafe fn chosen(
+    connection: virConnectPtr,
+    xml: *const c_char,
+    start: Start,
+) -> Result<Option<CString>, Error> {
     // SAFETY: the dispatcher's connection.
-    if xml.is_null() || !unsafe { Connection::borrow(connection) }.is_qemu() {
-        return None;
+    let connection = unsafe { Connection::borrow(connection) };
+    if xml.is_null() || !connection.is_qemu() {
+        return Ok(None);
     }
     // SAFETY: as the caller says.
-    let text = unsafe { CStr::from_ptr(xml) }.to_str().ok()?;
-    if text == ferry_contract::cold::RECOVER {
-        // SAFETY: the dispatcher's connection.
-        cold::recovery::watch(unsafe { Connection::borrow(connection) });
-        return None;
+    let Ok(text) = unsafe { CStr::from_ptr(xml) }.to_str() else {
+        return Ok(None);
+    };
+    match Word::read(text) {
+        Some(_) if !connection.may_write() => {}
+        Some(Word::Recover) => cold::recovery::watch(connection),
+        Some(Word::Abort(guest)) => cold::recovery::abort(connection, guest)?,
+        None => return Ok(guest_memory::shared(text, start).and_then(|text| CString::new(text).ok())),
     }
-    CString::new(guest_memory::shared(text, start)?).ok()
+    Ok(None)
 }
 
 /// One function that takes a definition.
@@ -43,7 +55,7 @@ macro_rules! takes_definition {
                 let real = $real().ok_or_else(missing)?;
                 // SAFETY: the dispatcher's arguments; the other definition lives as long as the call.
                 let domain = unsafe {
-                    let other = chosen(connection, xml, $start);
+                    let other = chosen(connection, xml, $start)?;
                     real(connection, other.as_deref().map_or(xml, CStr::as_ptr), $($argument),*)
                 };
                 (!domain.is_null()).then_some(domain).ok_or_else(Error::libvirt)

@@ -50,6 +50,11 @@ impl Domain {
         self.xml(VIR_DOMAIN_XML_INACTIVE | VIR_DOMAIN_XML_SECURE)
     }
 
+    /// Its definition, with secrets, as it is now: what was attached to it while it runs is in no other.
+    pub fn running(self) -> Result<String, Error> {
+        self.xml(VIR_DOMAIN_XML_SECURE)
+    }
+
     /// Its definition for another host.
     pub fn migratable(self) -> Result<String, Error> {
         self.xml(VIR_DOMAIN_XML_INACTIVE | VIR_DOMAIN_XML_SECURE | VIR_DOMAIN_XML_MIGRATABLE)

@@ -64,6 +64,11 @@ impl Error {
         self.is_libvirts(virt_sys::VIR_ERR_INVALID_ARG as c_int)
     }
 
+    /// Whether there is no such guest.
+    pub fn is_no_domain(&self) -> bool {
+        self.is_libvirts(virt_sys::VIR_ERR_NO_DOMAIN as c_int)
+    }
+
     fn is_libvirts(&self, code: c_int) -> bool {
         match self {
             Self::Libvirt(saved) => saved.code() == code,
