@@ -4,6 +4,7 @@ use std::fs;
 
 use anyhow::{ensure, Context, Result};
 use ferry_tests::cold::{same_files, serial, Content, Guest, IMAGES};
+use ferry_tests::fault::names;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
 
@@ -150,6 +151,34 @@ fn device(host: &Host, mib: u64) -> Result<()> {
 
 const DEVICE: &str = "/dev/ferry-volume";
 
+/// A device that a guest has which does not run is not another's to write to, also where that one comes from a file.
+fn is_not_written_to(lab: &Lab) -> Result<()> {
+    let (one, two) = (lab.host(1), lab.host(2));
+    let disk = format!("{IMAGES}/thief.img");
+    Content::sparse(24).write(one, &disk)?;
+    Guest::new("thief").disk("vda", "raw", &disk).define(one)?;
+    Guest::new("owner").block("vda", DEVICE).define(two)?;
+    let digest = two.sha256(DEVICE)?;
+    let xml = one.virsh(&["dumpxml", "thief", "--migratable", "--inactive"])?;
+    let onto = xml
+        .replace("<disk type='file'", "<disk type='block'")
+        .replace(&format!("file='{disk}'"), &format!("dev='{DEVICE}'"));
+    fs::write(lab.share().join("thief.xml"), onto)?;
+    let options = [
+        "--undefinesource",
+        "--xml",
+        "/lab/thief.xml",
+        "--persistent-xml",
+        "/lab/thief.xml",
+    ];
+    let said = one.begin_cold("thief", two, &options)?.fails()?;
+    names(&said, &[DEVICE, "belongs to another guest", "host2"])?;
+    ensure!(two.sha256(DEVICE)? == digest, "the device was written to");
+    one.virsh(&["undefine", "thief"])?;
+    two.virsh(&["undefine", "owner"])?;
+    one.run(&["rm", &disk]).map(drop)
+}
+
 /// Firmware's variables, TPM, a block device, a pool's volume, a CD; under another name, and one disk elsewhere.
 #[test]
 fn firmware_tpm_devices_and_pools() -> Result<()> {
@@ -163,6 +192,7 @@ fn firmware_tpm_devices_and_pools() -> Result<()> {
                 "mkdir -p /srv/pool; virsh pool-create-as pool dir --target /srv/pool",
             )?;
         }
+        is_not_written_to(lab)?;
         fs::write(lab.share().join("cd.iso"), [1; 4096])?;
         let (plain, elsewhere) = (format!("{IMAGES}/full.img"), "/srv/elsewhere/full.img");
         let variables = "/var/lib/libvirt/qemu/nvram/full_VARS.fd";
@@ -281,6 +311,43 @@ fn bases_shared_files_and_others() -> Result<()> {
         }
         one.boots(lab, "sibling")?;
         one.boots(lab, "inc")?;
+        two.virsh(&["undefine", "inc"])?;
+        two.run(&["rm", &base, &top])?;
+
+        // Nobody can tell what an overlay stands on that does not say of what format its base is: nothing is deleted.
+        let odd = format!("{IMAGES}/odd.qcow2");
+        // The magic of the header's extension that says so.
+        shell(
+            one,
+            &format!("{overlay} {odd}; LC_ALL=C sed -i 's/\\xe2y[*]\\xca/1234/' {odd}"),
+        )?;
+        let found = one.run(&["qemu-img", "info", "--output=json", &odd])?;
+        ensure!(!found.contains("backing-filename-format"), "{found}");
+        one.virsh(&["undefine", "sibling"])?;
+        Guest::new("odd").disk("vda", "qcow2", &odd).define(one)?;
+        one.move_cold("inc", two, &["--undefinesource"])?;
+        ensure!(
+            one.has(&base) && one.has(&top),
+            "files of an unknown use are deleted"
+        );
+        one.virsh(&["undefine", "odd"])?;
+        one.run(&["rm", &base, &top, &odd])?;
+        two.move_cold("inc", one, &["--undefinesource"])?;
+
+        // A guest has more while it runs than its definition says.
+        Guest::new("holder")
+            .device("<controller type='pci' model='pcie-root-port'/>")
+            .define(one)?;
+        serial(&lab.share().join("holder.serial"))?;
+        one.virsh(&["start", "holder"])?;
+        let attach = "--subdriver raw --sourcetype file --mode readonly --live";
+        shell(one, &format!("virsh attach-disk holder {base} vdb {attach}"))?;
+        one.move_cold("inc", two, &["--undefinesource"])?;
+        ensure!(
+            one.has(&base) && !one.has(&top),
+            "the base, or the overlay, is not where it should be"
+        );
+        one.ends("holder")?;
         lab.assert_clean(1)?;
         lab.assert_clean(2)
     })

@@ -109,7 +109,7 @@ impl Arrival {
             name,
             uuid: definition.uuid,
         };
-        recovery::settle(connection, &guest, &config)?;
+        recovery::settle(connection, Role::Destination, &guest, &config)?;
         let mut problems = in_the_way(connection, xml, &definition, &guest);
         let places = plan::places(&offer.inventory, &definition, &guest.name, &ThisHost(connection));
         let places = places.unwrap_or_else(|more| {

@@ -80,16 +80,21 @@ pub fn is_fenced(uuid: Uuid) -> bool {
     fence.unwrap_or_else(|_| is_pending(uuid))
 }
 
-/// Brings an earlier migration of this guest to an end, so that another can begin.
+/// Brings an earlier migration of this guest to an end, so that another can begin, in which this host has this role.
 ///
 /// # Errors
 /// If the other host has to be asked and does not answer.
-pub fn settle(connection: Connection, guest: &Guest, config: &Config) -> Result<(), Error> {
+pub fn settle(connection: Connection, role: Role, guest: &Guest, config: &Config) -> Result<(), Error> {
     let path = journal::path(&config.state_directory, guest.uuid);
     if path.symlink_metadata().is_err() {
         return Ok(());
     }
-    match recover(connection, &path, config, Purpose::Settle) {
+    let pulled = |journal: &Journal| matches!(journal.state, State::Pulling | State::Ready);
+    if role == Role::Destination && read(&path).is_ok_and(|journal| pulled(&journal)) {
+        // A recovery would remove what the engine takes up.
+        return Ok(());
+    }
+    match recover(connection, &path, config, false) {
         Ok(None) => Ok(()),
         // The other host may never come back to hear whose the guest is; that is settled without it.
         Ok(Some(_)) | Err(_) if read(&path).is_ok_and(|journal| journal.fence().is_none()) => {
@@ -142,34 +147,10 @@ pub fn abort(connection: Connection, uuid: Uuid) -> Result<(), Error> {
         // Before its files go.
         unregister(connection, &journal.guest)?;
     }
-    let open = recover(connection, &path, &config, Purpose::Abort)?;
+    let open = recover(connection, &path, &config, true)?;
     open.map_or(Ok(()), |cause| {
         Err(here(format!("it cannot be given up now: {cause}")))
     })
-}
-
-/// What a recovery is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Purpose {
-    /// The guest is to move again, and takes up what was pulled.
-    Settle,
-    /// Nobody waits: what nobody will take up is removed.
-    End,
-    /// The operator gives it up.
-    Abort,
-}
-
-impl Purpose {
-    /// Whether files that were being pulled are of no use any more.
-    fn aborts(self, journal: &Journal) -> bool {
-        let pulling =
-            journal.role == Role::Destination && matches!(journal.state, State::Pulling | State::Ready);
-        match self {
-            Self::Settle => false,
-            Self::End => pulling,
-            Self::Abort => true,
-        }
-    }
 }
 
 /// One attempt; `Some` says why it is still open.
@@ -177,13 +158,13 @@ fn recover(
     connection: Connection,
     path: &Path,
     config: &Config,
-    purpose: Purpose,
+    abort: bool,
 ) -> Result<Option<String>, Error> {
     let journal = read(path).map_err(here)?;
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
-        abort: purpose.aborts(&journal),
+        abort,
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -342,8 +323,10 @@ fn attendance(uri: &str) {
             return;
         }
         // A connection of its own each time: the daemon must be able to end.
-        let connection = OwnedConnection::open(&crate::libvirt::c_string(uri));
-        if connection.is_ok_and(|connection| round(connection.get(), &config)) {
+        if let Ok(connection) = OwnedConnection::open(&crate::libvirt::c_string(uri)) {
+            round(connection.get(), &config);
+        }
+        if open(&config.state_directory).is_empty() {
             return;
         }
         let (state, _) = CALLED
@@ -359,19 +342,18 @@ fn attendance(uri: &str) {
     );
 }
 
-/// One attempt at each journal; whether nothing is left to attempt again.
-fn round(connection: Connection, config: &Config) -> bool {
-    let mut done = true;
+/// One attempt at each journal.
+fn round(connection: Connection, config: &Config) {
     for (uuid, path) in open(&config.state_directory) {
-        let ended = try_hold(uuid).map(|_hold| recover(connection, &path, config, Purpose::End));
-        done &= matches!(ended, Some(Ok(None)));
-        match ended {
-            None | Some(Ok(None)) => {}
-            Some(Ok(Some(cause))) => tracing::warn!("{} stays open: {cause}", path.display()),
-            Some(Err(error)) => tracing::warn!("{} stays open: {error}", path.display()),
+        let Some(_hold) = try_hold(uuid) else {
+            continue;
+        };
+        match recover(connection, &path, config, false) {
+            Ok(None) => {}
+            Ok(Some(cause)) => tracing::warn!("{} stays open: {cause}", path.display()),
+            Err(error) => tracing::warn!("{} stays open: {error}", path.display()),
         }
     }
-    done
 }
 
 #[cfg(test)]

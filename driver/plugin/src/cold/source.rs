@@ -107,7 +107,7 @@ impl Departure<'_> {
                 let _ = abort(&former);
             }
         }
-        recovery::settle(self.domain.connection(), &self.guest, &self.config)
+        recovery::settle(self.domain.connection(), Role::Source, &self.guest, &self.config)
     }
 
     /// What libvirt's own Begin makes and checks. It refuses guests with snapshots or checkpoints, whose definition alone
@@ -251,7 +251,7 @@ pub fn confirm(
     let _held = recovery::hold(guest.uuid)?;
     let Some(session) = sessions::by_uuid(Role::Source, guest.uuid).filter(sessions::take) else {
         // The daemon was restarted, or the time limit has come: what is left is in the journal.
-        return recovery::settle(domain.connection(), &guest, &config);
+        return recovery::settle(domain.connection(), Role::Source, &guest, &config);
     };
     let confirmed = || match session.engine.ask(&Request::ColdConfirm, Some(SETTLED)) {
         Ok(Reply::ColdOwnedThere) => {
