@@ -15,7 +15,7 @@ use super::destination::{self, Link};
 use super::journal::Kept;
 use super::messages::{Answer, Ask};
 use super::pull::Peer;
-use super::source::{delete, listen, refusal, Ownership};
+use super::source::{delete, linger, listen, refusal, Ownership};
 use super::{nonce, place, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
@@ -26,6 +26,7 @@ use ferry_contract::cold::{Deleted, Recovered};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Encryption;
 use std::net::ToSocketAddrs;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -122,15 +123,17 @@ fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error>
         let anew = "the source's host or engine was started anew";
         ownership.give_up(&Error::Other(anew.into()))?;
     }
+    let connected = Arc::<AtomicUsize>::default();
     let state = match ownership.state() {
         Some(State::OwnedThere) => Some(State::OwnedThere),
         Some(waiting) => {
-            open_door(&journal, &ownership)?;
+            open_door(&journal, &ownership, &connected)?;
             match waiting {
                 // The guest is ours whoever asks: only the tombstone waits, and not for ever.
                 State::Aborted => {
                     control.reply(Reply::ColdRecovered(Recovered::Stays));
                     ownership.wait_while(State::Aborted, PATIENCE);
+                    linger(&connected);
                     return Ok(());
                 }
                 waiting => ownership.wait_while(waiting, PATIENCE),
@@ -160,17 +163,23 @@ fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error>
             ))));
         }
     }
+    linger(&connected);
     Ok(())
 }
 
 /// Listens where the session's engine did, and answers what a destination can still want to know.
-fn open_door(journal: &Journal, ownership: &Arc<Ownership>) -> Result<(), Error> {
+fn open_door(
+    journal: &Journal,
+    ownership: &Arc<Ownership>,
+    connected: &Arc<AtomicUsize>,
+) -> Result<(), Error> {
     let listener = bind(None, journal.port..=journal.port)?;
-    let (ownership, host) = (Arc::clone(ownership), journal.host.clone());
+    let (ownership, connected, host) = (Arc::clone(ownership), Arc::clone(connected), journal.host.clone());
     listen(listener, security(journal), move |purpose, mut connection| {
         if purpose != Purpose::Control {
             return;
         }
+        connected.fetch_add(1, Relaxed);
         while let Ok(ask) = message::receive::<Ask>(&mut connection) {
             let no = || Error::Other("this migration was interrupted and is only brought to its end".into());
             let answer = match ask {
@@ -183,9 +192,10 @@ fn open_door(journal: &Journal, ownership: &Arc<Ownership>) -> Result<(), Error>
             };
             let answer = answer.unwrap_or_else(|error| refusal(&error, &host));
             if message::send(&mut connection, &answer).is_err() {
-                return;
+                break;
             }
         }
+        connected.fetch_sub(1, Relaxed);
     })
 }
 

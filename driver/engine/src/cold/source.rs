@@ -411,7 +411,7 @@ impl Session {
             }
             if concluded {
                 // A destination under way hears it from us, as long as it asks soon.
-                shared.linger();
+                linger(&shared.connected);
                 return Ok(());
             }
             if signals.is_let_go() {
@@ -422,7 +422,7 @@ impl Session {
                     // What is left is for libvirt, and for a recovery.
                     Some(State::OwnedThere | State::Committed) => return Ok(()),
                     _ => {
-                        shared.linger();
+                        linger(&shared.connected);
                         return Ok(());
                     }
                 }
@@ -568,14 +568,6 @@ impl Shared {
                 Some(format!("the destination has been away for {} s", AWAY.as_secs()))
             }
             _ => None,
-        }
-    }
-
-    /// A session that was given up: who still asks is told, for a short time after the last connection.
-    fn linger(&self) {
-        let end = Instant::now() + LINGER;
-        while Instant::now() < end && self.connected.load(Relaxed) > 0 {
-            std::thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -726,6 +718,14 @@ impl Shared {
                 "the guest's definition was changed while its files were copied: try again".into(),
             )),
         }
+    }
+}
+
+/// A session that is over: who still asks is told, for a short time, and an answer under way gets there.
+pub fn linger(connected: &AtomicUsize) {
+    let end = Instant::now() + LINGER;
+    while Instant::now() < end && connected.load(Relaxed) > 0 {
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
