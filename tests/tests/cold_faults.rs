@@ -176,7 +176,7 @@ fn it_is_given_up() -> Result<()> {
         let scene = Scene::new(lab)?;
         for options in [&[][..], &["--p2p"]] {
             let said = scene.interrupted(options, || scene.one.virsh(&["domjobabort", "g"]).map(drop))?;
-            names(&said, &["the migration was cancelled", "host1"])?;
+            names(&said, &["operation aborted", "canceled by client"])?;
             scene.is_at_the_source()?;
             scene.settles()?;
             scene.one.boots(lab, "g")?;
