@@ -242,7 +242,11 @@ fn firmware_tpm_devices_and_pools() -> Result<()> {
         one.move_cold("full", two, &options)?;
         two.has_shut_off("fuller")?;
         let here = [elsewhere, DEVICE, "/srv/pool/volume.img", variables, &tpm];
-        ensure!(digests(two, &here)? == digest, "files differ");
+        let arrived = digests(two, &here)?;
+        ensure!(
+            arrived == digest,
+            "files differ: {here:?} are {arrived:?}, were {digest:?}"
+        );
         ensure!(owner(two)? == owned, "{} was {owned}", owner(two)?);
         ensure!(
             two.virsh(&["vol-list", "pool"])?.contains("volume.img"),
@@ -336,7 +340,12 @@ fn bases_shared_files_and_others() -> Result<()> {
 
         // A guest has more while it runs than its definition says.
         Guest::new("holder")
-            .device("<controller type='pci' model='pcie-root-port'/>")
+            .device(
+                "<controller type='pci' index='0' model='pcie-root'/>\
+                 <controller type='pci' index='1' model='pcie-root-port'/>\
+                 <controller type='pci' index='2' model='pcie-root-port'/>\
+                 <controller type='pci' index='3' model='pcie-root-port'/>",
+            )
             .define(one)?;
         serial(&lab.share().join("holder.serial"))?;
         one.virsh(&["start", "holder"])?;
