@@ -142,7 +142,8 @@ fn device(host: &Host, mib: u64) -> Result<()> {
             "truncate -s {mib}M /run/volume
              device=$(losetup --find --show /run/volume)
              ln -s $device {DEVICE}
-             setsid sleep infinity <$device >/dev/null 2>&1 &
+             exec 9<$device
+             setsid sleep infinity <&9 >/dev/null 2>&1 &
              while ! losetup -d $device; do sleep 0.1; done"
         ),
     )

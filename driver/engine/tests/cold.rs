@@ -751,3 +751,29 @@ fn devices_are_filled_in_place() {
     source.end_aborted();
     scene.assert_clean();
 }
+
+/// Filling it would empty the source's disk: nothing but its content tells that it is one and the same.
+#[test]
+fn a_device_that_both_hosts_see_is_not_touched() {
+    let mut scene = Scene::default();
+    let file = scene.directory.path().join("shared");
+    let content = noise(11, 40 << 20);
+    fs::write(&file, &content).unwrap();
+    let (Some(here), Some(there)) = (Loop::over(&file), Loop::over(&file)) else {
+        eprintln!("skipped: no loop devices");
+        return;
+    };
+    scene.own(&here.0, disk(0));
+    scene.elsewhere = vec![(here.0.clone(), there.0.clone())];
+    let (source, offer) = scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    let failure = destination.refusal(&scene.pull(&offer));
+    assert!(
+        failure.cause.contains("may be the same storage"),
+        "{}",
+        failure.cause
+    );
+    source.end_aborted();
+    assert!(fs::read(&file).unwrap() == content, "the device was written to");
+    scene.assert_clean();
+}

@@ -6,7 +6,7 @@
 //!                                                   └── ColdAbort, the source says no ──▶ aborted ──told──▶ gone
 //! ```
 
-use super::files::Reader;
+use super::files::{self, Reader};
 use super::hash::manifest;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, Looked};
@@ -488,6 +488,15 @@ impl Arriving<'_, '_> {
         let (mut files, mut most) = (Vec::new(), MAX_RUNS);
         let inventory = &self.pull.offer.inventory;
         let planned = inventory.files.iter().zip(&self.pull.plan.places).zip(fates);
+        // All of them, before the first is written to.
+        let devices = self.pull.plan.places.iter().zip(fates).zip(&looked);
+        let trouble = devices.filter_map(|((path, fate), looked)| {
+            (*fate == Fate::Moves && is_device(path)).then(|| one_device(path, looked))?
+        });
+        let trouble: Vec<String> = trouble.collect();
+        if !trouble.is_empty() {
+            return Err(Error::Problems(trouble));
+        }
         for (number, (((file, path), fate), looked)) in planned.zip(looked).enumerate() {
             let number = number as u32;
             let size = looked.size;
@@ -567,6 +576,21 @@ fn transfer(
         }
     }
     Ok(digests)
+}
+
+/// Why this device must not be written to: it may be the source's own, which both hosts have. Then filling it would empty it.
+fn one_device(path: &Path, looked: &Looked) -> Option<String> {
+    let theirs = looked.sample?;
+    let shown = path.display();
+    let found = File::open(path).and_then(|file| files::sample(&Reader::new(file, path), looked.size));
+    match found {
+        Ok(ours) if ours != theirs => None,
+        Ok(_) => Some(format!(
+            "{shown} holds what the source's device holds: it may be the same storage, which both hosts see. If it is, \
+             leave the disk out (--migrate-disks); if it is not, empty its beginning first (wipefs --all, or dd)"
+        )),
+        Err(error) => Some(format!("cannot read {shown}: {error}")),
+    }
 }
 
 fn is_device(path: &Path) -> bool {

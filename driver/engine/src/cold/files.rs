@@ -2,7 +2,7 @@
 
 use super::messages::Looked;
 use super::{extents, users, Error};
-use ferry_contract::cold::{Directory, File as Owned, Item, Kind, Part, MAX_FILES};
+use ferry_contract::cold::{Digest, Directory, File as Owned, Item, Kind, Part, BLOCK, MAX_FILES};
 use nix::fcntl::{fcntl, FcntlArg};
 use std::collections::BTreeSet;
 use std::fs::{self, File, Metadata, OpenOptions};
@@ -123,8 +123,9 @@ impl Source {
     }
 
     /// For the destination.
-    pub fn looked(&self, has_nonce: bool) -> Looked {
-        Looked {
+    pub fn looked(&self, has_nonce: bool) -> Result<Looked, Error> {
+        let sample = (self.kind == Kind::Block).then(|| sample(&self.reader, self.size));
+        Ok(Looked {
             size: self.size,
             kind: self.kind,
             mode: self.mode,
@@ -138,7 +139,8 @@ impl Source {
                 .to_string_lossy()
                 .into_owned(),
             has_nonce,
-        }
+            sample: sample.transpose().map_err(Error::file("read", &self.path))?,
+        })
     }
 
     /// Fills `buffer` from the file.
@@ -436,6 +438,29 @@ impl Reader {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Blocks of a device that are looked at.
+const SAMPLES: u64 = 16;
+
+/// What the first `size` bytes of a device hold in some of their blocks, the first and the last among them, on the storage
+/// itself. Two hosts that find the same may have one and the same device: nothing else tells (a file beside it cannot be
+/// made, and its names are each host's own).
+pub fn sample(reader: &Reader, size: u64) -> io::Result<Digest> {
+    let blocks = size.div_ceil(BLOCK);
+    let mut hash = blake3::Hasher::new();
+    let mut buffer = Aligned::default();
+    for number in 0..SAMPLES.min(blocks) {
+        let block = match blocks {
+            ..=SAMPLES => number,
+            more => number * (more - 1) / (SAMPLES - 1),
+        };
+        let offset = block * BLOCK;
+        let length = (size - offset).min(BLOCK) as usize;
+        reader.read_back(&mut buffer, offset, length)?;
+        hash.update(buffer.get(length));
+    }
+    Ok(Digest(*hash.finalize().as_bytes()))
 }
 
 fn same(one: &File, two: &File) -> bool {

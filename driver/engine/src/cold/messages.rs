@@ -119,4 +119,6 @@ pub struct Looked {
     pub name: String,
     /// Our file lies beside it.
     pub has_nonce: bool,
+    /// What some blocks of a device hold, by which the destination tells it from its own.
+    pub sample: Option<Digest>,
 }

@@ -388,6 +388,7 @@ mod tests {
             attributes: Vec::new(),
             name: "file".into(),
             has_nonce: false,
+            sample: None,
         };
         target.complete(&like).unwrap();
         assert_eq!(fs::metadata(&target.path).unwrap().mode() & 0o7777, 0o755);

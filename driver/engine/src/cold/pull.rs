@@ -687,6 +687,7 @@ mod tests {
             attributes: Vec::new(),
             name: "disk".into(),
             has_nonce: false,
+            sample: None,
         };
         Incoming {
             number: 0,

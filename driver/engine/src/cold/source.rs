@@ -619,7 +619,7 @@ impl Shared {
             Ask::Look { file: number } => {
                 let file = file(number)?;
                 let beside = file.real.parent().is_some_and(|parent| self.nonces.is_in(parent));
-                Ok(Answer::Looked(file.looked(beside)))
+                Ok(Answer::Looked(file.looked(beside)?))
             }
             Ask::Runs { file: number, from } => {
                 let runs = file(number)?.runs.iter().filter(|run| run.end > from);
