@@ -199,11 +199,20 @@ pub fn signal(process: &Process, signal: Signal) -> Result<()> {
 /// If there is none, or more than one.
 pub fn engine(host: &Host) -> Result<Process> {
     let mut engines = host.processes_named("virt-ferry-engine")?;
+    engines.retain(|engine| !is_tracer(engine));
     match (engines.pop(), engines.len()) {
         (Some(engine), 0) => Ok(engine),
         (None, _) => bail!("no engine runs on {}", host.name()),
         (Some(_), more) => bail!("{} engines run on {}", more + 1, host.name()),
     }
+}
+
+/// Whether this is the process that an engine starts for the moment in which it traces QEMU.
+pub fn is_tracer(process: &Process) -> bool {
+    process
+        .arguments
+        .get(1)
+        .is_some_and(|command| command == "inject")
 }
 
 impl Underway<'_> {

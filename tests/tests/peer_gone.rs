@@ -254,6 +254,8 @@ fn the_sources_daemon_and_engine_are_killed() -> Result<()> {
             let one = lab.host(1);
             let engine = engine(one)?;
             let daemon = one.processes_named("libvirtd")?.pop().context("no daemon")?;
+            // Or it would clear it as its daemon ends.
+            signal(&engine, SIGSTOP)?;
             signal(&daemon, SIGKILL)?;
             signal(&engine, SIGKILL)?;
             one.restart_libvirtd(true)?;

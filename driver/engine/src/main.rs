@@ -6,7 +6,7 @@ use ferry_engine::cold;
 use ferry_engine::control::{Control, Meter};
 use ferry_engine::live::signals::Signals;
 use ferry_engine::live::{destination, source};
-use ferry_engine::qemu::{Monitor, MonitorError};
+use ferry_engine::qemu::{injector, Monitor, MonitorError};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -42,6 +42,14 @@ enum Command {
         /// The private monitor of the guest's QEMU
         monitor: Option<PathBuf>,
     },
+    /// Fetch a userfaultfd from a QEMU for the engine that asks, on standard input, a socket
+    #[command(hide = true)]
+    Inject {
+        /// The QEMU's process
+        pid: i32,
+        /// Milliseconds until it must have stopped
+        patience: u64,
+    },
     /// Clear x-ignore-shared on a QEMU whose engine died
     Rescue {
         /// The QEMU's private monitor
@@ -76,6 +84,10 @@ fn main() -> anyhow::Result<()> {
             println!("{}", serde_json::to_string(&verdict)?);
             Ok(())
         }
+        Command::Inject { pid, patience } => {
+            injector::serve(pid, Duration::from_millis(patience), &standard_input()?);
+            Ok(())
+        }
         Command::Rescue { monitor } => rescue(&monitor),
         Command::Report { file, svg } => Ok(ferry_engine::report::command(
             &file,
@@ -89,14 +101,19 @@ fn main() -> anyhow::Result<()> {
 type Role = fn(&Control, &Arc<Meter>, &Arc<Signals>) -> Result<(), ferry_engine::live::Error>;
 
 fn serve(role: Role) -> anyhow::Result<()> {
+    let socket = standard_input()?;
+    let (meter, signals) = (Arc::new(Meter::default()), Arc::new(Signals::default()));
+    let control = Control::open(socket, Arc::clone(&meter), Arc::clone(&signals))
+        .context("cannot listen to the plug-in")?;
+    Ok(role(&control, &meter, &signals)?)
+}
+
+fn standard_input() -> anyhow::Result<UnixStream> {
     let socket = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()
-        .context("standard input is not the plug-in's socket")?;
-    let (meter, signals) = (Arc::new(Meter::default()), Arc::new(Signals::default()));
-    let control = Control::open(UnixStream::from(socket), Arc::clone(&meter), Arc::clone(&signals))
-        .context("cannot listen to the plug-in")?;
-    Ok(role(&control, &meter, &signals)?)
+        .context("standard input is not the socket of who started this")?;
+    Ok(UnixStream::from(socket))
 }
 
 /// Waits for QEMU's migration to end, if one is under way, and clears the capability.

@@ -3,14 +3,17 @@
 mod common;
 
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{await_that, deadline, report, Child};
 use ferry_engine::qemu::inject::{self, InjectError};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{killpg, Signal};
+use nix::unistd::Pid;
 
 /// Injects a few times and checks that the process keeps no copy.
 fn inject_some(child: &Child) {
@@ -294,10 +297,10 @@ fn a_process_that_is_gone_or_traced_is_an_error() {
     assert!(matches!(gone, Err(InjectError::Gone { .. })), "{gone:?}");
 }
 
-#[test]
-fn a_process_that_does_not_stop_is_given_up_and_not_harmed() {
-    // A parent in vfork(2) waits in the kernel, deaf to anything but SIGKILL, until the child execs or ends.
-    let mut child = Child::fork(|pipe| {
+/// A parent in vfork(2) waits in the kernel, deaf to anything but SIGKILL, until the child execs or ends: here when a
+/// byte comes. Then it reports 7.
+fn deaf_child() -> Child {
+    let child = Child::fork(|pipe| {
         let (mut own, theirs) = (pipe.as_raw_fd(), poll_in(pipe));
         // SAFETY: the vfork child makes system calls only, on its own stack frame's copies, and leaves by _exit.
         #[allow(deprecated, reason = "the very state that is wanted")]
@@ -312,9 +315,45 @@ fn a_process_that_does_not_stop_is_given_up_and_not_harmed() {
         report(pipe, own.into(), 7);
     });
     await_that("the child to be in vfork", || child.state() == 'D');
+    child
+}
+
+#[test]
+fn a_process_that_does_not_stop_is_given_up_and_not_harmed() {
+    let mut child = deaf_child();
     let soon = Instant::now() + Duration::from_millis(100);
     let timeout = inject::userfaultfd(&child.process, soon);
     assert!(matches!(timeout, Err(InjectError::Timeout { .. })), "{timeout:?}");
     child.pipe.write_all(b"x").expect("ending the vfork");
     assert_eq!(child.answer().1, 7);
+}
+
+/// Whoever kills an engine, be it with all its process group, does not kill the process that traces for it.
+#[test]
+fn the_tracer_outlives_an_engine_that_is_killed() {
+    let mut child = deaf_child();
+    let pid = child.process.pid();
+    let traced = || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+        !status.contains("TracerPid:\t0\n")
+    };
+    let mut engine = Command::new("bash")
+        .args(["-c", r#""$0" inject "$1" 60000 <&0 & wait"#])
+        .arg(env!("CARGO_BIN_EXE_virt-ferry-engine"))
+        .arg(pid.to_string())
+        .stdin(OwnedFd::from(UnixStream::pair().expect("a socket pair").0))
+        .process_group(0)
+        .spawn()
+        .expect("an engine");
+    await_that("the tracer", traced);
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let _ = killpg(Pid::from_raw(engine.id().cast_signed()), signal);
+    }
+    engine.wait().expect("the engine's end");
+    // Time enough for its tracer to have gone with it.
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(traced(), "the tracer went with the engine");
+    child.pipe.write_all(b"x").expect("ending the vfork");
+    assert_eq!(child.answer().1, 7);
+    await_that("the tracer's end", || !child.process.is_alive() || !traced());
 }

@@ -8,7 +8,7 @@ use super::working_set::{Deferral, WorkingSet};
 use super::Error;
 use crate::control::Meter;
 use crate::memory::{PageSet, PunchWatch, RamFile, WriteTracker, PAGE};
-use crate::qemu::{inject, tracked_ranges, Process, RamBlock};
+use crate::qemu::{injector, tracked_ranges, Process, RamBlock};
 use crate::report::{millis, Recorder, Round};
 use crate::wire::{DataSender, Totals};
 use std::sync::atomic::Ordering::Relaxed;
@@ -75,7 +75,7 @@ impl Precopy {
         blocks: Vec<RamBlock>,
         streams: Vec<DataSender>,
     ) -> Result<Self, Error> {
-        let uffd = inject::userfaultfd(process, deadline(COMMAND))?;
+        let uffd = injector::userfaultfd(process, deadline(COMMAND))?;
         let tracker = WriteTracker::new(uffd, process, tracked_ranges(&blocks))?;
         let lengths: Vec<u64> = blocks.iter().map(|block| block.size).collect();
         Ok(Self {

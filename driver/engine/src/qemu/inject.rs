@@ -17,14 +17,14 @@
 //! - All signals are blocked meanwhile, so none is delivered on borrowed registers, and none is lost: they stay queued.
 //! - Nothing is written to QEMU's memory; the `syscall` instruction is one of its vDSO's.
 //! - The tracer is a thread of its own. Whatever happens to it before the registers are touched, the kernel detaches
-//!   when it ends. After that it waits as long as it takes to put things right, even if its caller gave up.
-//! - What is left: SIGKILL to this whole process in the some 100 µs between. QEMU would crash then.
+//!   when it ends. After that it waits as long as it takes to put things right, past any deadline.
+//! - SIGKILL to this whole process in the some 100 µs between would crash QEMU: a process of its own does this
+//!   ([`super::injector`]), which outlives an engine that is killed.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -79,6 +79,12 @@ pub enum InjectError {
         /// The kernel's answer.
         source: Errno,
     },
+    /// What the process that does it said ([`super::injector`]).
+    #[error("{said}")]
+    Said {
+        /// One of the others, in words.
+        said: String,
+    },
     /// A system call of ours failed.
     #[error("cannot {what} of process {pid}: {source}")]
     System {
@@ -104,26 +110,23 @@ impl From<ProcessError> for InjectError {
 /// process itself keeps no copy. Its main thread stands still for about 0.3 ms, its other threads (vCPUs) run on.
 ///
 /// # Errors
-/// As in [`InjectError`]; the process then runs on as if nothing had happened. Returns at `deadline` at the latest.
+/// As in [`InjectError`]; the process then runs on as if nothing had happened. Returns at `deadline`, unless its thread is
+/// borrowed then: once it has been put right.
 pub fn userfaultfd(process: &Process, deadline: Instant) -> Result<OwnedFd, InjectError> {
-    let pid = process.pid();
-    let process = process.clone();
-    let (answer, result) = mpsc::sync_channel(1);
-    thread::Builder::new()
-        .name("inject".into())
-        .spawn(move || {
-            // Nobody listens any more if the caller gave up: the descriptor is closed then.
-            let _ = answer.send(run(&process, deadline));
-        })
-        .map_err(|source| InjectError::System {
-            what: "start a thread to trace the main thread",
-            pid,
-            source,
-        })?;
-    match result.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-        Ok(result) => result,
-        Err(_) => Err(InjectError::Timeout { pid }),
-    }
+    thread::scope(|scope| {
+        // With this thread's end, the kernel detaches whatever it still traces.
+        let tracer = thread::Builder::new().name("inject".into());
+        let tracer = tracer
+            .spawn_scoped(scope, || run(process, deadline))
+            .map_err(|source| InjectError::System {
+                what: "start a thread to trace the main thread",
+                pid: process.pid(),
+                source,
+            })?;
+        tracer
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 fn run(process: &Process, deadline: Instant) -> Result<OwnedFd, InjectError> {

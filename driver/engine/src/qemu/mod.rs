@@ -4,7 +4,7 @@
 //! ```text
 //!   private QMP socket ──▶ Monitor ──┬─▶ ram::discover ──▶ Vec<RamBlock> or the reason why not
 //!                  │                 └─▶ drain, capabilities, events
-//!              peer_pid ──▶ Process ──▶ inject::userfaultfd ──▶ memory::WriteTracker
+//!              peer_pid ──▶ Process ──▶ injector::userfaultfd ──▶ memory::WriteTracker
 //! ```
 //!
 //! What QEMU says is checked as if it were an enemy: a guest that broke out of its QEMU must not get further here.
@@ -13,6 +13,7 @@ pub mod cgroup;
 mod commands;
 mod devices;
 pub mod inject;
+pub mod injector;
 pub mod monitor;
 pub mod process;
 pub mod ram;

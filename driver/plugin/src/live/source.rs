@@ -224,6 +224,11 @@ fn through_engine(
         // libvirt has ended it, as asked, and says so.
         (Err(error), _) if flags & VIR_MIGRATE_ABORT_ON_ERROR != 0 && domain.failed_at_io() => Err(error),
         (Err(_), _) if domain.is_over() => Err(over(session)),
+        // QEMU breaks its own stream before it notes that it was told to cancel (10.0.2, `migration_cancel`), and may
+        // then call it a failure of the channel.
+        (Err(_), Err(failure)) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
+            Err(Error::cancelled())
+        }
         // The engine knows better than "migration failed" why the stream ended, unless libvirt ended it.
         (Err(_), Err(failure)) if failure.kind == FailureKind::Failed => Err(failure.into()),
         (Err(error), _) => Err(error),
