@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::process::{Child, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 
@@ -11,7 +11,7 @@ use crate::host::Host;
 use crate::wait::wait_for;
 
 /// A migration that takes longer hangs, in seconds.
-const LIMIT: &str = "120";
+const LIMIT: &str = "180";
 
 /// `virsh migrate` as it runs; ended when dropped.
 pub struct Underway<'a> {
@@ -176,6 +176,25 @@ impl Underway<'_> {
         keys.write_all(b"\x03")?;
         let output = self.end()?;
         Ok(shown + &String::from_utf8_lossy(&output.stdout))
+    }
+
+    /// Waits so long for its end, whatever that is: whether it came.
+    ///
+    /// # Errors
+    /// If virsh was waited for already.
+    pub fn ends_within(&mut self, limit: Duration) -> Result<bool> {
+        let child = self
+            .child
+            .as_mut()
+            .context("virsh migrate was waited for already")?;
+        let end = Instant::now() + limit;
+        while child.try_wait().context("virsh migrate")?.is_none() {
+            if Instant::now() >= end {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(true)
     }
 
     fn take(&mut self) -> Result<Output> {

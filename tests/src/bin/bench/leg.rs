@@ -1,9 +1,8 @@
 //! One migration, watched from all sides.
 
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use ferry_tests::guest::beat::Listener;
 use ferry_tests::host::Host;
 use ferry_tests::scene::{address, Scene, PATIENCE};
@@ -123,22 +122,21 @@ pub fn run(
     })
 }
 
-/// `virsh migrate --live`, interrupted as by Ctrl-C at the limit. Whether it came to its end by itself.
+/// `virsh migrate --live`, given up at the limit. Whether it came to its end by itself.
 fn migrate(scene: &Scene<'_>, from: &Host, to: &Host, route: Route, limit: Duration) -> Result<bool> {
-    let output = from
-        .command("timeout")
-        .args(["--signal=INT", "--kill-after=30", &limit.as_secs().to_string()])
-        .args(["virsh", "--connect", "qemu:///system", "migrate", "--live"])
-        .args(route.options())
-        .args([scene.name(), &to.uri()])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .output()
-        .context("virsh")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    match output.status.code() {
-        Some(0) => Ok(true),
-        Some(124) => Ok(false),
-        _ => anyhow::bail!("virsh failed ({}): {}", output.status, said.trim()),
+    let mut moving = from.begin_migration(scene.name(), to, route.options())?;
+    // Not by Ctrl-C, which virsh may miss.
+    let given_up = !moving.ends_within(limit)?;
+    if given_up {
+        from.virsh(&["domjobabort", scene.name()])?;
     }
+    let output = moving.end()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success() != given_up,
+        "{}: {}",
+        output.status,
+        said.trim()
+    );
+    Ok(!given_up)
 }

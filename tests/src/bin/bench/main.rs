@@ -63,10 +63,11 @@ fn main() -> Result<()> {
     let mut summaries = Vec::new();
     for case in cases.filter(|case| case.name.contains(wanted)) {
         let turns = cli.turns.unwrap_or(if cli.quick { 2 } else { case.turns });
-        summaries.push(Lab::with(Options::default(), |lab| run(lab, case, turns))?);
+        let summary = Lab::with(Options::default(), |lab| run(lab, case, turns))?;
+        println!("{}", report::markdown(&summary));
+        summaries.push(summary);
     }
 
-    println!("{}", report::markdown(&summaries));
     let picture = out.join("bench.svg");
     std::fs::write(&picture, chart::render(&summaries)).with_context(|| picture.display().to_string())?;
     println!("Picture: {}", picture.display());
