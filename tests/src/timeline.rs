@@ -35,6 +35,8 @@ pub struct Timeline {
     pub outcome: Outcome,
     /// The guest's memory.
     pub ram: Ram,
+    /// One after the other.
+    pub stages: Vec<Stage>,
     /// In order.
     pub rounds: Vec<Round>,
     /// How long the guest stood still, where it did.
@@ -69,6 +71,17 @@ pub struct Ram {
     pub bytes: u64,
     /// What was no hole.
     pub resident: u64,
+}
+
+/// A stage, in ms from the migration's beginning.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Stage {
+    /// "pre-migration", "reservation", …
+    pub stage: String,
+    /// Its first moment.
+    pub begin_ms: f64,
+    /// Its last.
+    pub end_ms: f64,
 }
 
 /// One round of pre-copy.
@@ -116,6 +129,16 @@ impl Timeline {
             .digest
             .as_deref()
             .map_or(0, |digest| digest.split('+').count())
+    }
+
+    /// From the first look at the memory until the destination holds all of it and the device state, in ms.
+    pub fn memory_ms(&self) -> f64 {
+        let moving = ["pre-copy", "stop-and-copy", "commitment"];
+        let stages = self.stages.iter();
+        stages
+            .filter(|stage| moving.contains(&stage.stage.as_str()))
+            .map(|stage| stage.end_ms - stage.begin_ms)
+            .sum()
     }
 
     /// Whether a note has these words.

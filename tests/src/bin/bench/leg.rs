@@ -26,6 +26,9 @@ pub struct Leg {
     pub finished: bool,
     /// Wall time of `virsh migrate`.
     pub total_ms: f64,
+    /// Of it, virt-ferry's: pre-copy to commitment. The rest is libvirt's own phases, as on any path: the destination's
+    /// QEMU starts in Prepare, the source's is ended in Confirm.
+    pub memory_ms: Option<f64>,
     /// The longest silence of the guest's heartbeat.
     pub stall_ms: f64,
     /// Both ways.
@@ -104,14 +107,17 @@ pub fn run(
     if finished {
         from.assert_moved_away(moved + usize::from(route == Route::Ferry))?;
     }
-    let encrypted = from
-        .last_timeline(Role::Source)
-        .is_ok_and(|timeline| timeline.encryption.is_some());
-    ensure!(route != Route::Ferry || encrypted, "virt-ferry did not encrypt");
+    let mut memory_ms = None;
+    if route == Route::Ferry && finished {
+        let timeline = from.last_timeline(Role::Source)?;
+        ensure!(timeline.encryption.is_some(), "virt-ferry did not encrypt");
+        memory_ms = Some(timeline.memory_ms());
+    }
     Ok(Leg {
         route,
         finished,
         total_ms,
+        memory_ms,
         stall_ms: heard.longest.length.as_secs_f64() * 1000.0,
         wire_bytes,
         source_cpu_s: source,

@@ -19,9 +19,10 @@ pub struct Figure {
 }
 
 /// The figures that are compared, in order of what matters to the guest's owner.
-pub const FIGURES: [Figure; 7] = [
+pub const FIGURES: [Figure; 8] = [
     figure("stall_ms", "longest stall", "ms", 1.0),
     figure("total_ms", "total time", "ms", 1.0),
+    figure("memory_ms", "of it, moving memory", "ms", 1.0),
     figure("wire_bytes", "on the wire", "MiB", 1048576.0),
     figure("source_cpu_s", "CPU, source", "s", 1.0),
     figure("destination_cpu_s", "CPU, destination", "s", 1.0),
@@ -51,6 +52,7 @@ pub struct Medians {
     /// Of them, those that came to their end.
     pub finished: usize,
     total_ms: Option<f64>,
+    memory_ms: Option<f64>,
     stall_ms: Option<f64>,
     wire_bytes: Option<u64>,
     source_cpu_s: Option<f64>,
@@ -71,6 +73,7 @@ impl Medians {
             migrations: legs.len(),
             finished: ended.len(),
             total_ms: of(&|leg| leg.total_ms),
+            memory_ms: median(ended.iter().filter_map(|leg| leg.memory_ms).collect()),
             stall_ms: of(&|leg| leg.stall_ms),
             wire_bytes: whole(&|leg| leg.wire_bytes),
             source_cpu_s: of(&|leg| leg.source_cpu_s),
@@ -167,6 +170,7 @@ mod tests {
             route: Route::Ferry,
             finished: true,
             total_ms: 1.0,
+            memory_ms: Some(1.0),
             stall_ms: 1.0,
             wire_bytes: 1,
             source_cpu_s: 1.0,
