@@ -1,6 +1,6 @@
 //! Guests in huge pages move as others do, and take as many of them at the destination.
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use ferry_tests::fault::names;
 use ferry_tests::guest::{Backing, Guest, Rate};
 use ferry_tests::huge_pages::HugePages;
@@ -62,4 +62,35 @@ fn huge_pages_move_and_are_counted() -> Result<()> {
         ensure!(pool.used()? == before + PAGES, "{} pages", pool.used()? - before);
         Ok(())
     })
+}
+
+/// The tmpfs of the guests' memory makes huge pages by itself: tracked, copied and landed they are small ones.
+#[test]
+fn huge_pages_of_tmpfs_move() -> Result<()> {
+    for policy in ["within_size", "always"] {
+        Lab::with(Options::default().ram_huge(policy), |lab| {
+            let (one, two) = (lab.host(1), lab.host(2));
+            for host in [one, two] {
+                host.configure("verify_memory = true\n")?;
+            }
+            let guest = guest("thp").backing(Backing::File);
+            let scene = Scene::start(lab, one, guest, 1)?;
+            for (from, to, options) in [(one, two, &[][..]), (two, one, &["--p2p"])] {
+                scene.move_to(from, to, options)?;
+                let timeline = from.last_timeline(Role::Source)?;
+                let resident = to.ram_file("thp")?.resident()?;
+                ensure!(
+                    resident <= timeline.ram.resident + timeline.ram.resident / 20,
+                    "{policy}: {resident} bytes at {}, {} at {}",
+                    to.name(),
+                    timeline.ram.resident,
+                    from.name()
+                );
+            }
+            one.assert_moved_away(1)?;
+            two.assert_moved_away(1)
+        })
+        .with_context(|| format!("huge={policy}"))?;
+    }
+    Ok(())
 }
