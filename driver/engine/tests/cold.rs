@@ -125,6 +125,8 @@ fn everything_moves_as_it_was() {
             told.contains("g, shut off, moved from host1 to host2 in") && told.contains("5 of 5 files moved"),
             "{told}"
         );
+        let picture = std::fs::read_to_string(record.with_extension("svg")).unwrap();
+        assert!(picture.contains("5 of 5"), "{picture}");
     }
     for (path, (digest, size)) in files.iter().zip(&before) {
         let there = scene

@@ -154,13 +154,14 @@ impl Recorder {
         for line in record.lines() {
             tracing::info!("{line}");
         }
-        match report::keep(
+        let picture = report::svg::render_cold(&record);
+        let kept = report::keep(
             directory,
-            &record.guest.name,
-            record.session,
-            record.role,
+            (&record.guest.name, record.session, record.role),
             &record,
-        ) {
+            &picture,
+        );
+        match kept {
             Ok(path) => tracing::info!(timeline = %path.display(), "timeline kept"),
             Err(error) => tracing::warn!("{error}"),
         }
@@ -168,14 +169,20 @@ impl Recorder {
 }
 
 impl Record {
+    /// Where the guest came from and where it went, fit to be shown.
+    pub fn hosts(&self) -> (String, String) {
+        let text = |host: &str| report::printable(host, 200);
+        let (here, there) = (text(&self.local_host), text(&self.peer_host));
+        match self.role {
+            Role::Source => (here, there),
+            Role::Destination => (there, here),
+        }
+    }
+
     /// A few lines for people.
     pub fn lines(&self) -> Vec<String> {
-        let (from, to) = match self.role {
-            Role::Source => (&self.local_host, &self.peer_host),
-            Role::Destination => (&self.peer_host, &self.local_host),
-        };
         let text = |text: &str| report::printable(text, 200);
-        let (name, from, to) = (text(&self.guest.name), text(from), text(to));
+        let ((from, to), name) = (self.hosts(), text(&self.guest.name));
         let total = time_text(self.total_ms);
         let headline = match &self.outcome {
             Outcome::Completed => format!("{name}, shut off, moved from {from} to {to} in {total}"),

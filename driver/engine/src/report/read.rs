@@ -94,23 +94,23 @@ pub fn command(file: &Path, picture: Option<&Path>, out: &mut impl Write) -> Res
             source,
         })
     };
-    if let Some(record) = cold(file)? {
-        return match picture {
-            None => print(record.lines()),
-            Some(_) => Err(ReportError::NotATimeline {
-                path: file.to_owned(),
-                reason: "there is no picture of a guest that moved while it was shut off".into(),
-            }),
-        };
-    }
-    let timeline = load(file)?;
-    print(page::lines(&timeline))?;
-    if let Some(path) = picture {
+    let drawn = match cold(file)? {
+        Some(record) => {
+            print(record.lines())?;
+            picture.map(|path| (path, svg::render_cold(&record)))
+        }
+        None => {
+            let timeline = load(file)?;
+            print(page::lines(&timeline))?;
+            picture.map(|path| (path, svg::render(&timeline)))
+        }
+    };
+    if let Some((path, drawn)) = drawn {
         let io = |source| ReportError::Io {
             path: path.to_owned(),
             source,
         };
-        fs::write(path, svg::render(&timeline)).map_err(io)?;
+        fs::write(path, drawn).map_err(io)?;
     }
     Ok(())
 }

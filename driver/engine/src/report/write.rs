@@ -29,33 +29,31 @@ pub struct SaveError {
     source: io::Error,
 }
 
-/// Writes `timeline` to `dir` (made if missing, mode 0750) as `<guest>-<session>-<role>.json` with an `.svg` beside
-/// it, both appearing complete or not at all, and removes the oldest of our files beyond the newest hundred
-/// timelines. Returns the path of the JSON file.
+/// Keeps `timeline` in `dir`, as [`keep`] does.
+///
+/// # Errors
+/// As with [`keep`].
+pub fn save(timeline: &Timeline, dir: &Path) -> Result<PathBuf, SaveError> {
+    let m = &timeline.migration;
+    keep(
+        dir,
+        (&m.guest.name, m.session, m.role),
+        timeline,
+        &svg::render(timeline),
+    )
+}
+
+/// Writes what is known of one end of a migration to `dir` (made if missing, mode 0750) as
+/// `<guest>-<session>-<role>.json` with its picture, an `.svg`, beside it, both appearing complete or not at all, and
+/// removes the oldest of our files beyond the newest hundred. Returns the path of the JSON file.
 ///
 /// # Errors
 /// If a file cannot be written; what could not be removed is only logged.
-pub fn save(timeline: &Timeline, dir: &Path) -> Result<PathBuf, SaveError> {
-    let m = &timeline.migration;
-    let json_path = keep(dir, &m.guest.name, m.session, m.role, timeline)?;
-    let svg_path = json_path.with_extension("svg");
-    replace(&svg_path, svg::render(timeline).as_bytes()).map_err(|source| SaveError {
-        path: svg_path,
-        source,
-    })?;
-    Ok(json_path)
-}
-
-/// Writes what is known of one end of a migration to `dir`, as [`save`] does, without a picture.
-///
-/// # Errors
-/// As with [`save`].
 pub fn keep(
     dir: &Path,
-    guest: &str,
-    session: Uuid,
-    role: Role,
+    (guest, session, role): (&str, Uuid, Role),
     content: &impl Serialize,
+    picture: &str,
 ) -> Result<PathBuf, SaveError> {
     let error = |path: &Path| {
         let path = path.to_owned();
@@ -74,6 +72,8 @@ pub fn keep(
     json.push(b'\n');
     replace(&json_path, &json).map_err(error(&json_path))?;
     prune(dir, &stem);
+    let svg_path = json_path.with_extension("svg");
+    replace(&svg_path, picture.as_bytes()).map_err(error(&svg_path))?;
     Ok(json_path)
 }
 

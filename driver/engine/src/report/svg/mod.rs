@@ -19,12 +19,15 @@
 //! brought into the picture's range first.
 
 mod canvas;
+mod cold;
 mod downtime;
 mod rounds;
 mod scale;
 mod stages;
 
 use canvas::{Canvas, Font};
+
+pub use cold::render as render_cold;
 
 use super::summary;
 use super::text;
@@ -76,11 +79,18 @@ fn sane_ms(ms: f64) -> f64 {
     sane(ms, LONGEST)
 }
 
-fn header(canvas: &mut Canvas, timeline: &Timeline) -> f64 {
-    let m = &timeline.migration;
-    let (from, to) = summary::hosts(timeline);
+/// What every picture begins with.
+struct Heading<'a> {
+    guest: &'a str,
+    hosts: (String, String),
+    outcome: &'a Outcome,
+    /// Circumstances, in one line.
+    line: String,
+}
+
+fn heading(canvas: &mut Canvas, heading: &Heading<'_>) -> f64 {
     let right = WIDTH - MARGIN;
-    let (word, colour) = match &timeline.outcome {
+    let (word, colour) = match heading.outcome {
         Outcome::Completed => ("completed", GOOD),
         Outcome::Failed { .. } => ("failed", BAD),
         Outcome::Cancelled => ("cancelled", OTHER),
@@ -99,15 +109,35 @@ fn header(canvas: &mut Canvas, timeline: &Timeline) -> f64 {
     canvas.text(
         MARGIN,
         55.0,
-        &font.fit(&text::printable(&m.guest.name, 64), room),
+        &font.fit(&text::printable(heading.guest, 64), room),
         font,
     );
     let font = Font::new(17.0).fill(MUTED);
     let (room, arrow) = (right - MARGIN, " → ");
     let half = (room - font.width(arrow)) / 2.0;
-    let hosts = format!("{}{arrow}{}", font.fit(&from, half), font.fit(&to, half));
+    let (from, to) = &heading.hosts;
+    let hosts = format!("{}{arrow}{}", font.fit(from, half), font.fit(to, half));
     canvas.text(MARGIN, 82.0, &hosts, font);
+    let small = Font::new(13.0).fill(MUTED);
+    canvas.text(MARGIN, 107.0, &small.fit(&heading.line, room), small);
 
+    let mut y = 110.0;
+    if let Outcome::Failed { stage, error } = heading.outcome {
+        let place = match stage {
+            Some(stage) => format!("Failed in {stage}: "),
+            None => "Failed: ".to_owned(),
+        };
+        let font = Font::new(14.0).fill(BAD);
+        for line in font.wrap(&(place + &text::printable(error, 400)), room, 3) {
+            y += 22.0;
+            canvas.text(MARGIN, y, &line, font);
+        }
+    }
+    y
+}
+
+fn header(canvas: &mut Canvas, timeline: &Timeline) -> f64 {
+    let m = &timeline.migration;
     let encryption = match &m.encryption {
         Some(suite) => text::printable(suite, 64),
         None => "not encrypted".to_owned(),
@@ -117,26 +147,16 @@ fn header(canvas: &mut Canvas, timeline: &Timeline) -> f64 {
         1 => "1 stream".to_owned(),
         n => format!("{n} streams"),
     };
-    let small = Font::new(13.0).fill(MUTED);
-    let line = format!(
-        "seen from the {}  ·  {started}  ·  {streams}  ·  {encryption}",
-        m.role.name()
-    );
-    canvas.text(MARGIN, 107.0, &small.fit(&line, room), small);
-
-    let mut y = 110.0;
-    if let Outcome::Failed { stage, error } = &timeline.outcome {
-        let place = match stage {
-            Some(stage) => format!("Failed in {stage}: "),
-            None => "Failed before the first stage: ".to_owned(),
-        };
-        let font = Font::new(14.0).fill(BAD);
-        for line in font.wrap(&(place + &text::printable(error, 400)), room, 3) {
-            y += 22.0;
-            canvas.text(MARGIN, y, &line, font);
-        }
-    }
-    y
+    let heading_of = Heading {
+        guest: &m.guest.name,
+        hosts: summary::hosts(timeline),
+        outcome: &timeline.outcome,
+        line: format!(
+            "seen from the {}  ·  {started}  ·  {streams}  ·  {encryption}",
+            m.role.name()
+        ),
+    };
+    heading(canvas, &heading_of)
 }
 
 /// The figures everybody asks for first.
@@ -172,6 +192,11 @@ fn tiles(canvas: &mut Canvas, timeline: &Timeline, y: f64) -> f64 {
         ("rounds", rounds, INK),
         ("throughput", throughput, INK),
     ];
+    row_of_tiles(canvas, &tiles, y)
+}
+
+/// Six figures, each with a label above it.
+fn row_of_tiles(canvas: &mut Canvas, tiles: &[(&str, String, &str); 6], y: f64) -> f64 {
     const WIDTHS: [f64; 6] = [165.0, 165.0, 165.0, 265.0, 165.0, 195.0];
     let mut x = MARGIN;
     for ((label, value, colour), width) in tiles.iter().zip(WIDTHS) {
