@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{sigprocmask, SigSet, SigmaskHow};
@@ -37,15 +38,17 @@ pub fn userfaultfd(process: &Process, deadline: Instant) -> Result<OwnedFd, Inje
     let system = |what| move |source| InjectError::System { what, pid, source };
     let (ours, theirs) = UnixStream::pair().map_err(system("make a socket for the tracer"))?;
     let patience = deadline.saturating_duration_since(Instant::now());
-    // The very program that runs, whatever was installed meanwhile. It is not waited for: with its answer it is done,
-    // and without one it still has to put things right.
-    Command::new("/proc/self/exe")
+    // The very program that runs, whatever was installed meanwhile.
+    let mut tracer = Command::new("/proc/self/exe")
         .arg0("virt-ferry-engine")
         .args(["inject", &pid.to_string(), &patience.as_millis().to_string()])
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .spawn()
         .map_err(system("start the tracer"))?;
+    // Not waited for here: without an answer in time it still has to put things right. Without a thread to bury it,
+    // whoever buries the engine does.
+    let _ = thread::Builder::new().spawn(move || tracer.wait());
     let uffd = receive(&ours, deadline).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => InjectError::Timeout { pid },
         _ => system("hear from the tracer")(error),
