@@ -18,7 +18,11 @@ fn shell(host: &Host, script: &str) -> Result<String> {
 /// What a guest sees in its disk, whatever images it is made of: by QEMU's own tool.
 fn seen(host: &Host, format: &str, path: &str) -> Result<String> {
     let raw = "/var/lib/libvirt/seen.raw";
-    shell(host, &format!("qemu-img convert -f {format} -O raw {path} {raw}"))?;
+    // To QEMU the name of a data file is relative to where it runs, to libvirt to the image.
+    shell(
+        host,
+        &format!("cd $(dirname {path}); qemu-img convert -f {format} -O raw {path} {raw}"),
+    )?;
     let digest = host.sha256(raw)?;
     host.run(&["rm", raw])?;
     Ok(digest)

@@ -3,6 +3,7 @@
 use super::Error;
 use ferry_contract::cold::storage::Rename;
 use std::fs::File;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Has the image's header name its backing file as it is called now, durably. The backing file itself is not looked at, nor
@@ -23,6 +24,8 @@ pub fn rename(rename: &Rename) -> Result<(), Error> {
         // An option it is not.
         .arg("--")
         .arg(&rename.image)
+        // To QEMU the name of a data file is relative to where it runs, to libvirt to the image: here both are one.
+        .current_dir(rename.image.parent().unwrap_or(Path::new("/")))
         .stdin(Stdio::null())
         .output()
         .map_err(|error| failed(&format!("qemu-img: {error}")))?;
