@@ -1,7 +1,7 @@
 //! `virt-ferry move-storage`, watched, held up and disturbed.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -40,6 +40,23 @@ impl Host {
             .stderr(Stdio::piped())
             .spawn()
             .context("virt-ferry")?;
+        Ok(Moving { host: self, child })
+    }
+
+    /// The same by somebody who sits at a terminal.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn begin_storage_by_hand(&self, arguments: &[&str]) -> Result<Moving<'_>> {
+        let command = format!("virt-ferry move-storage {}", arguments.join(" "));
+        let child = self
+            .command("script")
+            .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("script")?;
         Ok(Moving { host: self, child })
     }
 
@@ -139,18 +156,27 @@ impl Moving<'_> {
         bail!("nothing is copied")
     }
 
-    /// Presses Ctrl-C, and waits until the command says that it has been heard.
+    /// Presses Ctrl-C at the terminal once a bar is to be seen there, and waits until the command says that it has heard.
     ///
     /// # Errors
-    /// If it has gone, or says something else.
-    pub fn interrupt(&mut self) -> Result<()> {
-        self.signal(Signal::SIGINT)?;
-        let said = self.child.stderr.as_mut().context("no standard error")?;
-        // Nothing more comes before the engine goes on.
-        let mut line = String::new();
-        BufReader::new(said).read_line(&mut line)?;
-        ensure!(line.contains("what was copied is removed"), "{line}");
-        Ok(())
+    /// If nobody sits at a terminal, or it says something else.
+    pub fn interrupted(mut self) -> Result<Self> {
+        let mut keys = self.child.stdin.take().context("there is no terminal")?;
+        let screen = self.child.stdout.as_mut().context("there is no terminal")?;
+        let mut shown = String::new();
+        for (awaited, key) in [(" % of ", "\x03"), ("what was copied is removed", "")] {
+            let mut part = [0; 4096];
+            while !shown.contains(awaited) {
+                let count = screen.read(&mut part)?;
+                ensure!(count > 0, "no '{awaited}' in {shown}");
+                shown += &String::from_utf8_lossy(&part[..count]);
+            }
+            keys.write_all(key.as_bytes())?;
+        }
+        println!("{shown}");
+        // The terminal is there until the command ends.
+        self.child.stdin = Some(keys);
+        Ok(self)
     }
 
     /// Sends the command itself a signal.

@@ -224,7 +224,7 @@ fn what_is_in_the_way_is_told_at_once() -> Result<()> {
         one.virsh(&["start", "g"])?;
         refused(
             &["g", "--to", "/srv/fast"],
-            &["guest g runs", "virsh blockcopy g", "host1"],
+            &["of guest g", "it runs", "virsh blockcopy g", "host1"],
         )?;
         one.ends("g")?;
         // All at once.
@@ -400,8 +400,9 @@ fn it_is_disturbed_while_it_copies() -> Result<()> {
             Ok(moving)
         };
         // Ctrl-C removes what was copied.
-        let mut moving = begun()?;
-        moving.interrupt()?;
+        let moving = one.begin_storage_by_hand(&["g", "--to", PLACES[1]])?;
+        moving.stops_while_copying(&scene.uuid)?;
+        let moving = moving.interrupted()?;
         signal(&engine(one)?, SIGCONT)?;
         says(&moving.fails()?, &["canceled"])?;
         scene.is_at(0).context("after Ctrl-C")?;

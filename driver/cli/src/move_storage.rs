@@ -56,7 +56,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     let (asking, looking) = (open()?, open()?);
     let domain = looking
         .lookup_domain_by_name(&arguments.guest)
-        .with_context(|| format!("guest {}", arguments.guest))?;
+        .map_err(|error| anyhow!("guest {}: {}", arguments.guest, error.message()))?;
     let order = Order {
         guest: arguments.guest.clone(),
         disks: arguments.disks,

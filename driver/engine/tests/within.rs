@@ -5,10 +5,13 @@ mod common;
 
 use common::cold::{allocated, recovered, sha256, writer, Engine, Scene, MIB};
 use ferry_contract::cold::journal::{Journal, Role, State};
+use ferry_contract::cold::storage::Rename;
 use ferry_contract::cold::Recovered;
 use ferry_contract::control::{FailureKind, Reply, Request};
+use ferry_engine::cold::header;
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 /// Two disks, and what is in them.
 struct Disks {
@@ -221,4 +224,60 @@ fn it_dies_after_the_definition_was_changed() {
     disks.are_whole(&disks.new_places());
     assert_eq!(fs::read_to_string(&disks.old[1]).unwrap(), "changed");
     assert_eq!(allocated(&disks.new_places()[1]) / MIB, 1);
+}
+
+/// The header of an image that also has a data file beside it, which QEMU looks for where it runs.
+#[test]
+fn a_header_names_its_base_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    let tool = |arguments: &[&str]| {
+        let output = Command::new("qemu-img")
+            .args(arguments)
+            .current_dir(&directory)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    tool(&["create", "-q", "-f", "raw", "base.raw", "1M"]);
+    let (options, base) = ("data_file=top.data", directory.path().join("base.raw"));
+    let base = base.to_str().unwrap();
+    tool(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        options,
+        "-b",
+        base,
+        "-F",
+        "raw",
+        "top.qcow2",
+    ]);
+    let anew = |backing: &str| Rename {
+        image: directory.path().join("top.qcow2"),
+        format: "qcow2".into(),
+        backing: backing.into(),
+        backing_format: "raw".into(),
+    };
+    // Longer than the old one, too, and not there yet.
+    let long = format!("/not/there/{}.raw", "x".repeat(200));
+    for backing in ["base.raw", &long, base] {
+        header::rename(&anew(backing)).unwrap();
+        let said = tool(&["info", "--output=json", "top.qcow2"]);
+        assert!(
+            said.contains(&format!("\"backing-filename\": \"{backing}\"")),
+            "{said}"
+        );
+        assert!(said.contains("\"data-file\": \"top.data\""), "{said}");
+    }
+    let refused = header::rename(&Rename {
+        format: "raw".into(),
+        ..anew("base.raw")
+    });
+    assert!(refused
+        .unwrap_err()
+        .to_string()
+        .contains("top.qcow2 cannot be made"));
 }

@@ -100,7 +100,7 @@ struct Copying<'a> {
     failed: AtomicBool,
 }
 
-/// Copies and verifies all of it.
+/// Copies and verifies all of it; how much that is, the meter says already.
 ///
 /// # Errors
 /// The first failure, or the end of the session.
@@ -109,10 +109,6 @@ pub fn all(pairs: &[Pair], signals: &Signals, meter: &Meter) -> Result<(), Error
         let runs = pair.from.runs.iter().cloned();
         runs.flat_map(move |run| pieces(run).map(move |blocks| Chunk { file, blocks }))
     });
-    let sizes = pairs
-        .iter()
-        .map(|pair| extents::bytes(&pair.from.runs, pair.from.size));
-    meter.total.store(sizes.sum(), Relaxed);
     let copy = Copying {
         pairs,
         chunks: chunks.collect(),
@@ -255,6 +251,9 @@ mod tests {
         let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let pair = pair(directory.path());
         let meter = Meter::default();
+        meter
+            .total
+            .store(extents::bytes(&pair.from.runs, pair.from.size), Relaxed);
         all(std::slice::from_ref(&pair), &Signals::default(), &meter).unwrap();
         assert!(fs::read(&pair.from.path).unwrap() == fs::read(&pair.to.path).unwrap());
         let blocks = |path: &Path| fs::metadata(path).unwrap().blocks();

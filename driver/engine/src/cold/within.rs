@@ -17,7 +17,7 @@ use super::place::{self, Target};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::{delete, is_same_definition};
-use super::{header, Error};
+use super::{extents, header, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
 use crate::report::Outcome;
@@ -29,6 +29,7 @@ use ferry_contract::session::{Encryption, Token};
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -49,7 +50,7 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
         tracing::error!("{error}");
         control.reply(Reply::Failed(error.failure(&order.host)));
     };
-    let session = match Session::begin(&order) {
+    let session = match Session::begin(&order, control, meter) {
         Ok(Some(session)) => session,
         Ok(None) => {
             control.reply(Reply::ColdPlanned);
@@ -82,7 +83,7 @@ struct Session {
 
 impl Session {
     /// Looks whether anything is in the way; `None` where that was all.
-    fn begin(order: &Relocate) -> Result<Option<Self>, Error> {
+    fn begin(order: &Relocate, control: &Control, meter: &Meter) -> Result<Option<Self>, Error> {
         let claim = Claim::take(&order.settings.state_directory, order.guest.uuid)?;
         if claim
             .find()?
@@ -111,6 +112,14 @@ impl Session {
         if order.dry_run {
             return Ok(None);
         }
+        // Who looks on sees at once how much there is.
+        let total = sources
+            .iter()
+            .map(|source| extents::bytes(&source.runs, source.size))
+            .sum();
+        meter.total.store(total, Relaxed);
+        meter.remaining.store(total, Relaxed);
+        control.report();
         let kept = Kept::new(claim, journal_of(order, &sources))?;
         Ok(Some(Self { kept, sources }))
     }

@@ -107,10 +107,10 @@ impl Move {
         let name = &self.guest.name;
         let connection = self.domain.connection();
         if !self.domain.is_shut_off()? {
-            return Err(here(format!(
-                "guest {name} runs, and its disks move only when it does not: shut it down first (virsh shutdown {name}), or \
-                 move each disk as it runs (virsh blockcopy {name} DISK --dest FILE --pivot --wait, then virsh edit {name})"
-            )));
+            return Err(self.refused(&[format!(
+                "it runs: shut it down first (virsh shutdown {name}), or move each disk as it runs (virsh blockcopy {name} DISK \
+                 --dest FILE --transient-job --wait --pivot)"
+            )]));
         }
         recovery::settle(connection, Role::Within, &self.guest, &self.config)?;
         let (intent, mut problems) = self.intent()?;
@@ -142,18 +142,33 @@ impl Move {
         match session.engine.ask(&Request::ColdMove(Box::new(relocate)), None) {
             Ok(Reply::ColdPlaced | Reply::ColdPlanned) => {}
             Ok(reply) => return Err(unexpected(&reply)),
-            Err(failure) if problems.is_empty() || failure.kind != FailureKind::Failed => {
-                return Err(failure.into())
+            Err(failure) if failure.kind == FailureKind::Cancelled => {
+                return Err(Error::aborted(format_args!(
+                    "the disks of guest {name} stay where they are: canceled by client"
+                )))
             }
-            Err(failure) => problems.push(failure.cause),
+            Err(failure) => problems.extend(failure.cause.lines().map(str::to_owned)),
         }
         if !problems.is_empty() {
-            return Err(here(problems.join("\n")));
+            return Err(self.refused(&problems));
         }
         if dry_run {
             return Ok(report(plan, &items(plan)));
         }
         self.commit(&intent, &session.engine)
+    }
+
+    /// That it cannot be done, and why.
+    fn refused(&self, problems: &[String]) -> Error {
+        let all = match problems {
+            [one] => format!(" {one}"),
+            all => all.iter().map(|one| format!("\n  {one}")).collect(),
+        };
+        Error::operation(format_args!(
+            "the disks of guest {} stay where they are on host {}:{all}",
+            self.guest.name,
+            host::name()
+        ))
     }
 
     /// What there is to do, and everything that is in the way of it as far as it is known without the engine.
