@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -12,6 +13,7 @@ use anyhow::{ensure, Context, Result};
 use crate::guest::image::Images;
 use crate::host::Host;
 use crate::lab::Lab;
+use crate::scene::PATIENCE;
 use crate::underway::Underway;
 use crate::wait::wait_until;
 
@@ -293,6 +295,45 @@ pub fn serial(log: &Path) -> Result<()> {
     File::create(log)?;
     fs::set_permissions(log, fs::Permissions::from_mode(0o666))?;
     Ok(())
+}
+
+/// Somebody who has a disk open for writing, until this is dropped.
+pub struct Writer(Child);
+
+impl Writer {
+    /// Opens it, as bytes.
+    ///
+    /// # Errors
+    /// If that cannot be done.
+    pub fn of(host: &Host, disk: &str) -> Result<Self> {
+        let writer = host
+            .command("qemu-io")
+            .args(["-f", "raw", disk])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let writer = Writer(writer);
+        wait_until("the disk to be open", PATIENCE, || {
+            let mut writers = host.processes_named("qemu-io")?.into_iter();
+            Ok(writers.any(|writer| {
+                let open = fs::read_dir(writer.proc().join("fd"))
+                    .into_iter()
+                    .flatten()
+                    .flatten();
+                let mut files = open.filter_map(|entry| fs::read_link(entry.path()).ok());
+                files.any(|file| file == Path::new(disk))
+            }))
+        })?;
+        Ok(writer)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // It ends with its standard input.
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
 }
 
 /// What changed between two lists of files, for an error.

@@ -9,6 +9,7 @@
 //!   cold             guests that are shut off, with files of all kinds
 //!   clean            that a migration left nothing of virt-ferry on a host
 //!   scene            a lab with a guest in it, moved and judged
+//!   storage          moves within one host, watched, held up and disturbed
 //!   underway         a migration while it runs
 //!   link             a link made slow
 //!   monitor          a guest's private monitor, in the engine's place
@@ -30,6 +31,7 @@ pub mod link;
 pub mod monitor;
 pub mod phases;
 pub mod scene;
+pub mod storage;
 pub mod timeline;
 pub mod underway;
 pub mod wait;

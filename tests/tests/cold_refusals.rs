@@ -1,11 +1,9 @@
 //! What is in the way of a cold migration is said before a byte moves, and everything stays as it was.
 
 use std::fs;
-use std::path::Path;
-use std::process::{Child, Stdio};
 
 use anyhow::{ensure, Context, Result};
-use ferry_tests::cold::{same_files, serial, Content, Guest, IMAGES};
+use ferry_tests::cold::{same_files, serial, Content, Guest, Writer, IMAGES};
 use ferry_tests::fault::names;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options, Plugin};
@@ -81,41 +79,6 @@ const INC: [&str; 4] = [
     "--copy-storage-inc",
     "--undefinesource",
 ];
-
-/// Somebody who has a disk open for writing, until this is dropped.
-struct Writer(Child);
-
-impl Writer {
-    fn of(host: &Host, disk: &str) -> Result<Self> {
-        let writer = host
-            .command("qemu-io")
-            .args(["-f", "raw", disk])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()?;
-        let writer = Writer(writer);
-        wait_until("the disk to be open", PATIENCE, || {
-            let mut writers = host.processes_named("qemu-io")?.into_iter();
-            Ok(writers.any(|writer| {
-                let open = fs::read_dir(writer.proc().join("fd"))
-                    .into_iter()
-                    .flatten()
-                    .flatten();
-                let mut files = open.filter_map(|entry| fs::read_link(entry.path()).ok());
-                files.any(|file| file == Path::new(disk))
-            }))
-        })?;
-        Ok(writer)
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        // It ends with its standard input.
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
-}
 
 #[test]
 fn what_the_guest_is_at() -> Result<()> {

@@ -155,7 +155,7 @@ fn ask(monitor: Option<&Path>) -> Result<Verdict> {
 }
 
 /// Bytes for a person.
-fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     match bytes {
         large if large >= 10 << 30 => format!("{} GiB", large >> 30),
         large if large >= 1 << 30 => format!("{:.1} GiB", large as f64 / (1u64 << 30) as f64),

@@ -1,6 +1,7 @@
 //! `virt-ferry`: what an administrator asks on the command line.
 
 mod check;
+mod move_storage;
 mod recover;
 
 use anyhow::Result;
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 #[command(
     version,
     about,
-    after_help = "Examples:\n  virt-ferry check\n  virt-ferry check web db && echo both can be moved"
+    after_help = "Examples:\n  virt-ferry check\n  virt-ferry check web db && echo both can be moved\n  virt-ferry move-storage web --to /srv/fast --dry-run"
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -46,6 +47,15 @@ enum Command {
         #[arg(short, long, default_value = "qemu:///system")]
         connect: String,
     },
+    /// Move the disks of a guest that is shut off to another directory or storage pool of this host
+    ///
+    /// Its disks, with all images they stand on and their data files, are copied, verified and given to the guest, and then
+    /// the old files are deleted. Files that others need stay. The daemon does it: Ctrl-C ends it and removes what was
+    /// copied, but if this command dies, it goes on. Ends with 0 if it is done, 2 if not: then the guest has what it had.
+    #[command(
+        after_help = "Examples:\n  virt-ferry move-storage web --to /srv/fast --dry-run\n  virt-ferry move-storage web --to /srv/fast\n  virt-ferry move-storage web --disk vdb --disk vdc --to bulk"
+    )]
+    MoveStorage(move_storage::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +67,7 @@ fn main() -> ExitCode {
             ..
         } => recover::abort(&connect, &guest),
         Command::Recover { guests, connect, .. } => recover::run(&connect, &guests),
+        Command::MoveStorage(arguments) => move_storage::run(arguments).map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,7 +1,7 @@
 //! Interrupted cold migrations: the plug-in in the daemon brings them to an end, this makes it try and says how each stands.
 
 use anyhow::{Context, Result};
-use ferry_contract::cold::journal::{Journal, DIRECTORY, MAX_LENGTH};
+use ferry_contract::cold::journal::{Journal, Role, DIRECTORY, MAX_LENGTH};
 use ferry_contract::recover::Word;
 use std::io::Read;
 use std::path::Path;
@@ -114,6 +114,9 @@ fn read(path: &Path) -> Option<Open> {
         (Ok(_), Ok(journal)) => Open {
             stands: match journal.fence() {
                 Some(fence) => format!("cannot be started here: {fence}"),
+                None if journal.role == Role::Within => {
+                    "has its new disks; the old ones are to be deleted".into()
+                }
                 None => "is this host's; the other host has not heard it yet".into(),
             },
             uuid: Some(journal.guest.uuid),

@@ -9,10 +9,12 @@
 //!  destination:  Reserve → Reserved               Attach  → Listening     Finish    → Committed    Conclude → Concluded
 //!  cold source:       ColdServe → ColdOffer    ColdConfirm → ColdOwnedThere    ColdDelete → ColdDeleted    ColdAbort → ColdAborted
 //!  cold destination:  ColdPull  → ColdPulled   ColdCommit  → ColdPlaced        ColdOwned  → ColdOwned      ColdAbort → ColdAborted
+//!  cold, one host:    ColdMove  → ColdPlaced    ColdOwned   → ColdOwned         ColdDelete → ColdDeleted    ColdAbort → ColdAborted
 //!  after a crash:     ColdRecover → ColdRecovered, then ColdDelete, ColdOwned or ColdAbort as it says
 //!  anywhere:     Failed instead of the reply, or unasked: the engine has ended; Cancel ends what is under way with Failed(Cancelled)
 //! ```
 
+use crate::cold::storage::Relocate;
 use crate::cold::{Deleted, Pull, Recovered, Serve};
 use crate::cookie::{Answer, ColdOffer, Offer};
 use crate::session::{Encryption, Guest};
@@ -213,6 +215,9 @@ pub enum Request {
     ColdCommit,
     /// Cold destination: libvirt has registered the guest. Ends the session.
     ColdOwned,
+    /// Cold, within one host: fence, copy and verify the guest's files, and give the copies their names. Takes as long as
+    /// it takes.
+    ColdMove(Box<Relocate>),
     /// Cold, both: give the session up and remove everything it made. Ends the session. Refused once the source has
     /// let go and has not taken the guest back.
     ColdAbort,
@@ -263,6 +268,8 @@ pub enum Reply {
     ColdPulled,
     /// The source has let go, and all files are where they belong: register the guest.
     ColdPlaced,
+    /// Nothing is in the way of the files, and nothing has been done.
+    ColdPlanned,
     /// The guest is this host's.
     ColdOwned {
         /// The source has heard it; otherwise a recovery tells it.

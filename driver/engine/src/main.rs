@@ -35,6 +35,8 @@ enum Command {
     ColdSource,
     /// Serve the plug-in of the host that such a guest comes to; requests come on standard input, a socket
     ColdDestination,
+    /// Serve the plug-in of a host on which such a guest's disks go to another place; requests come on standard input, a socket
+    ColdMove,
     /// Bring such a migration to its end after a crash; requests come on standard input, a socket
     ColdRecover,
     /// Say whether a guest can be moved, as one JSON object; without a monitor, whether this kernel can track writes
@@ -78,6 +80,7 @@ fn main() -> anyhow::Result<()> {
         Command::Destination => serve(destination::run),
         Command::ColdSource => serve(cold::source::run),
         Command::ColdDestination => serve(cold::destination::run),
+        Command::ColdMove => serve(cold::within::run),
         Command::ColdRecover => serve(cold::recover::run),
         Command::Check { monitor } => {
             let verdict = ferry_engine::live::inspect::verdict(monitor.as_deref());

@@ -3,7 +3,7 @@
 mod common;
 
 use common::await_some;
-use common::cold::{allocated, disk, is_root, noise, sha256, Engine, Scene, MIB};
+use common::cold::{allocated, disk, is_root, noise, ofd_read_lock, sha256, writer, Engine, Scene, MIB};
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Definition, Medium, Options, Part};
 use ferry_contract::control::{FailureKind, Reply, Request};
@@ -248,9 +248,7 @@ fn a_running_guests_image_and_a_missing_file_are_refused() {
     let mut scene = Scene::default();
     let image = scene.image("busy.raw", 2, 1);
     scene.own(Path::new("/no/such/file"), Part::Nvram);
-    let writer = OpenOptions::new().read(true).write(true).open(&image).unwrap();
-    // As QEMU does it.
-    ofd_read_lock(&writer, 101);
+    let writer = writer(&image);
     let mut source = Engine::start("cold-source");
     let failure = source.refusal(&scene.serve());
     assert!(
@@ -268,18 +266,6 @@ fn a_running_guests_image_and_a_missing_file_are_refused() {
     assert!(ferry_engine::cold::files::is_locked(&late, 201..202));
     source.crash();
     assert!(!ferry_engine::cold::files::is_locked(&late, 201..202));
-}
-
-fn ofd_read_lock(file: &File, byte: i64) {
-    use nix::fcntl::{fcntl, FcntlArg};
-    let lock = libc::flock {
-        l_type: libc::F_RDLCK as _,
-        l_whence: libc::SEEK_SET as _,
-        l_start: byte,
-        l_len: 1,
-        l_pid: 0,
-    };
-    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
 }
 
 #[test]

@@ -5,6 +5,8 @@
 //!                   └─▶ (gone, or:) aborted ◀─┘ the destination says that it never will own the guest
 //!   destination  pulling ──▶ ready ──▶ committing ──committed──▶ placed ──defined──▶ owned ──source knows──▶ (gone)
 //!                   └──────────┴──▶ (gone)  └──────────────────────┴──▶ aborted ──source knows──▶ (gone)
+//!   within       pulling ──▶ committing ──▶ placed ──defined──▶ owned ──▶ (old files deleted, journal gone)
+//!                   └────────────┴────────────┴──▶ (gone)
 //! ```
 //!
 //! The source owns the guest in `prepared` and the destination in `owned`; in every pair of states in between, no host
@@ -26,7 +28,7 @@ pub const VERSION: u16 = 1;
 /// The longest journal accepted, bytes: a cookie's inventory and what is said of each file.
 pub const MAX_LENGTH: u64 = 16 << 20;
 
-/// Which end of a migration a host is.
+/// Which end of a migration a host is, or both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
@@ -34,6 +36,8 @@ pub enum Role {
     Source,
     /// The guest arrives.
     Destination,
+    /// The guest stays, and its disks go to another data store of this host.
+    Within,
 }
 
 /// How far a host is.
@@ -46,15 +50,15 @@ pub enum State {
     Committed,
     /// Source: the guest is the destination's.
     OwnedThere,
-    /// Destination: files are coming.
+    /// Destination, within: files are coming.
     Pulling,
     /// Destination: all files are here, complete and verified, under temporary names.
     Ready,
-    /// Destination: the source has been asked, or is about to be.
+    /// Destination: the source has been asked, or is about to be. Within: files are getting their names.
     Committing,
-    /// Destination: the source has let go, and all files are where they belong.
+    /// Destination: the source has let go. Destination, within: all files are where they belong.
     Placed,
-    /// Destination: the guest is ours.
+    /// Destination: the guest is ours. Within: its definition names the new files.
     Owned,
     /// Both: this session is given up. The other host has not heard of it yet.
     Aborted,
@@ -139,6 +143,9 @@ pub struct Journal {
     pub options: Options,
     /// Destination: the definition that libvirt is to register.
     pub definition: Option<String>,
+    /// Within: the files as they were, in the inventory's order.
+    #[serde(default)]
+    pub former: Vec<Entry>,
 }
 
 /// Where the journal of a guest is, in this state directory.
@@ -174,6 +181,16 @@ impl Journal {
 
     /// Why the guest may not be started on this host now; `None`: it may.
     pub fn fence(&self) -> Option<String> {
+        if self.role == Role::Within {
+            return match self.state {
+                State::Owned | State::Aborted => None,
+                _ => Some(format!(
+                    "its disks are being moved to another place (virsh domjobinfo {name}); run \"virt-ferry recover {name}\" if \
+                     nothing is under way",
+                    name = self.guest.name
+                )),
+            };
+        }
         let peer = match self.peer.as_str() {
             "" => "another host",
             peer => peer,
@@ -213,6 +230,17 @@ mod tests {
             assert!(fenced(state), "{state:?}");
         }
         assert!(!fenced(Aborted));
+        // Within one host, the definition is not to be trusted until it is known to have been changed.
+        let fenced = |state| {
+            Journal {
+                state,
+                role: Role::Within,
+                ..a_journal()
+            }
+            .fence()
+            .is_some()
+        };
+        assert!([Pulling, Ready, Committing, Placed].map(fenced) == [true; 4] && !fenced(Owned));
     }
 
     #[test]
@@ -267,6 +295,7 @@ mod tests {
             manifest: Some(Digest([9; 32])),
             options: Options::default(),
             definition: None,
+            former: Vec::new(),
         }
     }
 }

@@ -19,6 +19,7 @@
 
 mod inventory;
 pub mod journal;
+pub mod storage;
 
 pub use inventory::{
     Definition, Directory, File, Inventory, Kind, Malformed, Medium, Metadata, MetadataKind, Part, MAX_FILES,

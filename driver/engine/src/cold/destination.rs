@@ -10,7 +10,7 @@ use super::files::{self, Reader};
 use super::hash::manifest;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, Looked};
-use super::place::{self, Target};
+use super::place::{self, is_device, Target};
 use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
 use super::record::Recorder;
 use super::reserve::{survey, There};
@@ -340,6 +340,7 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
         manifest: None,
         options: Options::default(),
         definition: Some(pull.plan.definition.clone()),
+        former: Vec::new(),
     });
     match (outcome, arriving.kept) {
         (Ok(()), Some(kept)) => Ok(Arrived { kept, link }),
@@ -404,6 +405,7 @@ impl Arriving<'_, '_> {
             inventory,
             looked: &looked,
             nonce: &nonce,
+            elsewhere: "give the disk another path with --xml",
         };
         let (fates, problems) = survey(&there, &pull.plan, &left.values().cloned().collect());
         if !problems.is_empty() {
@@ -591,11 +593,6 @@ fn one_device(path: &Path, looked: &Looked) -> Option<String> {
         )),
         Err(error) => Some(format!("cannot read {shown}: {error}")),
     }
-}
-
-fn is_device(path: &Path) -> bool {
-    use std::os::unix::fs::FileTypeExt;
-    std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
 }
 
 /// What an attempt that was cut off by a crash left of files with these places: place and temporary file.

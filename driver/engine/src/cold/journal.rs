@@ -194,6 +194,8 @@ impl Kept {
         if claim.find()?.is_some_and(|found| found.session != session) {
             return Ok(());
         }
+        // What a crash has left of writing it.
+        let _ = fs::remove_file(part(&self.path));
         let removed = fs::remove_file(&self.path).or_else(|error| match error.kind() {
             io::ErrorKind::NotFound => Ok(()),
             _ => Err(error),
@@ -225,10 +227,16 @@ fn read(path: &Path) -> Result<Option<Journal>, Error> {
         .map_err(|error| Error::Other(format!("the journal {} cannot be used: {error}", path.display())))
 }
 
-/// Replaces a file by one of this content: whole, and on the disk.
-fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+/// Where a journal is written before it takes its place.
+fn part(path: &Path) -> PathBuf {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
+    part.into()
+}
+
+/// Replaces a file by one of this content: whole, and on the disk.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let part = part(path);
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)

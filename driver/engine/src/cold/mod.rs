@@ -23,15 +23,18 @@
 //! | [`reserve`] | everything that is in the way at the destination, at once |
 //! | [`place`] | the destination's files: temporary, final, or gone again |
 //! | [`destination`], [`pull`] | the destination's sequence, and its connections |
+//! | [`within`], [`copy`], [`header`] | disks that go to another data store of the same host |
 //! | [`record`] | what is told of a migration afterwards |
 //! | [`journal`], [`recover`] | what survives a crash, and what is made of it |
 
+pub mod copy;
 pub mod destination;
 mod error;
 pub mod extents;
 pub mod files;
 pub mod frame;
 pub mod hash;
+pub mod header;
 pub mod journal;
 pub mod messages;
 mod nonce;
@@ -43,5 +46,6 @@ pub mod reserve;
 pub mod serve;
 pub mod source;
 mod users;
+pub mod within;
 
 pub use error::Error;

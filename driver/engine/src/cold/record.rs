@@ -132,7 +132,7 @@ impl Recorder {
             cold: true,
             session: journal.session,
             role: match journal.role {
-                journal::Role::Source => Role::Source,
+                journal::Role::Source | journal::Role::Within => Role::Source,
                 journal::Role::Destination => Role::Destination,
             },
             guest: Guest {

@@ -10,13 +10,14 @@
 //! | destination, committing | the source is asked: it let go (go on), or says no (undo) |
 //! | destination, placed | the guest is to be registered |
 //! | destination, owned or aborted | the source is told |
+//! | within, any | see [`within`](super::within::recover) |
 
 use super::destination::{self, Link};
 use super::journal::Kept;
 use super::messages::{Answer, Ask};
 use super::pull::Peer;
 use super::source::{delete, linger, listen, refusal, Ownership};
-use super::{nonce, place, Error};
+use super::{nonce, place, within, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
 use crate::live::signals::Signals;
@@ -58,6 +59,7 @@ pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<
     let outcome = match kept.role {
         Role::Source => source(kept, control, signals),
         Role::Destination => arriving(kept, abort, control, signals),
+        Role::Within => within::recover(kept, control, signals),
     };
     if let Err(error) = outcome {
         tracing::error!("{error}");
@@ -91,7 +93,7 @@ fn security(journal: &Journal) -> Security {
             identity,
             peer: journal.peer_certificate.clone().unwrap_or_default(),
         },
-        (Role::Destination, Encryption::Never) => Protection::Plain,
+        (Role::Destination, Encryption::Never) | (Role::Within, _) => Protection::Plain,
     };
     Security {
         session: journal.session,

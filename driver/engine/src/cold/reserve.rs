@@ -23,6 +23,8 @@ pub struct There<'a> {
     pub looked: &'a [Looked],
     /// What the source's file beside them says.
     pub nonce: &'a str,
+    /// How the operator has a file go elsewhere.
+    pub elsewhere: &'a str,
 }
 
 /// What becomes of each file here, and everything that is in the way of it.
@@ -48,7 +50,7 @@ pub fn survey(there: &There<'_>, plan: &Plan, left: &BTreeSet<PathBuf>) -> (Vec<
             _ => Fate::Moves,
         };
         if fate == Fate::Moves {
-            problems.extend(trouble(file, path, &made));
+            problems.extend(trouble(file, path, &made, there.elsewhere));
             if let Some((on, directory)) = file_system(path) {
                 let wanted = file.allocated.min(file.size);
                 room.entry(on).or_insert_with(|| (directory, 0)).1 += wanted;
@@ -117,19 +119,21 @@ fn is_shared(path: &Path, looked: &Looked, there: &There<'_>) -> bool {
 }
 
 /// What is in the way of one file.
-fn trouble(file: &Owned, path: &Path, made: &BTreeSet<PathBuf>) -> Option<String> {
+fn trouble(file: &Owned, path: &Path, made: &BTreeSet<PathBuf>, elsewhere: &str) -> Option<String> {
     let shown = path.display();
     match fs::metadata(path) {
         Ok(found) if found.file_type().is_block_device() => device_trouble(file, path, &found),
         Ok(_) => Some(format!(
-            "{shown} exists on this host: nothing is overwritten; remove it, or give the disk another path with --xml"
+            "{shown} exists on this host: nothing is overwritten; remove it, or {elsewhere}"
         )),
-        Err(_) if path.symlink_metadata().is_ok() => Some(format!("{shown} is a symbolic link to nowhere: remove it")),
+        Err(_) if path.symlink_metadata().is_ok() => {
+            Some(format!("{shown} is a symbolic link to nowhere: remove it"))
+        }
         Err(_) if path.starts_with("/dev") => Some(format!(
             "{shown} is not on this host: make a volume of at least {} bytes",
             file.size
         )),
-        Err(_) => directory_trouble(path, made),
+        Err(_) => directory_trouble(path, made, elsewhere),
     }
 }
 
@@ -161,7 +165,7 @@ fn device_trouble(file: &Owned, path: &Path, found: &Metadata) -> Option<String>
     }
 }
 
-fn directory_trouble(path: &Path, made: &BTreeSet<PathBuf>) -> Option<String> {
+fn directory_trouble(path: &Path, made: &BTreeSet<PathBuf>, elsewhere: &str) -> Option<String> {
     let parent = path.parent()?;
     let shown = parent.display();
     match fs::metadata(parent) {
@@ -172,7 +176,7 @@ fn directory_trouble(path: &Path, made: &BTreeSet<PathBuf>) -> Option<String> {
         Ok(_) => Some(format!("{shown} is not a directory")),
         Err(_) if made.contains(parent) => None,
         Err(_) => Some(format!(
-            "there is no directory {shown} on this host: make it, or give the disk another path with --xml"
+            "there is no directory {shown} on this host: make it, or {elsewhere}"
         )),
     }
 }

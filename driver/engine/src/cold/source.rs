@@ -475,6 +475,7 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         manifest: None,
         options: serve.options,
         definition: None,
+        former: Vec::new(),
     }
 }
 
@@ -705,19 +706,24 @@ impl Shared {
     fn unchanged(&self) -> Result<(), Error> {
         self.shelf.signals.check()?;
         self.shelf.files.iter().try_for_each(Source::check)?;
-        let Some(definition) = &self.definition else {
-            return Ok(());
-        };
-        let path = &definition.path;
-        let found = std::fs::metadata(path).map_err(Error::file("look at", path))?;
-        match (found.ino(), found.len(), files::modified(&found))
-            == (definition.inode, definition.size, definition.modified)
-        {
-            true => Ok(()),
-            false => Err(Error::Other(
-                "the guest's definition was changed while its files were copied: try again".into(),
-            )),
-        }
+        self.definition.as_ref().map_or(Ok(()), is_same_definition)
+    }
+}
+
+/// Whether libvirt's definition file is still the one that was read.
+///
+/// # Errors
+/// It is not.
+pub fn is_same_definition(definition: &Definition) -> Result<(), Error> {
+    let path = &definition.path;
+    let found = std::fs::metadata(path).map_err(Error::file("look at", path))?;
+    match (found.ino(), found.len(), files::modified(&found))
+        == (definition.inode, definition.size, definition.modified)
+    {
+        true => Ok(()),
+        false => Err(Error::Other(
+            "the guest's definition was changed while its files were copied: try again".into(),
+        )),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{await_some, PATIENCE};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
+use ferry_contract::cold::storage::Relocate;
 use ferry_contract::cold::{Item, Options, Part, Plan, Pull, Recovered, Serve};
 use ferry_contract::control::{Failure, Message, Reply, Request, Settings, Statistics};
 use ferry_contract::cookie::ColdOffer;
@@ -183,7 +184,7 @@ impl Scene {
 
     fn state(&self, role: Role) -> PathBuf {
         self.directory.path().join(match role {
-            Role::Source => "journals-source",
+            Role::Source | Role::Within => "journals-source",
             Role::Destination => "journals-destination",
         })
     }
@@ -262,6 +263,22 @@ impl Scene {
             },
             streams: None,
             settings: self.settings(Role::Destination),
+        }))
+    }
+
+    /// All files to the destination's directory, on one host.
+    pub fn relocate(&self) -> Request {
+        let place = |item: &Item| self.destination().join(item.path.file_name().unwrap());
+        Request::ColdMove(Box::new(Relocate {
+            guest: self.guest.clone(),
+            host: "host1".into(),
+            items: self.items.clone(),
+            places: self.items.iter().map(place).collect(),
+            renames: Vec::new(),
+            definition: None,
+            keep: false,
+            dry_run: false,
+            settings: self.settings(Role::Within),
         }))
     }
 
@@ -360,6 +377,26 @@ pub fn disk(number: usize) -> Part {
         format: "raw".into(),
         relative: false,
     }
+}
+
+/// Locks a byte of an image as QEMU does, for as long as it is open.
+pub fn ofd_read_lock(file: &File, byte: i64) {
+    use nix::fcntl::{fcntl, FcntlArg};
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as _,
+        l_whence: libc::SEEK_SET as _,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+}
+
+/// Somebody who has an image open for writing, until this is dropped.
+pub fn writer(image: &Path) -> File {
+    let file = File::options().read(true).write(true).open(image).unwrap();
+    ofd_read_lock(&file, 101);
+    file
 }
 
 /// Bytes without a pattern, always the same ones.

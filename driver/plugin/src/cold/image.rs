@@ -26,6 +26,8 @@ pub struct Layer {
     pub backing: Option<PathBuf>,
     /// The file that holds its data, as its header has it.
     pub data_file: Option<PathBuf>,
+    /// Nobody opens it without a secret.
+    pub encrypted: bool,
 }
 
 #[derive(Deserialize)]
@@ -35,6 +37,8 @@ struct Info {
     format: String,
     backing_filename: Option<String>,
     backing_filename_format: Option<String>,
+    #[serde(default)]
+    encrypted: bool,
     format_specific: Option<Specific>,
 }
 
@@ -57,6 +61,7 @@ pub fn layers(path: &Path, format: &str) -> Result<Vec<Layer>, String> {
             format: "raw".into(),
             backing: None,
             data_file: None,
+            encrypted: false,
         }]);
     }
     let answer = ask(path, format)?;
@@ -150,6 +155,7 @@ impl Layer {
             format: info.format,
             backing: info.backing_filename.map(local).transpose()?,
             data_file: data_file.map(local).transpose()?,
+            encrypted: info.encrypted,
         })
     }
 

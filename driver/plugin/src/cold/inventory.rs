@@ -86,7 +86,7 @@ pub fn needed(path: &Path) -> String {
 }
 
 /// A path without `.`, `..` and doubled slashes, as headers may have them.
-fn plain(path: &Path) -> PathBuf {
+pub fn plain(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for component in path.components() {
         match component {
@@ -195,7 +195,7 @@ impl Found {
 }
 
 /// What the definition says of a disk's layers must be what the headers say: QEMU goes by the former, we by the latter.
-fn agree(disk: &Disk, layers: &[Layer]) -> Result<(), String> {
+pub fn agree(disk: &Disk, layers: &[Layer]) -> Result<(), String> {
     let named: Vec<_> = disk.layers.iter().map(Source::path).collect();
     let found = layers.iter().skip(1).map(|layer| layer.path.as_path());
     let same =
@@ -310,6 +310,20 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
     let mut used: Vec<_> = used.paths.into_iter().collect();
     used.sort();
     Ok(used)
+}
+
+/// Every file that this guest refers to.
+///
+/// # Errors
+/// If it cannot be looked at: then nothing is certain.
+pub fn of(domain: Domain) -> Result<Vec<PathBuf>, String> {
+    let mut used = Used {
+        connection: domain.connection(),
+        deadline: Instant::now() + OTHERS,
+        paths: HashSet::new(),
+    };
+    used.by(domain)?;
+    Ok(used.paths.into_iter().collect())
 }
 
 /// libvirt lists only the guests that a call's user may see (fine-grained access control): all that it has files of must
@@ -442,7 +456,10 @@ fn is_absent(path: &Path) -> bool {
 
 /// Every absolute path in an XML, whatever it is there for, and those within arguments (`-drive file=/a,format=raw`): too
 /// many keep a file, too few lose one.
-fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
+///
+/// # Errors
+/// It is no XML.
+pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
     let document = Document::parse(xml).map_err(|error| format!("libvirt's XML: {error}"))?;
     let nodes = document.descendants();
     let values = nodes.flat_map(|node| {
@@ -466,6 +483,7 @@ mod tests {
             format: "qcow2".into(),
             backing: backing.map(PathBuf::from),
             data_file: data.map(PathBuf::from),
+            encrypted: false,
         }
     }
 

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use virt_sys::*;
 
-/// The cold migration of a guest away from here, for a user who may look at it.
+/// The cold migration of a guest away from here, or of its disks to another place here, for a user who may look at it.
 fn session(domain: Domain) -> Option<Arc<Session>> {
-    let session = sessions::by_uuid(Role::Source, domain.guest()?.uuid)?;
+    let uuid = domain.guest()?.uuid;
+    let session = sessions::by_uuid(Role::Source, uuid).or_else(|| sessions::by_uuid(Role::Within, uuid))?;
     // Whether it runs is told to whom it may be told.
     (!session.engine.is_gone() && domain.is_shut_off().is_ok()).then_some(session)
 }

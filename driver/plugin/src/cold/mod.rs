@@ -14,7 +14,8 @@
 //!
 //! The real Prepare, Finish and Confirm know nothing of storage: the files are there before the first, in their places
 //! before the second, and the third, which would delete what it never copied, is not called at all. Who owns the guest
-//! at which moment says [`ferry_contract::cold::journal`]; what a crash leaves, [`recovery`] brings to an end.
+//! at which moment says [`ferry_contract::cold::journal`]; what a crash leaves, [`recovery`] brings to an end. Within one
+//! host, [`storage`] moves a guest's disks to another place.
 
 mod definition;
 pub mod destination;
@@ -28,6 +29,7 @@ mod pools;
 pub mod recovery;
 mod sessions;
 pub mod source;
+pub mod storage;
 
 use crate::libvirt::{Error, Params};
 use ferry_contract::config::Config;

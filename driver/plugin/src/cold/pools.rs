@@ -41,15 +41,7 @@ pub fn path_of(connection: Connection, source: &Source) -> Result<Option<PathBuf
         Source::Volume { pool, volume } => (pool, volume),
         Source::None | Source::Network | Source::Other(_) => return Ok(None),
     };
-    let storage = Storage::of(connection).map_err(|error| format!("no storage driver: {error}"))?;
-    let found = storage
-        .pool(pool)
-        .map_err(|_| format!("storage pool {pool} does not exist: virsh pool-define it"))?;
-    if !found.is_active() {
-        return Err(format!(
-            "storage pool {pool} is not active: virsh pool-start {pool}"
-        ));
-    }
+    let found = active(connection, pool)?;
     if let Ok(path) = found.volume_path(volume) {
         return Ok(Some(path));
     }
@@ -62,6 +54,35 @@ pub fn path_of(connection: Connection, source: &Source) -> Result<Option<PathBuf
             "volume {volume} of storage pool {pool} is no file's name"
         )),
         false => Ok(Some(directory.target.join(volume))),
+    }
+}
+
+fn active(connection: Connection, pool: &str) -> Result<Pool, String> {
+    let storage = Storage::of(connection).map_err(|error| format!("no storage driver: {error}"))?;
+    let found = storage
+        .pool(pool)
+        .map_err(|_| format!("storage pool {pool} does not exist: virsh pool-define it"))?;
+    match found.is_active() {
+        true => Ok(found),
+        false => Err(format!(
+            "storage pool {pool} is not active: virsh pool-start {pool}"
+        )),
+    }
+}
+
+/// Where the files of a pool's volumes are.
+///
+/// # Errors
+/// Why it has none, in a sentence.
+pub fn directory(connection: Connection, pool: &str) -> Result<PathBuf, String> {
+    let xml = active(connection, pool)?.xml();
+    let shape = xml.ok().and_then(|xml| Shape::read(&xml));
+    match shape {
+        Some(shape) if shape.is_directory() => Ok(shape.target),
+        found => Err(format!(
+            "storage pool {pool} is of type {}, and files go only into one that is a directory (dir, fs, netfs)",
+            found.map_or_else(|| "unknown".into(), |shape| shape.kind)
+        )),
     }
 }
 

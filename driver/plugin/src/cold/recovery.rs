@@ -6,7 +6,7 @@
 
 use super::destination::{complete, own_it, unregister, withdraw};
 use super::source::{leave, Left};
-use super::{here, sessions, unexpected};
+use super::{here, sessions, storage, unexpected};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
@@ -89,7 +89,9 @@ pub fn settle(connection: Connection, role: Role, guest: &Guest, config: &Config
     if path.symlink_metadata().is_err() {
         return Ok(());
     }
-    let pulled = |journal: &Journal| matches!(journal.state, State::Pulling | State::Ready);
+    let pulled = |journal: &Journal| {
+        journal.role == Role::Destination && matches!(journal.state, State::Pulling | State::Ready)
+    };
     if role == Role::Destination && read(&path).is_ok_and(|journal| pulled(&journal)) {
         // A recovery would remove what the engine takes up.
         return Ok(());
@@ -171,6 +173,9 @@ fn recover(
         Reply::ColdRecovered(recovered) => recovered,
         reply => return Err(unexpected(&reply)),
     };
+    if journal.role == Role::Within {
+        return storage::ending::recovered(connection, &journal, &engine, recovered);
+    }
     let guest = journal.guest.name.as_str();
     match recovered {
         Recovered::Stays => tracing::warn!(guest, "an interrupted migration was ended: the guest stays here"),

@@ -8,6 +8,7 @@ mod event;
 mod exec;
 mod job;
 mod migration;
+mod native;
 mod save;
 mod start;
 

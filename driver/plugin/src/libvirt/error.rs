@@ -27,19 +27,27 @@ impl Error {
 
     /// The error of everything that can go wrong in a migration: "operation failed: …".
     pub fn failed(cause: impl std::fmt::Display) -> Self {
-        let message = format!("operation failed: migration through virt-ferry: {cause}");
+        Self::operation(format_args!("migration through virt-ferry: {cause}"))
+    }
+
+    /// The error of what is no migration: "operation failed: …".
+    pub fn operation(cause: impl std::fmt::Display) -> Self {
         Self::Ours {
             code: virt_sys::VIR_ERR_OPERATION_FAILED as c_int,
-            message,
+            message: format!("operation failed: {cause}"),
         }
     }
 
     /// The error of a cancelled job, worded as libvirt 11.3 words it.
     pub fn cancelled() -> Self {
-        let message = "operation aborted: migration out: canceled by client".to_owned();
+        Self::aborted("migration out: canceled by client")
+    }
+
+    /// The error of what the operator has ended: "operation aborted: …".
+    pub fn aborted(what: impl std::fmt::Display) -> Self {
         Self::Ours {
             code: virt_sys::VIR_ERR_OPERATION_ABORTED as c_int,
-            message,
+            message: format!("operation aborted: {what}"),
         }
     }
 

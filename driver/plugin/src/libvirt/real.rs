@@ -116,6 +116,9 @@ pub type DefineFlags = unsafe extern "C" fn(virConnectPtr, *const c_char, c_uint
 /// `virDomainCreateXMLWithFiles`.
 pub type CreateWithFiles =
     unsafe extern "C" fn(virConnectPtr, *const c_char, c_uint, *mut c_int, c_uint) -> virDomainPtr;
+/// `virConnectDomainXMLToNative`.
+pub type XmlToNative =
+    unsafe extern "C" fn(virConnectPtr, *const c_char, *const c_char, c_uint) -> *mut c_char;
 /// `virDomainMigratePerform`, of the protocol's version 2.
 pub type Perform2 =
     unsafe extern "C" fn(virDomainPtr, Bytes, c_int, *const c_char, c_ulong, *const c_char, c_ulong) -> c_int;
@@ -161,6 +164,8 @@ real! {
     create = c"virDomainCreateXML": DefineFlags;
     #[doc = "libvirt's own start of a transient guest with open files."]
     create_with_files = c"virDomainCreateXMLWithFiles": CreateWithFiles;
+    #[doc = "libvirt's own conversion of a definition."]
+    xml_to_native = c"virConnectDomainXMLToNative": XmlToNative;
     #[doc = "libvirt's own Begin."]
     begin = c"virDomainMigrateBegin3Params": Begin;
     #[doc = "libvirt's own Prepare."]

@@ -1,0 +1,219 @@
+//! The end of a move within one host, also after a crash: libvirt's definition says which files are the guest's, and the
+//! others go.
+
+use crate::cold::definition::Definition;
+use crate::cold::{here, inventory, pools, unexpected, LOCAL, SETTLED};
+use crate::engine::Engine;
+use crate::libvirt::{Connection, Error};
+use ferry_contract::cold::journal::{Entry, Journal};
+use ferry_contract::cold::{Deleted, Part, Recovered};
+use ferry_contract::control::{Reply, Request};
+use ferry_contract::session::Guest;
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+/// The guest's definition names the new files.
+///
+/// # Errors
+/// That cannot be written down; a recovery finds it out.
+pub fn own(engine: &Engine) -> Result<(), Error> {
+    match engine.ask(&Request::ColdOwned, Some(LOCAL))? {
+        Reply::ColdOwned { .. } => Ok(()),
+        reply => Err(unexpected(&reply)),
+    }
+}
+
+/// The guest's definition names the old files, and will: the new ones go.
+pub fn give_up(guest: &Guest, engine: &Engine) {
+    match engine.ask(&Request::ColdAbort, Some(SETTLED)) {
+        Ok(Reply::ColdAborted) => {}
+        // A recovery does it.
+        Ok(reply) => tracing::warn!(guest = guest.name, "{}", unexpected(&reply)),
+        Err(failure) => tracing::warn!(guest = guest.name, %failure, "the copies were not removed"),
+    }
+}
+
+/// Removes the old files, but for those that a guest still refers to, this one included.
+///
+/// # Errors
+/// The engine's; the guest has its new files.
+pub fn clear(
+    connection: Connection,
+    guest: &Guest,
+    engine: &Engine,
+    mut keep: bool,
+) -> Result<Deleted, Error> {
+    let in_use = match keep {
+        true => Vec::new(),
+        false => in_use(connection, guest).unwrap_or_else(|why| {
+            tracing::warn!(
+                guest = guest.name,
+                "the files that moved stay at their old places, too: {why}"
+            );
+            keep = true;
+            Vec::new()
+        }),
+    };
+    match engine.ask(&Request::ColdDelete { keep, in_use }, Some(LOCAL))? {
+        Reply::ColdDeleted(deleted) => {
+            pools::refresh(connection, deleted.deleted.iter().map(PathBuf::as_path));
+            Ok(deleted)
+        }
+        reply => Err(unexpected(&reply)),
+    }
+}
+
+fn in_use(connection: Connection, guest: &Guest) -> Result<Vec<PathBuf>, String> {
+    let mut used = inventory::others(connection, guest.uuid)?;
+    let domain = connection.domain(guest.uuid).map_err(|error| error.to_string())?;
+    used.extend(inventory::of(domain.get())?);
+    Ok(used)
+}
+
+/// Which files the guest's definition names.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Names {
+    /// Those that it had.
+    Old,
+    /// Those that were copied.
+    New,
+    /// Some of both, or none: somebody has edited it since.
+    Unclear,
+}
+
+/// Does what is left to do after a crash, in which the engine has found this; `Some` says why it is still open.
+///
+/// # Errors
+/// libvirt's, or the engine's.
+pub fn recovered(
+    connection: Connection,
+    journal: &Journal,
+    engine: &Engine,
+    found: Recovered,
+) -> Result<Option<String>, Error> {
+    let guest = &journal.guest;
+    let name = guest.name.as_str();
+    let keep = journal.options.keep;
+    match found {
+        Recovered::Undone => {
+            tracing::warn!(
+                guest = name,
+                "an interrupted move of storage was undone: its disks are where they were"
+            );
+        }
+        Recovered::Define => match names(
+            connection,
+            guest,
+            &tops(journal, &journal.former),
+            &tops(journal, &journal.entries),
+        )? {
+            Names::Old => {
+                give_up(guest, engine);
+                tracing::warn!(
+                    guest = name,
+                    "an interrupted move of storage was undone: its disks are where they were"
+                );
+            }
+            Names::New => {
+                own(engine)?;
+                clear(connection, guest, engine, keep)?;
+                tracing::warn!(
+                    guest = name,
+                    "an interrupted move of storage was ended: its disks have moved"
+                );
+            }
+            Names::Unclear => {
+                own(engine)?;
+                clear(connection, guest, engine, true)?;
+                tracing::warn!(
+                    guest = name,
+                    "after an interrupted move of storage its definition names neither what it had nor all that was copied: \
+                     nothing is deleted; remove by hand what it does not need"
+                );
+            }
+        },
+        Recovered::Leaves => {
+            clear(connection, guest, engine, keep)?;
+            tracing::warn!(
+                guest = name,
+                "an interrupted move of storage was ended: its disks have moved"
+            );
+        }
+        Recovered::Unknown { cause } => return Ok(Some(cause)),
+        other => {
+            return Err(here(format!(
+                "the engine found what cannot be within one host ({other:?})"
+            )))
+        }
+    }
+    Ok(None)
+}
+
+/// The images of these that guests write to.
+fn tops(journal: &Journal, entries: &[Entry]) -> Vec<PathBuf> {
+    let parts = journal.inventory.files.iter().map(|file| &file.part);
+    let tops = entries.iter().zip(parts).filter(|(_, part)| is_top(part));
+    tops.map(|(entry, _)| entry.path.clone()).collect()
+}
+
+/// Whether it is an image that a guest writes to.
+pub fn is_top(part: &Part) -> bool {
+    matches!(part, Part::Disk { layer: 0, .. })
+}
+
+/// Which of these images the guest's definition names now.
+///
+/// # Errors
+/// libvirt's.
+pub fn names(
+    connection: Connection,
+    guest: &Guest,
+    old: &[PathBuf],
+    new: &[PathBuf],
+) -> Result<Names, Error> {
+    let domain = match connection.domain(guest.uuid) {
+        Ok(domain) => domain,
+        Err(error) if error.is_no_domain() => return Ok(Names::Unclear),
+        Err(error) => return Err(error),
+    };
+    let definition = Definition::read(&domain.get().definition()?).map_err(here)?;
+    let mut named = HashSet::new();
+    for disk in &definition.disks {
+        let path = pools::path_of(connection, &disk.source).map_err(here)?;
+        named.extend(path.map(|path| inventory::plain(&path)));
+    }
+    Ok(judge(&named, old, new))
+}
+
+/// By the images that guests write to: each disk that moved has one.
+fn judge(named: &HashSet<PathBuf>, old: &[PathBuf], new: &[PathBuf]) -> Names {
+    let has = |path: &PathBuf| named.contains(path);
+    match (old.iter().any(has), new.iter().any(has)) {
+        (false, true) if new.iter().all(has) => Names::New,
+        (true, false) if old.iter().all(has) => Names::Old,
+        _ => Names::Unclear,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_decides() {
+        let paths = |paths: &[&str]| paths.iter().map(PathBuf::from).collect::<Vec<_>>();
+        let (old, new) = (paths(&["/a/x", "/a/y"]), paths(&["/b/x", "/b/y"]));
+        let judged = |named: &[&str]| judge(&paths(named).into_iter().collect(), &old, &new);
+        assert_eq!(judged(&["/a/x", "/a/y", "/cd"]), Names::Old);
+        assert_eq!(judged(&["/b/x", "/b/y", "/cd"]), Names::New);
+        for odd in [
+            &["/a/x", "/b/y"][..],
+            &["/a/x"],
+            &["/b/x"],
+            &[],
+            &["/a/x", "/a/y", "/b/x", "/b/y"],
+        ] {
+            assert_eq!(judged(odd), Names::Unclear, "{odd:?}");
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! Which files of a guest's disks go to another directory, under which names, and whose headers must say so. Pure, but for
+//! what only this host can tell of a file ([`Here`]).
+//!
+//! A file stays where it is when it is there already, is none (a device), or somebody else needs it: another guest, or a
+//! disk of this one that stays. Then all that its header names stays, too, for that must not be changed.
+
+use crate::cold::image::Layer;
+use crate::cold::inventory::plain;
+use ferry_contract::cold::storage::Rename;
+use ferry_contract::cold::{Item, Kept, Part};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// A disk and its images, from the top.
+#[derive(Debug, Clone)]
+pub struct Chain {
+    /// The disk (`vda`).
+    pub target: String,
+    /// What `qemu-img` found.
+    pub layers: Vec<Layer>,
+    /// It is to move.
+    pub moves: bool,
+}
+
+/// What the plan has to know of this host.
+pub trait Here {
+    /// Whether it is a file, and no device.
+    fn is_file(&self, path: &Path) -> bool;
+    /// Whether it is in this directory, however both are written.
+    fn is_in(&self, path: &Path, directory: &Path) -> bool;
+    /// Whether another guest refers to it.
+    fn is_used(&self, path: &Path) -> bool;
+}
+
+/// What is to be done.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The files that move.
+    pub items: Vec<Item>,
+    /// Where each goes.
+    pub places: Vec<PathBuf>,
+    /// Headers that must name their backing file anew.
+    pub renames: Vec<Rename>,
+    /// Files of these disks that stay, and why.
+    pub stays: Vec<Kept>,
+}
+
+impl Plan {
+    /// Where this file goes; `None` where it stays.
+    pub fn place(&self, path: &Path) -> Option<&PathBuf> {
+        let mut moving = self.items.iter().zip(&self.places);
+        let path = plain(path);
+        moving.find(|(item, _)| item.path == path).map(|(_, place)| place)
+    }
+}
+
+/// Plans the move of these disks into a directory, as far as it can be done, and says what is in the way, each in a
+/// sentence.
+pub fn plan(chains: &[Chain], directory: &Path, here: &impl Here) -> (Plan, Vec<String>) {
+    let mut planning = Planning {
+        chains,
+        directory,
+        here,
+        stays: BTreeMap::new(),
+        plan: Plan::default(),
+        problems: Vec::new(),
+    };
+    planning.find_what_stays();
+    for chain in chains.iter().filter(|chain| chain.moves) {
+        planning.items(chain);
+    }
+    for chain in chains.iter().filter(|chain| chain.moves) {
+        planning.headers(chain);
+    }
+    let Planning {
+        stays,
+        mut plan,
+        problems,
+        ..
+    } = planning;
+    let of_these = |path: &PathBuf| {
+        let mut moving = chains.iter().filter(|chain| chain.moves);
+        moving.any(|chain| chain.layers.iter().any(|layer| plain(&layer.path) == *path))
+    };
+    let stays = stays.into_iter().filter(|(path, _)| of_these(path));
+    plan.stays = stays.map(|(path, reason)| Kept { path, reason }).collect();
+    (plan, problems)
+}
+
+struct Planning<'a, H> {
+    chains: &'a [Chain],
+    directory: &'a Path,
+    here: &'a H,
+    stays: BTreeMap<PathBuf, String>,
+    plan: Plan,
+    problems: Vec<String>,
+}
+
+impl<H: Here> Planning<'_, H> {
+    /// Why a file stays by itself.
+    fn reason(&self, path: &Path) -> Option<String> {
+        match path {
+            path if !self.here.is_file(path) => Some("it is no file, and only files are moved".into()),
+            path if self.here.is_in(path, self.directory) => Some("it is there already".into()),
+            path if self.here.is_used(path) => Some("another guest refers to it".into()),
+            _ => None,
+        }
+    }
+
+    /// What stays makes what it names stay, also for other disks: until nothing more does.
+    fn find_what_stays(&mut self) {
+        loop {
+            let before = self.stays.len();
+            for chain in self.chains {
+                let mut above =
+                    (!chain.moves).then(|| format!("disk {}, which stays, needs it", chain.target));
+                for layer in &chain.layers {
+                    let path = plain(&layer.path);
+                    let reason = self.stays.get(&path).cloned();
+                    let reason = reason.or_else(|| above.clone()).or_else(|| self.reason(&path));
+                    let Some(reason) = reason else { continue };
+                    above = above.or_else(|| Some(format!("{}, which stays, needs it", path.display())));
+                    if let Some(data) = &layer.data_file {
+                        let data = plain(&Layer::beside(&layer.path, data));
+                        self.stays.entry(data).or_insert_with(|| reason.clone());
+                    }
+                    self.stays.entry(path).or_insert(reason);
+                }
+            }
+            if self.stays.len() == before {
+                return;
+            }
+        }
+    }
+
+    fn items(&mut self, chain: &Chain) {
+        let target = &chain.target;
+        for (number, layer) in chain.layers.iter().enumerate() {
+            let path = plain(&layer.path);
+            if let Some(reason) = self.stays.get(&path) {
+                if number == 0 && !self.here.is_in(&path, self.directory) {
+                    self.problems
+                        .push(format!("disk {target}: {} cannot move: {reason}", path.display()));
+                }
+                return;
+            }
+            let above = number.checked_sub(1).and_then(|above| chain.layers.get(above));
+            let part = Part::Disk {
+                target: target.clone(),
+                layer: number as u16,
+                format: layer.format.clone(),
+                relative: above
+                    .and_then(|above| above.backing.as_ref())
+                    .is_some_and(|named| named.is_relative()),
+            };
+            self.item(path, part);
+            if let Some(named) = &layer.data_file {
+                self.data(target, number as u16, layer, named);
+            }
+        }
+    }
+
+    /// An image's data file goes along. Its header cannot be told another name: the name must still be right then.
+    fn data(&mut self, target: &str, number: u16, layer: &Layer, named: &Path) {
+        let path = plain(&Layer::beside(&layer.path, named));
+        let stays = self.stays.get(&path).cloned();
+        if let Some(reason) = stays.or_else(|| self.reason(&path)) {
+            if named.is_relative() {
+                self.problems.push(format!(
+                    "disk {target}: {} names its data file {} relative to itself, and that cannot move: {reason}",
+                    layer.path.display(),
+                    named.display()
+                ));
+            }
+            self.stays.insert(path, reason);
+            return;
+        }
+        let is_beside = named.file_name() == Some(named.as_os_str());
+        if !is_beside {
+            self.problems.push(format!(
+                "disk {target}: {image} names its data file {}, which would be wrong in {}: put both into one directory, and \
+                 have the image name it without any (qemu-img amend -f {format} -o data_file=NAME {image})",
+                named.display(),
+                self.directory.display(),
+                image = layer.path.display(),
+                format = layer.format,
+            ));
+            return;
+        }
+        let part = Part::Data {
+            target: target.to_owned(),
+            layer: number,
+            relative: true,
+        };
+        self.item(path, part);
+    }
+
+    /// Adds a file, once.
+    fn item(&mut self, path: PathBuf, part: Part) {
+        if self.plan.place(&path).is_some() {
+            return;
+        }
+        let Some(name) = path.file_name() else {
+            return self.problems.push(format!("{} has no name", path.display()));
+        };
+        let place = self.directory.join(name);
+        let taken = self.plan.places.iter().position(|other| *other == place);
+        if let Some(other) = taken {
+            self.problems.push(format!(
+                "{} and {} would have one name in {}: move their disks to different directories (--disk)",
+                self.plan.items[other].path.display(),
+                path.display(),
+                self.directory.display()
+            ));
+        }
+        self.plan.items.push(Item { path, part });
+        self.plan.places.push(place);
+    }
+
+    /// Every image that moves must name its backing file where that is then.
+    fn headers(&mut self, chain: &Chain) {
+        for (layer, below) in chain.layers.iter().zip(chain.layers.iter().skip(1)) {
+            let (Some(image), Some(named)) = (self.plan.place(&layer.path).cloned(), &layer.backing) else {
+                continue;
+            };
+            let moved = self.plan.place(&below.path).cloned();
+            let backing = moved.clone().unwrap_or_else(|| plain(&below.path));
+            if plain(&Layer::beside(&image, named)) == backing
+                || self.plan.renames.iter().any(|known| known.image == image)
+            {
+                continue;
+            }
+            let shown = format!(
+                "disk {}: {} names its backing file {}",
+                chain.target,
+                layer.path.display(),
+                named.display()
+            );
+            if !matches!(layer.format.as_str(), "qcow2" | "qed") {
+                self.problems.push(format!(
+                    "{shown}, and the header of a {} image cannot be told another name",
+                    layer.format
+                ));
+                continue;
+            }
+            if layer.encrypted {
+                self.problems.push(format!(
+                    "{shown}, and the header of an encrypted image cannot be told another name"
+                ));
+                continue;
+            }
+            match name(named, &backing, moved.is_some()) {
+                Some(backing) => self.plan.renames.push(Rename {
+                    image,
+                    format: layer.format.clone(),
+                    backing,
+                    backing_format: below.format.clone(),
+                }),
+                None => self
+                    .problems
+                    .push(format!("{shown}: its new name cannot be written")),
+            }
+        }
+    }
+}
+
+/// How a header that had this name is to name its backing file: as it did, relative to itself where both move.
+fn name(named: &Path, backing: &Path, moved: bool) -> Option<String> {
+    let beside = backing.file_name().filter(|_| moved && named.is_relative());
+    // QEMU takes what stands before a colon for a protocol.
+    let beside = beside
+        .and_then(|name| name.to_str())
+        .filter(|name| !name.contains(':'));
+    beside.or_else(|| backing.to_str()).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host on which these are in use by another guest; what begins with `/dev` is no file.
+    struct Host(&'static [&'static str]);
+
+    impl Here for Host {
+        fn is_file(&self, path: &Path) -> bool {
+            !path.starts_with("/dev")
+        }
+        fn is_in(&self, path: &Path, directory: &Path) -> bool {
+            path.parent() == Some(directory)
+        }
+        fn is_used(&self, path: &Path) -> bool {
+            self.0.iter().any(|used| Path::new(used) == path)
+        }
+    }
+
+    /// An image, what it names as its backing file, and as its data file.
+    type Image = (&'static str, Option<&'static str>, Option<&'static str>);
+
+    fn chain(target: &str, moves: bool, images: &[Image]) -> Chain {
+        let layer = |(path, backing, data): &Image| Layer {
+            path: path.into(),
+            format: if path.ends_with("raw") { "raw" } else { "qcow2" }.into(),
+            backing: backing.map(PathBuf::from),
+            data_file: data.map(PathBuf::from),
+            encrypted: path.contains("secret"),
+        };
+        Chain {
+            target: target.into(),
+            layers: images.iter().map(layer).collect(),
+            moves,
+        }
+    }
+
+    fn planned(chains: &[Chain], used: &'static [&'static str]) -> Result<Plan, Vec<String>> {
+        match plan(chains, Path::new("/new"), &Host(used)) {
+            (plan, problems) if problems.is_empty() => Ok(plan),
+            (_, problems) => Err(problems),
+        }
+    }
+
+    fn moves(plan: &Plan) -> Vec<(&str, &str)> {
+        let pairs = plan.items.iter().zip(&plan.places);
+        let text = |path: &'_ PathBuf| path.to_str().unwrap().to_owned().leak() as &str;
+        pairs
+            .map(|(item, place)| (text(&item.path), text(place)))
+            .collect()
+    }
+
+    fn renames(plan: &Plan) -> Vec<(&str, &str, &str)> {
+        let renames = plan.renames.iter();
+        renames
+            .map(|one| {
+                (
+                    one.image.to_str().unwrap(),
+                    one.backing.as_str(),
+                    one.backing_format.as_str(),
+                )
+            })
+            .collect()
+    }
+
+    fn stays(plan: &Plan) -> Vec<&str> {
+        plan.stays
+            .iter()
+            .map(|kept| kept.path.to_str().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn a_chain_moves_whole_and_its_headers_stay_right() {
+        let chains = [chain(
+            "vda",
+            true,
+            &[
+                ("/a/top.qcow2", Some("mid.qcow2"), None),
+                ("/a/mid.qcow2", Some("/b/low.qcow2"), None),
+                ("/b/low.qcow2", Some("../c/base.raw"), Some("low.data")),
+                ("/b/../c/base.raw", None, None),
+            ],
+        )];
+        let plan = planned(&chains, &[]).unwrap();
+        assert_eq!(
+            moves(&plan),
+            [
+                ("/a/top.qcow2", "/new/top.qcow2"),
+                ("/a/mid.qcow2", "/new/mid.qcow2"),
+                ("/b/low.qcow2", "/new/low.qcow2"),
+                ("/b/low.data", "/new/low.data"),
+                ("/c/base.raw", "/new/base.raw"),
+            ]
+        );
+        assert_eq!(
+            renames(&plan),
+            [
+                ("/new/mid.qcow2", "/new/low.qcow2", "qcow2"),
+                ("/new/low.qcow2", "base.raw", "raw"),
+            ]
+        );
+        assert!(plan.stays.is_empty());
+    }
+
+    #[test]
+    fn what_others_need_stays_with_all_below_it() {
+        let images: &[Image] = &[
+            ("/a/top.qcow2", Some("mid.qcow2"), None),
+            ("/a/mid.qcow2", Some("base.raw"), None),
+            ("/a/base.raw", None, None),
+        ];
+        let plan = planned(&[chain("vda", true, images)], &["/a/mid.qcow2"]).unwrap();
+        assert_eq!(moves(&plan), [("/a/top.qcow2", "/new/top.qcow2")]);
+        assert_eq!(renames(&plan), [("/new/top.qcow2", "/a/mid.qcow2", "qcow2")]);
+        assert_eq!(stays(&plan), ["/a/base.raw", "/a/mid.qcow2"]);
+        // What the guest writes to is nobody else's.
+        let problems = planned(&[chain("vda", true, images)], &["/a/top.qcow2"]).unwrap_err();
+        assert!(problems[0].contains("another guest"), "{problems:?}");
+        // A disk of its own that stays is as good as another guest.
+        let other = chain(
+            "vdb",
+            false,
+            &[
+                ("/b/x.qcow2", Some("/a/base.raw"), None),
+                ("/a/base.raw", None, None),
+            ],
+        );
+        let plan = planned(&[chain("vda", true, images), other], &[]).unwrap();
+        assert_eq!(moves(&plan).len(), 2);
+        assert_eq!(renames(&plan), [("/new/mid.qcow2", "/a/base.raw", "raw")]);
+        assert_eq!(stays(&plan), ["/a/base.raw"]);
+    }
+
+    #[test]
+    fn a_base_of_two_disks_moves_once_or_not_at_all() {
+        let base: Image = ("/a/base.raw", None, None);
+        let one = chain("vda", true, &[("/a/one.qcow2", Some("base.raw"), None), base]);
+        let two = chain("vdb", true, &[("/b/two.qcow2", Some("/a/base.raw"), None), base]);
+        let plan = planned(&[one.clone(), two], &[]).unwrap();
+        assert_eq!(moves(&plan).len(), 3);
+        assert_eq!(renames(&plan), [("/new/two.qcow2", "/new/base.raw", "raw")]);
+        // The second disk is there already, and its header is not touched.
+        let there = chain(
+            "vdb",
+            true,
+            &[("/new/two.qcow2", Some("/a/base.raw"), None), base],
+        );
+        let plan = planned(&[one, there], &[]).unwrap();
+        assert_eq!(moves(&plan), [("/a/one.qcow2", "/new/one.qcow2")]);
+        assert_eq!(renames(&plan), [("/new/one.qcow2", "/a/base.raw", "raw")]);
+        assert_eq!(stays(&plan), ["/a/base.raw", "/new/two.qcow2"]);
+    }
+
+    #[test]
+    fn what_cannot_be_kept_right_is_refused() {
+        let refused = |images: &[Image], word: &str| {
+            let problems = planned(&[chain("vda", true, images)], &["/used"]).unwrap_err();
+            assert!(
+                problems.iter().any(|problem| problem.contains(word)),
+                "{word}: {problems:?}"
+            );
+        };
+        refused(&[("/a/x.qcow2", None, Some("/a/x.data"))], "data_file=NAME");
+        refused(&[("/a/x.qcow2", None, Some("d/x.data"))], "data_file=NAME");
+        refused(
+            &[("/a/x.qcow2", None, Some("../dev/volume"))],
+            "relative to itself",
+        );
+        refused(&[("/dev/volume", None, None)], "no file");
+        refused(&[("/a/x", Some("/b/x"), None), ("/b/x", None, None)], "one name");
+        refused(
+            &[("/a/secret", Some("/b/y"), None), ("/b/y", None, None)],
+            "encrypted",
+        );
+        // A device that an image names by its path may stay.
+        let image: Image = ("/a/x.qcow2", None, Some("/dev/volume"));
+        assert_eq!(
+            moves(&planned(&[chain("vda", true, &[image])], &[]).unwrap()).len(),
+            1
+        );
+    }
+
+    #[test]
+    fn names_stay_as_they_were_where_they_can() {
+        let of =
+            |named: &str, backing: &str, moved| name(Path::new(named), Path::new(backing), moved).unwrap();
+        assert_eq!(of("x", "/new/y", true), "y");
+        assert_eq!(of("x", "/a/y", false), "/a/y");
+        assert_eq!(of("/a/x", "/new/y", true), "/new/y");
+        assert_eq!(of("x", "/new/a:y", true), "/new/a:y");
+    }
+}
