@@ -1,17 +1,18 @@
 //! One migration, watched from all sides.
 
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use ferry_tests::guest::beat::Listener;
 use ferry_tests::host::Host;
 use ferry_tests::scene::{address, Scene, PATIENCE};
 use ferry_tests::timeline::Role;
 
-use crate::case::Route;
+use super::case::Route;
+use super::NUMBER;
+use crate::limited;
 use crate::usage::{cpu_seconds, link_bytes};
-use crate::NUMBER;
+use crate::way::Leg;
 
 /// How long the guest's pace is looked at before and after.
 const PACE: Duration = Duration::from_secs(2);
@@ -19,10 +20,8 @@ const PACE: Duration = Duration::from_secs(2);
 const BEATS: u64 = 500;
 
 /// What was seen of one migration.
-#[derive(Clone, Debug)]
-pub struct Leg {
-    /// Who did it.
-    pub route: Route,
+#[derive(Default)]
+pub struct Seen {
     /// False where it was called off at the limit; the figures are those up to then.
     pub finished: bool,
     /// Wall time of `virsh migrate`.
@@ -41,6 +40,29 @@ pub struct Leg {
     pub resident_destination_kib: u64,
     /// The guest's work a second before, while it lasted, and after: pages written, or heartbeats where it writes none.
     pub work: [f64; 3],
+}
+
+impl Seen {
+    /// By the figures' keys.
+    pub fn into_leg(self) -> Leg {
+        let [before, during, after] = self.work;
+        Leg {
+            finished: self.finished,
+            figures: vec![
+                ("total_ms", self.total_ms),
+                ("stall_ms", self.stall_ms),
+                ("wire_bytes", self.wire_bytes as f64),
+                ("source_cpu_s", self.source_cpu_s),
+                ("destination_cpu_s", self.destination_cpu_s),
+                ("resident_source_kib", self.resident_source_kib as f64),
+                ("resident_destination_kib", self.resident_destination_kib as f64),
+                ("work_ratio", during / before),
+                ("work_before_per_s", before),
+                ("work_while_per_s", during),
+                ("work_after_per_s", after),
+            ],
+        }
+    }
 }
 
 /// The guest's work so far.
@@ -84,7 +106,13 @@ pub fn run(
     let before = work(scene)?;
 
     let start = Instant::now();
-    let finished = migrate(scene, from, to, route, limit)?;
+    let uri = to.uri();
+    let virsh = ["virsh", "--connect", "qemu:///system", "migrate", "--live"];
+    let finished = limited::run(
+        from,
+        limit,
+        &[&virsh, route.options(), &[scene.name(), &uri]].concat(),
+    )?;
     let total_ms = start.elapsed().as_secs_f64() * 1000.0;
 
     let (source, destination) = (cpu_seconds(from)? - source, cpu_seconds(to)? - destination);
@@ -109,8 +137,7 @@ pub fn run(
         .last_timeline(Role::Source)
         .is_ok_and(|timeline| timeline.encryption.is_some());
     ensure!(route != Route::Ferry || encrypted, "virt-ferry did not encrypt");
-    Ok(Leg {
-        route,
+    let seen = Seen {
         finished,
         total_ms,
         stall_ms: heard.longest.length.as_secs_f64() * 1000.0,
@@ -120,25 +147,6 @@ pub fn run(
         resident_source_kib,
         resident_destination_kib: resident,
         work: [pace(first, before), pace(before, after), pace(after, last)],
-    })
-}
-
-/// `virsh migrate --live`, interrupted as by Ctrl-C at the limit. Whether it came to its end by itself.
-fn migrate(scene: &Scene<'_>, from: &Host, to: &Host, route: Route, limit: Duration) -> Result<bool> {
-    let output = from
-        .command("timeout")
-        .args(["--signal=INT", "--kill-after=30", &limit.as_secs().to_string()])
-        .args(["virsh", "--connect", "qemu:///system", "migrate", "--live"])
-        .args(route.options())
-        .args([scene.name(), &to.uri()])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .output()
-        .context("virsh")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    match output.status.code() {
-        Some(0) => Ok(true),
-        Some(124) => Ok(false),
-        _ => anyhow::bail!("virsh failed ({}): {}", output.status, said.trim()),
-    }
+    };
+    Ok(seen.into_leg())
 }
