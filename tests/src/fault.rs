@@ -5,6 +5,7 @@
 //! ```
 
 use std::fs::{self, File};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::fcntl::{fallocate, FallocateFlags};
@@ -181,6 +182,43 @@ impl Drop for Full<'_> {
         if let Err(error) = self.host.run(&["umount", "-l", self.directory]) {
             eprintln!("{} stays full: {error:#}", self.directory);
         }
+    }
+}
+
+/// A process that goes no further than a system call, which it is about to make, until this is dropped or it is killed.
+#[must_use]
+pub struct Held(Child);
+
+impl Held {
+    /// Holds a process at its next call of this name.
+    ///
+    /// # Errors
+    /// What strace said.
+    pub fn at(process: &Process, call: &str) -> Result<Self> {
+        let mut strace = Command::new("strace")
+            .args(["-f", "-qq", "-e", &format!("trace={call}")])
+            .args(["-e", &format!("inject={call}:delay_enter=1h")])
+            .args(["-p", &process.pid.to_string()])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("strace")?;
+        let tracer = process.proc().join("status");
+        let traced = wait_until("strace to hold a process", PATIENCE, || {
+            ensure!(strace.try_wait()?.is_none(), "strace has ended");
+            let status = fs::read_to_string(&tracer)?;
+            Ok(status.contains(&format!("TracerPid:\t{}", strace.id())))
+        });
+        let held = Held(strace);
+        traced.map(|()| held)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // With its tracer gone, the process goes on.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -3,7 +3,9 @@
 use std::fs;
 
 use anyhow::{ensure, Context, Result};
+use serde::de::DeserializeOwned;
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::host::Host;
 
@@ -122,6 +124,46 @@ pub struct Event {
     pub text: String,
 }
 
+/// What one end recorded of one cold migration; of its fields, those that tests look at.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ColdRecord {
+    /// Which end.
+    pub role: Role,
+    /// Date and time; later ones are greater.
+    pub started: String,
+    /// Protocol of the connections; none where they were not encrypted.
+    pub encryption: Option<String>,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What it was at, in order.
+    pub spans: Vec<Span>,
+    /// Bytes of files that had to be looked at: all but the holes.
+    pub data_bytes: u64,
+    /// Bytes of content sent, before they were packed.
+    pub sent_bytes: u64,
+    /// Bytes on the wire, but for what TLS adds.
+    pub wire_bytes: u64,
+}
+
+/// Something that took its time.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Span {
+    /// What.
+    pub what: String,
+    /// Milliseconds since the beginning.
+    pub begin_ms: f64,
+    /// Milliseconds since the beginning.
+    pub end_ms: f64,
+}
+
+impl ColdRecord {
+    /// How long it was at this, milliseconds.
+    pub fn spent_at(&self, what: &str) -> f64 {
+        let spans = self.spans.iter().filter(|span| span.what == what);
+        spans.map(|span| span.end_ms - span.begin_ms).sum()
+    }
+}
+
 impl Timeline {
     /// Streams that carried memory.
     pub fn streams(&self) -> usize {
@@ -157,11 +199,30 @@ impl Host {
             .with_context(|| format!("{}: cannot write {CONFIGURATION}", self.name()))
     }
 
-    /// The timelines kept on this host by the ends of this role, the oldest first.
+    /// The timelines of live migrations kept on this host by the ends of this role, the oldest first.
     ///
     /// # Errors
     /// If one cannot be read.
     pub fn timelines(&self, role: Role) -> Result<Vec<Timeline>> {
+        let mut found: Vec<Timeline> = self.records(false)?;
+        found.retain(|timeline| timeline.role == role);
+        found.sort_by(|a, b| a.started.cmp(&b.started));
+        Ok(found)
+    }
+
+    /// The newest record of a cold migration kept on this host by an end of this role.
+    ///
+    /// # Errors
+    /// If there is none, or one cannot be read.
+    pub fn last_cold_record(&self, role: Role) -> Result<ColdRecord> {
+        let found = self.records::<ColdRecord>(true)?.into_iter();
+        let ours = found.filter(|record| record.role == role);
+        ours.max_by(|a, b| a.started.cmp(&b.started))
+            .with_context(|| format!("{} has no record of a {role:?}", self.name()))
+    }
+
+    /// What is kept of live or cold migrations.
+    fn records<T: DeserializeOwned>(&self, cold: bool) -> Result<Vec<T>> {
         let directory = self.logs().join("virt-ferry");
         let mut found = Vec::new();
         for entry in fs::read_dir(&directory).with_context(|| directory.display().to_string())? {
@@ -170,13 +231,11 @@ impl Host {
                 continue;
             }
             let text = fs::read(&path).with_context(|| path.display().to_string())?;
-            let timeline: Timeline =
-                serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
-            if timeline.role == role {
-                found.push(timeline);
+            let record: Value = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+            if record.get("cold").is_some() == cold {
+                found.push(serde_json::from_value(record).with_context(|| path.display().to_string())?);
             }
         }
-        found.sort_by(|a, b| a.started.cmp(&b.started));
         Ok(found)
     }
 

@@ -2,50 +2,52 @@
 
 use std::fmt::Write;
 
-use crate::case::Route;
-use crate::summary::{Summary, FIGURES};
+use crate::summary::Summary;
 
-/// A case's table.
-pub fn markdown(summary: &Summary) -> String {
+/// The table of every case.
+pub fn markdown(summaries: &[Summary]) -> String {
     let mut text = String::new();
-    // Writing to a string does not fail.
-    let _ = write!(text, "\n## {}\n{}.\n\n", summary.case.name, summary.case.what);
-    text += "| | of native | of native --parallel | native | native --parallel | virt-ferry | |\n";
-    text += "|---|--:|--:|--:|--:|--:|---|\n";
-    for figure in &FIGURES {
-        let of = |route| summary.get(route, figure.key);
-        let ours = of(Route::Ferry);
-        let ratio = |other: Option<f64>| match (ours, other) {
-            (Some(ours), Some(other)) if other > 0.0 => format!("**{:.2}**", ours / other),
-            _ => "–".to_owned(),
+    for summary in summaries {
+        let ways = summary.comparison.ways;
+        let Some((ours, others)) = ways.split_last() else {
+            continue;
         };
-        let value = |value: Option<f64>| value.map_or("–".to_owned(), |value| short(value / figure.scale));
-        let (native, parallel) = (of(Route::Native), of(Route::NativeParallel));
-        let _ = writeln!(
+        let head = others.iter().map(|way| format!("of {}", way.name));
+        let head = head.chain(ways.iter().map(|way| way.name.to_owned()));
+        // Writing to a string does not fail.
+        let _ = write!(
             text,
-            "| {} | {} | {} | {} | {} | {} | {} |",
-            figure.name,
-            ratio(native),
-            ratio(parallel),
-            value(native),
-            value(parallel),
-            value(ours),
-            figure.unit
+            "\n## {}\n{}.\n\n| | {} | |\n|---|{}---|\n",
+            summary.case.name,
+            summary.case.what,
+            head.collect::<Vec<_>>().join(" | "),
+            "--:|".repeat(others.len() + ways.len())
         );
-    }
-    for (route, medians) in &summary.paths {
-        if medians.finished < medians.migrations {
-            let _ = writeln!(
-                text,
-                "\n{}: {} of {} migrations had not come to their end after {} s and were called off.",
-                route.name(),
-                medians.migrations - medians.finished,
-                medians.migrations,
-                summary.case.limit.as_secs()
-            );
+        for figure in summary.comparison.figures {
+            let of = |way| summary.get(way, figure.key);
+            let ratio = |other| match (of(ours), of(other)) {
+                (Some(ours), Some(other)) if other > 0.0 => format!("**{:.2}**", ours / other),
+                _ => "–".to_owned(),
+            };
+            let value = |way| of(way).map_or("–".to_owned(), |value| short(value / figure.scale));
+            let cells = others.iter().map(ratio).chain(ways.iter().map(value));
+            let cells = cells.collect::<Vec<_>>().join(" | ");
+            let _ = writeln!(text, "| {} | {cells} | {} |", figure.name, figure.unit);
         }
+        for way in ways {
+            if let Some(medians) = summary.of(way).filter(|of| of.finished < of.migrations) {
+                let _ = writeln!(
+                    text,
+                    "\n{}: {} of {} migrations had not come to their end after {} s and were called off.",
+                    way.name,
+                    medians.migrations - medians.finished,
+                    medians.migrations,
+                    summary.case.limit.as_secs()
+                );
+            }
+        }
+        let _ = writeln!(text, "\nMedians of {} turns.", summary.turns);
     }
-    let _ = writeln!(text, "\nMedians of {} turns.", summary.turns);
     text
 }
 

@@ -1,94 +1,40 @@
 //! Medians of what was seen.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use serde_json::{json, Value};
 
-use crate::case::{Case, Route};
-use crate::leg::Leg;
+use crate::way::{Case, Comparison, Leg, Way};
 
-/// A figure of a path, and how to show it.
-pub struct Figure {
-    /// As it is known in the JSON.
-    pub key: &'static str,
-    /// As a person reads it.
-    pub name: &'static str,
-    /// Its unit.
-    pub unit: &'static str,
-    /// What to divide the JSON's value by for that unit.
-    pub scale: f64,
-}
-
-/// The figures that are compared, in order of what matters to the guest's owner.
-pub const FIGURES: [Figure; 8] = [
-    figure("stall_ms", "longest stall", "ms", 1.0),
-    figure("total_ms", "total time", "ms", 1.0),
-    figure("memory_ms", "of it, moving memory", "ms", 1.0),
-    figure("wire_bytes", "on the wire", "MiB", 1048576.0),
-    figure("source_cpu_s", "CPU, source", "s", 1.0),
-    figure("destination_cpu_s", "CPU, destination", "s", 1.0),
-    figure(
-        "resident_destination_kib",
-        "resident at the destination",
-        "MiB",
-        1024.0,
-    ),
-    figure("work_ratio", "work while moving, of that before", "", 1.0),
-];
-
-const fn figure(key: &'static str, name: &'static str, unit: &'static str, scale: f64) -> Figure {
-    Figure {
-        key,
-        name,
-        unit,
-        scale,
-    }
-}
-
-/// One path's medians; none where no migration came to its end.
+/// One way's medians; none where no move came to its end.
 #[derive(Clone, Debug, Serialize)]
 pub struct Medians {
-    /// Migrations that were measured.
+    /// Moves that were measured.
     pub migrations: usize,
     /// Of them, those that came to their end.
     pub finished: usize,
-    total_ms: Option<f64>,
-    memory_ms: Option<f64>,
-    stall_ms: Option<f64>,
-    wire_bytes: Option<u64>,
-    source_cpu_s: Option<f64>,
-    destination_cpu_s: Option<f64>,
-    resident_source_kib: Option<u64>,
-    resident_destination_kib: Option<u64>,
-    work_ratio: Option<f64>,
-    /// The guest's work a second before, while and after.
-    work_per_s: [Option<f64>; 3],
+    /// By the figures' keys.
+    #[serde(flatten)]
+    figures: BTreeMap<&'static str, f64>,
 }
 
 impl Medians {
     fn new(legs: &[&Leg]) -> Self {
-        let ended: Vec<_> = legs.iter().filter(|leg| leg.finished).collect();
-        let of = |value: &dyn Fn(&Leg) -> f64| median(ended.iter().map(|leg| value(leg)).collect());
-        let whole = |value: &dyn Fn(&Leg) -> u64| of(&|leg| value(leg) as f64).map(|median| median as u64);
+        let mut values = BTreeMap::<_, Vec<_>>::new();
+        for leg in legs.iter().filter(|leg| leg.finished) {
+            for (key, value) in &leg.figures {
+                values.entry(*key).or_default().push(*value);
+            }
+        }
+        let medians = values.into_iter();
         Medians {
             migrations: legs.len(),
-            finished: ended.len(),
-            total_ms: of(&|leg| leg.total_ms),
-            memory_ms: median(ended.iter().filter_map(|leg| leg.memory_ms).collect()),
-            stall_ms: of(&|leg| leg.stall_ms),
-            wire_bytes: whole(&|leg| leg.wire_bytes),
-            source_cpu_s: of(&|leg| leg.source_cpu_s),
-            destination_cpu_s: of(&|leg| leg.destination_cpu_s),
-            resident_source_kib: whole(&|leg| leg.resident_source_kib),
-            resident_destination_kib: whole(&|leg| leg.resident_destination_kib),
-            work_ratio: of(&|leg| leg.work[1] / leg.work[0]),
-            work_per_s: [0, 1, 2].map(|n| of(&|leg| leg.work[n])),
+            finished: legs.iter().filter(|leg| leg.finished).count(),
+            figures: medians
+                .filter_map(|(key, values)| Some((key, median(values)?)))
+                .collect(),
         }
-    }
-
-    /// A figure by its key.
-    pub fn get(&self, key: &str) -> Option<f64> {
-        let value = serde_json::to_value(self).ok()?;
-        value.get(key)?.as_f64()
     }
 }
 
@@ -105,49 +51,50 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 
 /// One case's medians.
 pub struct Summary {
+    /// What was compared.
+    pub comparison: &'static Comparison,
     /// The case.
-    pub case: &'static Case,
-    /// How often each path took its turn.
+    pub case: Case,
+    /// How often each way took its turn.
     pub turns: u32,
-    /// Each path's.
-    pub paths: Vec<(Route, Medians)>,
+    medians: BTreeMap<&'static str, Medians>,
 }
 
 impl Summary {
-    /// Of all legs of a case.
-    pub fn new(case: &'static Case, turns: u32, legs: &[Leg]) -> Self {
-        let of = |route| {
-            legs.iter()
-                .filter(move |leg| leg.route == route)
-                .collect::<Vec<_>>()
+    /// Of all legs of a case, each with its way's key.
+    pub fn new(comparison: &'static Comparison, case: &Case, turns: u32, legs: &[(&str, Leg)]) -> Self {
+        let of = |way: &Way| {
+            let its = legs.iter().filter(|(key, _)| *key == way.key);
+            Medians::new(&its.map(|(_, leg)| leg).collect::<Vec<_>>())
         };
         Summary {
-            case,
+            comparison,
+            case: *case,
             turns,
-            paths: Route::ALL.map(|route| (route, Medians::new(&of(route)))).into(),
+            medians: comparison.ways.iter().map(|way| (way.key, of(way))).collect(),
         }
     }
 
-    /// A figure of a path.
-    pub fn get(&self, route: Route, key: &str) -> Option<f64> {
-        let (_, medians) = self.paths.iter().find(|(other, _)| *other == route)?;
-        medians.get(key)
+    /// A way's medians.
+    pub fn of(&self, way: &Way) -> Option<&Medians> {
+        self.medians.get(way.key)
+    }
+
+    /// A figure of a way.
+    pub fn get(&self, way: &Way, key: &str) -> Option<f64> {
+        self.of(way)?.figures.get(key).copied()
     }
 }
 
 /// All of it as JSON.
 pub fn document(summaries: &[Summary]) -> Value {
     let cases = summaries.iter().map(|summary| {
-        let paths = summary
-            .paths
-            .iter()
-            .map(|(route, medians)| (route.name(), json!(medians)));
         json!({
             "name": summary.case.name,
             "what": summary.case.what,
             "turns": summary.turns,
             "limit_s": summary.case.limit.as_secs(),
-            "paths": paths.collect::<std::collections::BTreeMap<_, _>>(),
+            "paths": summary.medians,
         })
     });
     json!({ "cases": cases.collect::<Vec<_>>() })
@@ -156,6 +103,35 @@ pub fn document(summaries: &[Summary]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::way::figure;
+    use std::time::Duration;
+
+    static COMPARISON: Comparison = Comparison {
+        ways: &[
+            Way {
+                key: "theirs",
+                name: "theirs",
+            },
+            Way {
+                key: "ours",
+                name: "ours",
+            },
+        ],
+        figures: &[figure("total_ms", "total time", "s", 1000.0)],
+    };
+    const CASE: Case = Case {
+        name: "case",
+        what: "a guest",
+        turns: 3,
+        limit: Duration::from_secs(1),
+    };
+
+    fn leg(finished: bool, total: f64) -> Leg {
+        Leg {
+            finished,
+            figures: vec![("total_ms", total), ("besides", 1.0)],
+        }
+    }
 
     #[test]
     fn the_median_is_the_middle() {
@@ -165,24 +141,42 @@ mod tests {
     }
 
     #[test]
-    fn every_figure_is_in_the_medians() {
-        let leg = Leg {
-            route: Route::Ferry,
-            finished: true,
-            total_ms: 1.0,
-            memory_ms: Some(1.0),
-            stall_ms: 1.0,
-            wire_bytes: 1,
-            source_cpu_s: 1.0,
-            destination_cpu_s: 1.0,
-            resident_source_kib: 1,
-            resident_destination_kib: 1,
-            work: [1.0; 3],
+    fn each_way_has_the_medians_of_what_came_to_its_end() {
+        let legs = [
+            ("ours", leg(true, 3000.0)),
+            ("theirs", leg(false, 9000.0)),
+            ("ours", leg(true, 1000.0)),
+        ];
+        let summary = Summary::new(&COMPARISON, &CASE, 2, &legs);
+        let [theirs, ours] = COMPARISON.ways else {
+            unreachable!()
         };
-        let summary = Summary::new(&crate::case::CASES[0], 1, &[leg]);
-        for figure in FIGURES {
-            assert_eq!(summary.get(Route::Ferry, figure.key), Some(1.0), "{}", figure.key);
-            assert_eq!(summary.get(Route::Native, figure.key), None);
-        }
+        assert_eq!(summary.get(ours, "total_ms"), Some(2000.0));
+        assert_eq!(summary.get(ours, "besides"), Some(1.0));
+        assert_eq!(summary.get(theirs, "total_ms"), None);
+        let json = document(&[summary]);
+        let paths = &json["cases"][0]["paths"];
+        assert_eq!(paths["ours"]["total_ms"], 2000.0);
+        assert_eq!(
+            paths["theirs"],
+            serde_json::json!({ "migrations": 1, "finished": 0 })
+        );
+    }
+
+    #[test]
+    fn ratios_come_first() {
+        let legs = [("ours", leg(true, 3000.0)), ("theirs", leg(true, 6000.0))];
+        let summaries = [Summary::new(&COMPARISON, &CASE, 1, &legs)];
+        let table = crate::report::markdown(&summaries);
+        assert!(table.contains("| | of theirs | theirs | ours | |"), "{table}");
+        assert!(
+            table.contains("| total time | **0.50** | 6.00 | 3.00 | s |"),
+            "{table}"
+        );
+        let picture = crate::chart::render(&summaries);
+        assert!(
+            picture.contains(">6.00 s<") && picture.contains(">ours<"),
+            "{picture}"
+        );
     }
 }

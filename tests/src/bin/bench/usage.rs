@@ -5,6 +5,8 @@ use std::fs;
 use anyhow::{Context, Result};
 use ferry_tests::host::Host;
 use ferry_tests::lab::Lab;
+use nix::sys::resource::{getrusage, UsageWho};
+use nix::sys::time::TimeValLike;
 use nix::unistd::{sysconf, SysconfVar};
 
 /// CPU seconds of all processes a host has or had: those that ended are counted by whoever waited for them, in the end
@@ -23,6 +25,16 @@ pub fn cpu_seconds(host: &Host) -> Result<f64> {
         ticks += stat_ticks(&stat).with_context(|| format!("{}: {stat}", process.proc().display()))?;
     }
     Ok(ticks as f64 / hertz as f64)
+}
+
+/// CPU seconds of all commands that this process has run and waited for, with what they have waited for.
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn children_cpu_seconds() -> Result<f64> {
+    let used = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let microseconds = used.user_time().num_microseconds() + used.system_time().num_microseconds();
+    Ok(microseconds as f64 / 1e6)
 }
 
 /// utime, stime, cutime and cstime: fields 14 to 17 of proc_pid_stat(5).

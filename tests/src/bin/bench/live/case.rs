@@ -2,54 +2,58 @@
 
 use std::time::Duration;
 
-use ferry_tests::guest::{Guest, Order, Rate};
+use ferry_tests::guest::{self, Order, Rate};
+
+use crate::way::{Case, Way};
 
 /// A guest on a link.
-pub struct Case {
-    /// As it is known in the JSON.
-    pub name: &'static str,
-    /// What the guest is and does.
-    pub what: &'static str,
+pub struct Guest {
+    /// What is told of it.
+    pub case: Case,
     /// The guest to be.
-    pub guest: fn() -> Guest,
+    pub guest: fn() -> guest::Guest,
     /// The link's rate where it is limited (`tc tbf`), Mbit/s.
     pub link_mbit: Option<u32>,
-    /// Turns unless told otherwise.
-    pub turns: u32,
-    /// A migration that takes longer is called off.
-    pub limit: Duration,
 }
 
-/// All cases, the quick one first.
-pub const CASES: [Case; 3] = [
-    Case {
-        name: "sparse-idle",
-        what: "4 GiB, about a tenth of it in use, idle",
+/// All guests, the quick one first.
+pub const GUESTS: [Guest; 3] = [
+    Guest {
+        case: case("sparse-idle", 7, "4 GiB, about a tenth of it in use, idle"),
         guest: || load(4096, 140, 16, Rate(0)),
         link_mbit: None,
-        turns: 7,
-        limit: Duration::from_secs(120),
     },
-    Case {
-        name: "half-steady",
-        what: "1 GiB, half of it in use; 32 MiB/s written all over 128 MiB",
+    Guest {
+        case: case(
+            "half-steady",
+            7,
+            "1 GiB, half of it in use; 32 MiB/s written all over 128 MiB",
+        ),
         guest: || load(1024, 320, 128, Rate::mib(32)),
         link_mbit: None,
-        turns: 7,
-        limit: Duration::from_secs(120),
     },
-    Case {
-        name: "heavy-writer",
-        what: "512 MiB; 96 MiB written over and over, faster than the 400 Mbit/s link",
+    Guest {
+        case: case(
+            "heavy-writer",
+            2,
+            "512 MiB; 96 MiB written over and over, faster than the 400 Mbit/s link",
+        ),
         guest: || load(512, 64, 96, Rate::mib(150)),
         link_mbit: Some(400),
-        turns: 2,
-        limit: Duration::from_secs(120),
     },
 ];
 
-fn load(memory: u64, filled: u64, set: u64, rate: Rate) -> Guest {
-    Guest::linux("measured")
+const fn case(name: &'static str, turns: u32, what: &'static str) -> Case {
+    Case {
+        name,
+        what,
+        turns,
+        limit: Duration::from_secs(120),
+    }
+}
+
+fn load(memory: u64, filled: u64, set: u64, rate: Rate) -> guest::Guest {
+    guest::Guest::linux("measured")
         .memory_mib(memory)
         .filled(filled)
         .working_set(set)
@@ -73,13 +77,14 @@ impl Route {
     /// All of them, the ones to compare with first.
     pub const ALL: [Route; 3] = [Route::Native, Route::NativeParallel, Route::Ferry];
 
-    /// As it is known in the JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            Route::Native => "native",
-            Route::NativeParallel => "native-parallel",
-            Route::Ferry => "ferry",
-        }
+    /// How it is told.
+    pub const fn way(self) -> Way {
+        let (key, name) = match self {
+            Route::Native => ("native", "native"),
+            Route::NativeParallel => ("native-parallel", "native --parallel"),
+            Route::Ferry => ("ferry", "virt-ferry"),
+        };
+        Way { key, name }
     }
 
     /// What `virsh migrate --live` is told besides.

@@ -8,9 +8,10 @@ use ferry_tests::host::Host;
 use ferry_tests::scene::{address, Scene, PATIENCE};
 use ferry_tests::timeline::Role;
 
-use crate::case::Route;
+use super::case::Route;
+use super::NUMBER;
 use crate::usage::{cpu_seconds, link_bytes};
-use crate::NUMBER;
+use crate::way::Leg;
 
 /// How long the guest's pace is looked at before and after.
 const PACE: Duration = Duration::from_secs(2);
@@ -18,10 +19,8 @@ const PACE: Duration = Duration::from_secs(2);
 const BEATS: u64 = 500;
 
 /// What was seen of one migration.
-#[derive(Clone, Debug)]
-pub struct Leg {
-    /// Who did it.
-    pub route: Route,
+#[derive(Default)]
+pub struct Seen {
     /// False where it was called off at the limit; the figures are those up to then.
     pub finished: bool,
     /// Wall time of `virsh migrate`.
@@ -43,6 +42,31 @@ pub struct Leg {
     pub resident_destination_kib: u64,
     /// The guest's work a second before, while it lasted, and after: pages written, or heartbeats where it writes none.
     pub work: [f64; 3],
+}
+
+impl Seen {
+    /// By the figures' keys.
+    pub fn into_leg(self) -> Leg {
+        let [before, during, after] = self.work;
+        let mut figures = vec![
+            ("total_ms", self.total_ms),
+            ("stall_ms", self.stall_ms),
+            ("wire_bytes", self.wire_bytes as f64),
+            ("source_cpu_s", self.source_cpu_s),
+            ("destination_cpu_s", self.destination_cpu_s),
+            ("resident_source_kib", self.resident_source_kib as f64),
+            ("resident_destination_kib", self.resident_destination_kib as f64),
+            ("work_ratio", during / before),
+            ("work_before_per_s", before),
+            ("work_while_per_s", during),
+            ("work_after_per_s", after),
+        ];
+        figures.extend(self.memory_ms.map(|ms| ("memory_ms", ms)));
+        Leg {
+            finished: self.finished,
+            figures,
+        }
+    }
 }
 
 /// The guest's work so far.
@@ -113,8 +137,7 @@ pub fn run(
         ensure!(timeline.encryption.is_some(), "virt-ferry did not encrypt");
         memory_ms = Some(timeline.memory_ms());
     }
-    Ok(Leg {
-        route,
+    let seen = Seen {
         finished,
         total_ms,
         memory_ms,
@@ -125,7 +148,8 @@ pub fn run(
         resident_source_kib,
         resident_destination_kib: resident,
         work: [pace(first, before), pace(before, after), pace(after, last)],
-    })
+    };
+    Ok(seen.into_leg())
 }
 
 /// `virsh migrate --live`, given up at the limit. Whether it came to its end by itself.
