@@ -180,6 +180,74 @@ fn disks_go_elsewhere_and_the_guest_boots_from_them() -> Result<()> {
     })
 }
 
+/// Snapshots inside the images, and checkpoints, are of the disks where these are.
+#[test]
+fn snapshots_go_along() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let one = lab.host(1);
+        let [old, new] = [IMAGES, "/srv/fast"].map(|place| format!("{place}/g.qcow2"));
+        let raw = format!("{IMAGES}/g.raw");
+        Content::sparse(64).write(one, &raw)?;
+        shell(
+            one,
+            &format!("mkdir /srv/fast; qemu-img convert -f raw -O qcow2 {raw} {old}; rm {raw}"),
+        )?;
+        Guest::new("g").disk("vda", "qcow2", &old).define(one)?;
+        let described = |what: &str, name: &str| -> Result<String> {
+            one.virsh(&[&format!("{what}-dumpxml"), "g", name, "--security-info"])
+        };
+        let write = |pattern: u8, path: &str| -> Result<()> {
+            shell(
+                one,
+                &format!("qemu-io -c 'write -P {pattern} 22M 1M' -f qcow2 {path}"),
+            )
+            .map(drop)
+        };
+        one.virsh(&["snapshot-create-as", "g", "first"])?;
+        write(10, &old)?;
+        serial(&lab.share().join("g.serial"))?;
+        one.virsh(&["start", "g"])?;
+        one.virsh(&["snapshot-create-as", "g", "second"])?;
+        one.ends("g")?;
+        write(11, &old)?;
+        let before = [described("snapshot", "first")?, described("snapshot", "second")?];
+        ensure!(before[1].matches(&old).count() == 2, "{}", before[1]);
+        one.move_storage(&["g", "--to", "/srv/fast"])?;
+        ensure!(!one.has(&old), "{old} is still there");
+        let after = [described("snapshot", "first")?, described("snapshot", "second")?];
+        ensure!(after == before.map(|xml| xml.replace(&old, &new)), "{after:?}");
+        let current = one.virsh(&["snapshot-current", "g", "--name"])?;
+        ensure!(current == "second", "{current}");
+        // It goes back to both of them, from there.
+        one.virsh(&["snapshot-revert", "g", "second"])?;
+        one.wait_for_state("g", "running")?;
+        one.ends("g")?;
+        one.virsh(&["snapshot-revert", "g", "first"])?;
+        let read = shell(one, &format!("qemu-io -c 'read -P 0 22M 1M' -f qcow2 {new}"))?;
+        ensure!(!read.contains("verification failed"), "{read}");
+        one.boots(lab, "g")?;
+
+        for snapshot in ["second", "first"] {
+            one.virsh(&["snapshot-delete", "g", snapshot])?;
+        }
+        serial(&lab.share().join("g.serial"))?;
+        one.virsh(&["start", "g"])?;
+        one.virsh(&["checkpoint-create-as", "g", "c"])?;
+        one.ends("g")?;
+        let before = described("checkpoint", "c")?;
+        one.move_storage(&["g", "--to", IMAGES])?;
+        let after = described("checkpoint", "c")?;
+        ensure!(
+            before.contains(&new) && after == before.replace(&new, &old),
+            "{after}"
+        );
+        let information = one.run(&["qemu-img", "info", &old])?;
+        ensure!(information.contains("name: c"), "{information}");
+        one.boots(lab, "g")?;
+        lab.assert_clean(1)
+    })
+}
+
 /// What is in the way is told before a byte moves; what others need stays.
 #[test]
 fn what_is_in_the_way_is_told_at_once() -> Result<()> {
@@ -243,10 +311,15 @@ fn what_is_in_the_way_is_told_at_once() -> Result<()> {
         )?;
         drop(writer);
         one.virsh(&["managedsave-remove", "g"])?;
-        one.virsh(&["snapshot-create-as", "sibling", "s"])?;
+        one.virsh(&["snapshot-create-as", "sibling", "s", "--disk-only"])?;
         refused(
             &["sibling", "--to", "/srv/fast"],
-            &["snapshots", "virsh snapshot-delete"],
+            &[
+                "its snapshot s",
+                "a file of its own",
+                "sibling.s",
+                "virsh snapshot-delete",
+            ],
         )?;
         one.virsh(&["snapshot-delete", "sibling", "s", "--metadata"])?;
 
@@ -443,11 +516,16 @@ fn they_die_around_the_commitment() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let scene = Scene::new(lab)?;
         let one = scene.one;
-        for (state, place) in [("committing", 0), ("placed", 0), ("owned", 1)] {
+        for (state, defined, place) in [
+            ("committing", false, 0),
+            ("placed", false, 0),
+            ("placed", true, 1),
+            ("owned", false, 1),
+        ] {
             let held = Held::at(one, state)?;
             let moving = one.begin_storage(&["g", "--to", PLACES[1]])?;
             held.has_come(&scene.uuid, state)?;
-            if place == 0 {
+            if state != "owned" {
                 scene.does_not_start().context(state)?;
             }
             let daemon = one.processes_named("libvirtd")?.pop().context("no libvirtd")?;
@@ -455,10 +533,21 @@ fn they_die_around_the_commitment() -> Result<()> {
                 signal(&process, SIGKILL)?;
             }
             moving.fails()?;
+            if defined {
+                // As libvirt left it, had they died a moment later.
+                let names = ["base.raw", "top.qcow2", "plain.img"];
+                let edits = names.map(|name| format!("-e s#{IMAGES}/{name}#/srv/fast/{name}#"));
+                shell(
+                    one,
+                    &format!("sed -i {} /etc/libvirt/qemu/g.xml", edits.join(" ")),
+                )?;
+            }
             one.restart_libvirtd(true)?;
             drop(held);
             scene.settles()?;
-            scene.is_at(place).context(state)?;
+            scene
+                .is_at(place)
+                .with_context(|| format!("{state}, {defined}"))?;
             match place {
                 0 => scene.moves_again(),
                 _ => scene.comes_back(),

@@ -12,7 +12,7 @@
 //! libvirt's definition decides: as long as it names the old files, they are the guest's and a crash's leftovers are the
 //! new ones; once it names the new ones, the old are.
 
-use super::{Definition, Item, Kept};
+use super::{Definition, Item, Kept, Metadata};
 use crate::control::Settings;
 use crate::session::Guest;
 use serde::{Deserialize, Serialize};
@@ -73,6 +73,8 @@ pub struct Relocate {
     pub places: Vec<PathBuf>,
     /// Images whose header must name its backing file anew.
     pub renames: Vec<Rename>,
+    /// Snapshots and checkpoints with the new paths, for a recovery.
+    pub metadata: Vec<Metadata>,
     /// libvirt's definition file, which must be the same one when all is copied; `None` where it is not a file.
     pub definition: Option<Definition>,
     /// The old files stay (`cold.source_storage = "keep"`).

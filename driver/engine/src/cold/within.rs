@@ -317,7 +317,7 @@ fn inventory(order: &Relocate, files: Vec<File>) -> Inventory {
         files,
         directories: Vec::new(),
         media: Vec::new(),
-        metadata: Vec::new(),
+        metadata: order.metadata.clone(),
     }
 }
 

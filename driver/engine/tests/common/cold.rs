@@ -275,6 +275,7 @@ impl Scene {
             items: self.items.clone(),
             places: self.items.iter().map(place).collect(),
             renames: Vec::new(),
+            metadata: Vec::new(),
             definition: None,
             keep: false,
             dry_run: false,

@@ -13,7 +13,7 @@ use crate::libvirt::{
 };
 use crate::live::options;
 use ferry_contract::cold::journal::Role;
-use ferry_contract::cold::{Inventory, MetadataKind, Plan, Pull};
+use ferry_contract::cold::{self, Inventory, MetadataKind, Plan, Pull};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::{self, ColdAnswer, ColdOffer};
@@ -355,7 +355,12 @@ pub fn complete(domain: Domain, inventory: &Inventory) -> Result<(), Error> {
     if inventory.autostart {
         domain.set_autostart()?;
     }
-    for metadata in &inventory.metadata {
+    redefine(domain, &inventory.metadata)
+}
+
+/// Snapshots and checkpoints that are in the images already.
+pub fn redefine(domain: Domain, metadata: &[cold::Metadata]) -> Result<(), Error> {
+    for metadata in metadata {
         let one = Metadata {
             xml: metadata.xml.clone(),
             current: metadata.current,

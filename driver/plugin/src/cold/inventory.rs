@@ -153,14 +153,14 @@ impl Found {
     }
 
     fn metadata(&mut self, domain: Domain) -> Result<(), String> {
-        let failed = |what: &str| {
-            let what = what.to_owned();
-            move |error: libvirt::Error| format!("libvirt does not describe its {what}: {error}")
-        };
-        let snapshots = domain.snapshots().map_err(failed("snapshots"))?;
-        let checkpoints = domain.checkpoints().map_err(failed("checkpoints"))?;
-        for snapshot in &snapshots {
-            for (path, format) in external(&snapshot.xml)? {
+        self.metadata = metadata(domain)?;
+        let snapshots = self
+            .metadata
+            .iter()
+            .filter(|one| one.kind == MetadataKind::Snapshot);
+        let files: Vec<_> = snapshots.map(|one| external(&one.xml)).collect();
+        for files in files {
+            for (path, format) in files? {
                 if !path.exists() {
                     return Err(format!(
                         "{}, a file of one of its snapshots, does not exist: virsh snapshot-delete --metadata",
@@ -177,21 +177,34 @@ impl Found {
                 }
             }
         }
-        for (kind, list) in [
-            (MetadataKind::Snapshot, snapshots),
-            (MetadataKind::Checkpoint, checkpoints),
-        ] {
-            for one in list {
-                self.metadata.push(Metadata {
-                    kind,
-                    name: name(&one.xml)?,
-                    current: one.current,
-                    xml: one.xml,
-                });
-            }
-        }
         Ok(())
     }
+}
+
+/// The guest's snapshots and checkpoints, parents before children.
+///
+/// # Errors
+/// libvirt does not describe one.
+pub fn metadata(domain: Domain) -> Result<Vec<Metadata>, String> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |error: libvirt::Error| format!("libvirt does not describe its {what}: {error}")
+    };
+    let snapshots = domain.snapshots().map_err(failed("snapshots"))?;
+    let checkpoints = domain.checkpoints().map_err(failed("checkpoints"))?;
+    let of = |kind, list: Vec<libvirt::Metadata>| {
+        list.into_iter().map(move |one| {
+            Ok(Metadata {
+                kind,
+                name: name(&one.xml)?,
+                current: one.current,
+                xml: one.xml,
+            })
+        })
+    };
+    of(MetadataKind::Snapshot, snapshots)
+        .chain(of(MetadataKind::Checkpoint, checkpoints))
+        .collect()
 }
 
 /// What the definition says of a disk's layers must be what the headers say: QEMU goes by the former, we by the latter.
@@ -220,7 +233,10 @@ fn name(xml: &str) -> Result<String, String> {
 }
 
 /// Files of an external snapshot: memory, and the images that it made.
-fn external(xml: &str) -> Result<Vec<(PathBuf, String)>, String> {
+///
+/// # Errors
+/// It is no XML.
+pub fn external(xml: &str) -> Result<Vec<(PathBuf, String)>, String> {
     let document = Document::parse(xml).map_err(|error| format!("libvirt's snapshot XML: {error}"))?;
     let root = document.root_element();
     let mut files = Vec::new();

@@ -2,21 +2,46 @@
 //! others go.
 
 use crate::cold::definition::Definition;
+use crate::cold::destination::redefine;
 use crate::cold::{here, inventory, pools, unexpected, LOCAL, SETTLED};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error};
 use ferry_contract::cold::journal::{Entry, Journal};
-use ferry_contract::cold::{Deleted, Part, Recovered};
+use ferry_contract::cold::{Deleted, Metadata, Part, Recovered};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
+use ferry_host as host;
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-/// The guest's definition names the new files.
+/// The guest's definition names the new files: so shall its snapshots and checkpoints, and the old files go. Where libvirt
+/// does not take one of those, the old files stay, to which it would go back.
 ///
 /// # Errors
-/// That cannot be written down; a recovery finds it out.
-pub fn own(engine: &Engine) -> Result<(), Error> {
+/// What is not done; the guest has its new files all the same.
+pub fn conclude(
+    connection: Connection,
+    guest: &Guest,
+    engine: &Engine,
+    metadata: &[Metadata],
+    keep: bool,
+) -> Result<Deleted, Error> {
+    let told = connection
+        .domain(guest.uuid)
+        .and_then(|domain| redefine(domain.get(), metadata));
+    let cleared = own(engine).and_then(|()| clear(connection, guest, engine, keep || told.is_err()));
+    let outcome = told.and(cleared);
+    outcome.map_err(|error| {
+        Error::operation(format_args!(
+            "guest {} has its new disks, and the old ones are still there on host {}: {error}",
+            guest.name,
+            host::name()
+        ))
+    })
+}
+
+/// From here on a recovery only deletes.
+fn own(engine: &Engine) -> Result<(), Error> {
     match engine.ask(&Request::ColdOwned, Some(LOCAL))? {
         Reply::ColdOwned { .. } => Ok(()),
         reply => Err(unexpected(&reply)),
@@ -115,8 +140,7 @@ pub fn recovered(
                 );
             }
             Names::New => {
-                own(engine)?;
-                clear(connection, guest, engine, keep)?;
+                conclude(connection, guest, engine, &journal.inventory.metadata, keep)?;
                 tracing::warn!(
                     guest = name,
                     "an interrupted move of storage was ended: its disks have moved"

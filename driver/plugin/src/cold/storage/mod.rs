@@ -16,7 +16,7 @@ mod rewrite;
 
 use self::plan::Plan;
 use self::rewrite::Destination;
-use super::definition::Definition;
+use super::definition::{Definition, Source};
 use super::image;
 use super::sessions::{self, Session};
 use super::{configuration, here, inventory, pools, recovery, unexpected};
@@ -26,7 +26,7 @@ use chains::Host;
 use ending::Names;
 use ferry_contract::cold::journal::Role;
 use ferry_contract::cold::storage::{Moved, Order, Relocate, Report};
-use ferry_contract::cold::{self, Part};
+use ferry_contract::cold::{self, Metadata, Part};
 use ferry_contract::config::{Config, SourceStorage};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Guest;
@@ -90,6 +90,8 @@ struct Intent {
     disks: Vec<Disk>,
     /// The definition with the new paths.
     xml: String,
+    /// The snapshots and checkpoints with the new paths.
+    metadata: Vec<Metadata>,
     /// The file of the old one.
     file: Option<cold::Definition>,
 }
@@ -134,6 +136,7 @@ impl Move {
             items: plan.items.clone(),
             places: plan.places.clone(),
             renames: plan.renames.clone(),
+            metadata: intent.metadata.clone(),
             definition: intent.file.clone(),
             keep: self.config.cold.source_storage == SourceStorage::Keep,
             dry_run,
@@ -182,13 +185,6 @@ impl Move {
                 self.guest.name
             ));
         }
-        let metadata = self.domain.snapshots()?.len() + self.domain.checkpoints()?.len();
-        if metadata > 0 {
-            problems.push(format!(
-                "each of its {metadata} snapshots and checkpoints holds a definition with its disks' paths, to which it would go \
-                 back: delete them first (virsh snapshot-delete, checkpoint-delete; with --metadata only libvirt forgets them)"
-            ));
-        }
         // Before the definition is read: an edit after this is noticed before it is replaced.
         let file = inventory::definition_file(&self.guest.name);
         let xml = self.domain.definition()?;
@@ -205,26 +201,46 @@ impl Move {
             None => (Plan::default(), None),
         };
         plan.stays.append(&mut disks.stays);
-        let top = |target: &str| {
-            let mut chains = disks.chains.iter();
-            let chain = chains.find(|chain| chain.target == target)?;
+        let volume = |pool: &str, volume: &str| {
+            let is_it = |source: &Source| matches!(source, Source::Volume { pool: p, volume: v } if p == pool && v == volume);
+            let disk = definition.disks.iter().find(|disk| is_it(&disk.source))?;
+            let chain = disks.chains.iter().find(|chain| chain.target == disk.target)?;
             plan.place(&chain.layers.first()?.path).cloned()
         };
         let to = Destination {
             place: &|path| plan.place(path).cloned(),
-            volume: &top,
+            volume: &volume,
             pool,
         };
-        let xml = rewrite::rewritten(&xml, &to).map_err(here)?;
-        let named = inventory::named(&xml).map_err(here)?;
-        let left = plan.items.iter().filter(|item| named.contains(&item.path));
-        problems.extend(left.map(|item| {
-            format!(
-                "{} is named in the guest's definition outside of its disks, too: take that out first (virsh edit {})",
-                item.path.display(),
-                self.guest.name
-            )
-        }));
+        let rewritten = |what: &str, xml: &str, problems: &mut Vec<String>| -> Result<String, Error> {
+            let xml = rewrite::rewritten(xml, &to).map_err(here)?;
+            let named = inventory::named(&xml).map_err(here)?;
+            let left = plan.items.iter().filter(|item| named.contains(&item.path));
+            problems.extend(left.map(|item| {
+                format!(
+                    "{what} names {} outside of its disks, too: take that out first",
+                    item.path.display()
+                )
+            }));
+            Ok(xml)
+        };
+        let xml = rewritten("its definition", &xml, &mut problems)?;
+        let mut metadata = inventory::metadata(self.domain).map_err(here)?;
+        for one in &mut metadata {
+            if let Some((path, _)) = inventory::external(&one.xml).map_err(here)?.first() {
+                problems.push(format!(
+                    "its snapshot {} has a file of its own, {}, and names what it stands on: delete it first (virsh \
+                     snapshot-delete)",
+                    one.name,
+                    path.display()
+                ));
+            }
+            one.xml = rewritten(
+                &format!("its snapshot or checkpoint {}", one.name),
+                &one.xml,
+                &mut problems,
+            )?;
+        }
         let moving = disks.chains.iter().filter_map(|chain| {
             let top = chain.layers.first()?;
             plan.place(&top.path)?;
@@ -242,6 +258,7 @@ impl Move {
             plan,
             disks,
             xml,
+            metadata,
             file,
         };
         Ok((intent, problems))
@@ -273,12 +290,7 @@ impl Move {
             return Err(error);
         }
         let keep = self.config.cold.source_storage == SourceStorage::Keep;
-        let cleared = ending::own(engine).and_then(|()| ending::clear(connection, &self.guest, engine, keep));
-        let deleted = cleared.map_err(|error| {
-            here(format!(
-                "the guest has its new disks, and the old ones are still there: {error}"
-            ))
-        })?;
+        let deleted = ending::conclude(connection, &self.guest, engine, &intent.metadata, keep)?;
         pools::refresh(connection, intent.plan.places.iter().map(PathBuf::as_path));
         Ok(Report {
             kept: deleted.kept,

@@ -1,4 +1,5 @@
-//! A guest's definition with other paths for its disks, and nothing else changed in it: not a space. Pure.
+//! A guest's definition, and those in its snapshots, with other paths for its disks, and nothing else changed in them: not a
+//! space. Pure.
 
 use crate::cold::inventory::plain;
 use quick_xml::escape::escape;
@@ -10,22 +11,24 @@ use std::path::{Path, PathBuf};
 pub struct Destination<'a> {
     /// Where this file goes; `None` where it stays.
     pub place: &'a dyn Fn(&Path) -> Option<PathBuf>,
-    /// Where the volume that this disk has goes; `None` where it stays.
-    pub volume: &'a dyn Fn(&str) -> Option<PathBuf>,
+    /// Where this volume of this pool goes; `None` where it stays.
+    pub volume: &'a dyn Fn(&str, &str) -> Option<PathBuf>,
     /// The pool that volumes are in then; without one, they become files.
     pub pool: Option<&'a str>,
 }
 
-/// The definition with the disks' new paths.
+/// The definition, or the description of a snapshot or checkpoint, with the disks' new paths.
 ///
 /// # Errors
 /// It cannot be read, or a path cannot be written.
 pub fn rewritten(xml: &str, to: &Destination) -> Result<String, String> {
-    let document = Document::parse(xml).map_err(|error| format!("the guest's definition: {error}"))?;
-    let devices = document
-        .root_element()
-        .children()
-        .filter(|node| node.has_tag_name("devices"));
+    let document = Document::parse(xml).map_err(|error| format!("libvirt's XML: {error}"))?;
+    // A snapshot of a guest that ran has two: as it ran, and as it was defined.
+    let definitions = document
+        .descendants()
+        .filter(|node| node.has_tag_name("domain") || node.has_tag_name("inactiveDomain"));
+    let devices = definitions.flat_map(|domain| domain.children());
+    let devices = devices.filter(|node| node.has_tag_name("devices"));
     let disks = devices
         .flat_map(|devices| devices.children())
         .filter(|node| node.has_tag_name("disk"));
@@ -59,8 +62,10 @@ fn volume(disk: Node, to: &Destination, edits: &mut Vec<(Range<usize>, String)>)
     let (Some(pool), Some(volume)) = (source.attribute_node("pool"), source.attribute_node("volume")) else {
         return Ok(());
     };
-    let target = child("target").and_then(|target| target.attribute("dev"));
-    let Some(place) = target.filter(|_| kind.value() == "volume").and_then(to.volume) else {
+    if kind.value() != "volume" {
+        return Ok(());
+    }
+    let Some(place) = (to.volume)(pool.value(), volume.value()) else {
         return Ok(());
     };
     match to.pool {
@@ -100,7 +105,8 @@ mod tests {
             let moves = [Path::new("/a/top & x"), Path::new("/a/base")].contains(&path);
             moves.then(|| Path::new("/new<").join(path.file_name().unwrap()))
         };
-        let volume = |target: &str| (target == "vdb").then(|| PathBuf::from("/new</v'"));
+        let volume =
+            |pool: &str, volume: &str| ((pool, volume) == ("p", "v")).then(|| PathBuf::from("/new</v'"));
         let to = Destination {
             place: &place,
             volume: &volume,
@@ -126,10 +132,25 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_holds_definitions() {
+        let snapshot = |text: &str| {
+            let inactive = text.replace("domain", "inactiveDomain");
+            format!("<domainsnapshot><name>s</name><disks><disk name='vda'/></disks>{text}{inactive}</domainsnapshot>")
+        };
+        let to = Destination {
+            place: &|path| (path == Path::new("/a/other")).then(|| "/b/other".into()),
+            volume: &|_, _| None,
+            pool: None,
+        };
+        let expected = XML.replace("/a/other", "/b/other");
+        assert_eq!(rewritten(&snapshot(XML), &to).unwrap(), snapshot(&expected));
+    }
+
+    #[test]
     fn nothing_moves_nothing_changes() {
         let to = Destination {
             place: &|_| None,
-            volume: &|_| None,
+            volume: &|_, _| None,
             pool: None,
         };
         assert_eq!(rewritten(XML, &to).unwrap(), XML);
