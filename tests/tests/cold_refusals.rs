@@ -185,6 +185,8 @@ fn a_destination_without_virt_ferry() -> Result<()> {
             .fails()?;
         names(&said, &["has no virt-ferry", "host2"])?;
         one.has_shut_off("g")?;
+        // Until its engines have ended.
+        lab.assert_clean(1)?;
         same_files(&scene.files[0], &one.guests_files()?)?;
         one.boots(lab, "g")
     })
