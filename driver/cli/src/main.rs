@@ -43,6 +43,10 @@ enum Command {
         /// Give one guest's move up where the other host will not answer any more; only if it cannot have the guest
         #[arg(long, value_name = "GUEST", conflicts_with = "guests")]
         abort: Option<String>,
+        /// Take one guest for this host's without asking HOST, which is lost for good with all its storage; should it come
+        /// back, the guest must not be started there
+        #[arg(long, value_name = "HOST", requires = "guests", conflicts_with = "abort")]
+        lost: Option<String>,
         /// libvirt's URI
         #[arg(short, long, default_value = "qemu:///system")]
         connect: String,
@@ -66,6 +70,14 @@ fn main() -> ExitCode {
             connect,
             ..
         } => recover::abort(&connect, &guest),
+        Command::Recover {
+            lost: Some(host),
+            guests,
+            connect,
+            ..
+        } => guests.iter().try_fold(true, |done, guest| {
+            Ok(recover::own(&connect, guest, &host)? && done)
+        }),
         Command::Recover { guests, connect, .. } => recover::run(&connect, &guests),
         Command::MoveStorage(arguments) => move_storage::run(arguments).map(|()| true),
     };

@@ -1,6 +1,6 @@
 //! Interrupted cold migrations: the plug-in in the daemon brings them to an end, this makes it try and says how each stands.
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use ferry_contract::cold::journal::{Journal, Role, DIRECTORY, MAX_LENGTH};
 use ferry_contract::recover::Word;
 use std::io::Read;
@@ -19,6 +19,8 @@ struct Open {
     guest: String,
     /// The guest's; none where the journal cannot be read.
     uuid: Option<Uuid>,
+    /// The other host, where there is one.
+    peer: Option<String>,
     stands: String,
 }
 
@@ -61,13 +63,35 @@ pub fn run(uri: &str, guests: &[String]) -> Result<bool> {
 /// # Errors
 /// If libvirt or the journals cannot be asked, or nothing of this guest is open.
 pub fn abort(uri: &str, guest: &str) -> Result<bool> {
-    let of_guest = || -> Result<Option<Open>> { Ok(open()?.into_iter().find(|open| open.guest == guest)) };
-    let uuid = of_guest()?.and_then(|open| open.uuid);
-    let uuid = uuid.with_context(|| format!("no migration of guest {guest} is open on this host"))?;
+    by_hand(uri, guest, |open| open.uuid.map(Word::Abort))
+}
+
+/// Has the daemon take a guest for this host's, as the other one, `host`, is lost for good; `false` where it is still open.
+///
+/// # Errors
+/// As with [`abort`], or if the other host is another one.
+pub fn own(uri: &str, guest: &str, host: &str) -> Result<bool> {
+    if let Some(Open { peer, .. }) = of_guest(guest)? {
+        ensure!(
+            peer.as_deref() == Some(host),
+            "the other host of guest {guest} is {}, not {host}",
+            peer.as_deref().unwrap_or("not known")
+        );
+    }
+    by_hand(uri, guest, |open| open.uuid.map(Word::Own))
+}
+
+fn of_guest(guest: &str) -> Result<Option<Open>> {
+    Ok(open()?.into_iter().find(|open| open.guest == guest))
+}
+
+fn by_hand(uri: &str, guest: &str, word: impl Fn(&Open) -> Option<Word>) -> Result<bool> {
+    let word = of_guest(guest)?.as_ref().and_then(word);
+    let word = word.with_context(|| format!("no migration of guest {guest} is open on this host"))?;
     let libvirt = Connect::open(Some(uri)).with_context(|| format!("cannot ask libvirt at {uri}"))?;
     // It waits for the attempt, and then refuses the word as above, or says why it cannot be done.
-    let said = libvirt.define_domain_xml(&Word::Abort(uuid).to_string());
-    let Some(Open { stands, .. }) = of_guest()? else {
+    let said = libvirt.define_domain_xml(&word.to_string());
+    let Some(Open { stands, .. }) = of_guest(guest)? else {
         println!("nothing is open any more");
         return Ok(true);
     };
@@ -105,6 +129,7 @@ fn read(path: &Path) -> Option<Open> {
     let unreadable = |why: &dyn std::fmt::Display| Open {
         guest: path.display().to_string(),
         uuid: None,
+        peer: None,
         stands: format!("cannot be read: {why}"),
     };
     Some(match (read, Journal::parse(&text)) {
@@ -120,6 +145,7 @@ fn read(path: &Path) -> Option<Open> {
                 None => "is this host's; the other host has not heard it yet".into(),
             },
             uuid: Some(journal.guest.uuid),
+            peer: Some(journal.peer).filter(|peer| !peer.is_empty()),
             guest: journal.guest.name,
         },
     })

@@ -15,7 +15,7 @@
 //! ```
 
 use crate::cold::storage::Relocate;
-use crate::cold::{Deleted, Pull, Recovered, Serve};
+use crate::cold::{Deleted, Pull, Recovered, Serve, Wish};
 use crate::cookie::{Answer, ColdOffer, Offer};
 use crate::session::{Encryption, Guest};
 use serde::{Deserialize, Serialize};
@@ -225,8 +225,8 @@ pub enum Request {
     ColdRecover {
         /// The journal's file.
         journal: PathBuf,
-        /// The operator wants the guest to stay at the source, also where the destination could take it.
-        abort: bool,
+        /// What the operator wants.
+        wish: Wish,
         /// The configuration in force.
         settings: Settings,
     },

@@ -4,8 +4,10 @@ use crate::cold::RECOVER;
 use std::fmt;
 use uuid::Uuid;
 
-/// Before and after a guest's UUID.
-const ABORT: [&str; 2] = ["<virt-ferry-recover abort='", "'/>"];
+/// Before a guest's UUID, and after it.
+const ABORT: &str = "<virt-ferry-recover abort='";
+const OWN: &str = "<virt-ferry-recover own='";
+const END: &str = "'/>";
 
 /// What the plug-in is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +16,8 @@ pub enum Word {
     Recover,
     /// To give one guest's migration up.
     Abort(Uuid),
+    /// To take one guest for this host's: the other host is lost for good.
+    Own(Uuid),
 }
 
 impl Word {
@@ -22,8 +26,8 @@ impl Word {
         if text == RECOVER {
             return Some(Self::Recover);
         }
-        let uuid = text.strip_prefix(ABORT[0])?.strip_suffix(ABORT[1])?;
-        uuid.parse().ok().map(Self::Abort)
+        let uuid = |start| text.strip_prefix(start)?.strip_suffix(END)?.parse().ok();
+        uuid(ABORT).map(Self::Abort).or_else(|| uuid(OWN).map(Self::Own))
     }
 }
 
@@ -31,7 +35,8 @@ impl fmt::Display for Word {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Recover => f.write_str(RECOVER),
-            Self::Abort(uuid) => write!(f, "{}{uuid}{}", ABORT[0], ABORT[1]),
+            Self::Abort(uuid) => write!(f, "{ABORT}{uuid}{END}"),
+            Self::Own(uuid) => write!(f, "{OWN}{uuid}{END}"),
         }
     }
 }
@@ -42,7 +47,8 @@ mod tests {
 
     #[test]
     fn a_word_survives_its_text_and_a_guest_is_none() {
-        for word in [Word::Recover, Word::Abort(Uuid::from_u128(7))] {
+        let uuid = Uuid::from_u128(7);
+        for word in [Word::Recover, Word::Abort(uuid), Word::Own(uuid)] {
             assert_eq!(Word::read(&word.to_string()), Some(word));
         }
         for text in [

@@ -7,7 +7,7 @@ mod common;
 
 use common::cold::{recovered, sha256, Engine, Scene, MIB};
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Options, Recovered};
+use ferry_contract::cold::{Options, Recovered, Wish};
 use ferry_contract::control::{Reply, Request};
 use nix::sys::signal::Signal;
 use std::path::PathBuf;
@@ -212,7 +212,7 @@ fn the_destination_dies_while_it_asks_and_the_source_lets_go() {
     source.signal(Signal::SIGCONT);
     guest.scene.await_state(Role::Source, State::Committed);
     assert_eq!(guest.owners(), (false, false));
-    let mut recovery = guest.scene.recovery(Role::Destination, false);
+    let mut recovery = guest.scene.recovery(Role::Destination, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
     guest.define();
     assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
@@ -230,8 +230,8 @@ fn both_die_while_the_destination_asks_and_the_source_had_not_let_go() {
     source.crash();
     destination.crash();
     assert_eq!(guest.scene.journal(Role::Source).unwrap().state, State::Prepared);
-    let mut there = guest.scene.recovery(Role::Destination, false);
-    let mut here = guest.scene.recovery(Role::Source, false);
+    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Stays);
     guest.check();
     assert_eq!(recovered(&mut there), Recovered::Undone);
@@ -248,7 +248,7 @@ fn the_destination_dies_with_the_files_in_place() {
     let (mut source, destination) = guest.scene.placed();
     destination.crash();
     assert_eq!(guest.owners(), (false, false));
-    let mut recovery = guest.scene.recovery(Role::Destination, false);
+    let mut recovery = guest.scene.recovery(Role::Destination, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
     guest.define();
     assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
@@ -266,8 +266,8 @@ fn both_die_with_the_files_in_place() {
     source.crash();
     destination.crash();
     assert_eq!(guest.owners(), (false, false));
-    let mut here = guest.scene.recovery(Role::Source, false);
-    let mut there = guest.scene.recovery(Role::Destination, false);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
     assert_eq!(recovered(&mut there), Recovered::Define);
     guest.define();
     assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
@@ -298,7 +298,7 @@ fn the_source_dies_before_it_hears_that_the_guest_is_there() {
     let (source, mut destination) = guest.scene.placed();
     source.crash();
     guest.define();
-    let mut here = guest.scene.recovery(Role::Source, false);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(
         destination.ask(&Request::ColdOwned),
         Reply::ColdOwned { told: true }
@@ -322,7 +322,7 @@ fn the_source_dies_after_it_has_heard() {
     destination.end();
     source.crash();
     assert_eq!(guest.owners(), (false, true));
-    let mut here = guest.scene.recovery(Role::Source, false);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Leaves);
     guest.leave(&mut here);
     here.end();
@@ -367,13 +367,13 @@ fn the_plug_ins_die_and_the_engines_put_things_in_order() {
         guest.scene.journal(Role::Destination).unwrap().state,
         State::Placed
     );
-    let mut there = guest.scene.recovery(Role::Destination, false);
+    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
     assert_eq!(recovered(&mut there), Recovered::Define);
     guest.define();
     assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
     there.end();
     source.hang_up();
-    let mut here = guest.scene.recovery(Role::Source, false);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Leaves);
     guest.leave(&mut here);
     here.end();
@@ -384,7 +384,7 @@ fn the_plug_ins_die_and_the_engines_put_things_in_order() {
 fn one_engine_at_a_time_works_on_a_journal() {
     let guest = Guest::new();
     let (source, destination) = guest.scene.pulled();
-    let mut others = [Role::Source, Role::Destination].map(|role| guest.scene.recovery(role, true));
+    let mut others = [Role::Source, Role::Destination].map(|role| guest.scene.recovery(role, Wish::GiveUp));
     for other in &mut others {
         match other.hear() {
             Some(Reply::Failed(failure)) => assert!(failure.cause.contains("still works on"), "{failure}"),
@@ -405,7 +405,7 @@ fn what_a_later_session_has_put_in_place_is_not_undone_with_an_earlier_one() {
     // As one does that has taken up what was left.
     let journal = guest.scene.journal(Role::Destination).unwrap();
     std::fs::rename(journal.entries[0].temporary.as_ref().unwrap(), guest.there()).unwrap();
-    let mut recovery = guest.scene.recovery(Role::Destination, true);
+    let mut recovery = guest.scene.recovery(Role::Destination, Wish::GiveUp);
     assert_eq!(recovered(&mut recovery), Recovered::Undone);
     assert_eq!(sha256(&guest.there()), guest.digest);
 }
@@ -432,7 +432,7 @@ fn the_source_dies_while_it_deletes() {
     std::fs::remove_dir(&path).unwrap();
     std::fs::write(&path, journal).unwrap();
     assert_eq!(guest.owners(), (false, true));
-    let mut here = guest.scene.recovery(Role::Source, false);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Leaves);
     guest.leave(&mut here);
     here.end();
@@ -455,7 +455,7 @@ fn a_recovery_deletes_no_file_that_was_changed_since() {
         .open(&guest.disk)
         .and_then(|mut file| std::io::Write::write_all(&mut file, b"another life"))
         .unwrap();
-    let mut here = guest.scene.recovery(Role::Source, false);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Leaves);
     let deleted = here.ask(&Request::ColdDelete {
         keep: false,
@@ -470,4 +470,95 @@ fn a_recovery_deletes_no_file_that_was_changed_since() {
     here.end();
     assert!(guest.disk.exists());
     guest.scene.assert_clean();
+}
+
+/// The operator says so: nobody is asked.
+fn own(guest: &Guest, role: Role) -> (Engine, Recovered) {
+    let mut engine = guest.scene.recovery(role, Wish::Own);
+    let found = recovered(&mut engine);
+    (engine, found)
+}
+
+#[test]
+fn a_source_whose_other_host_is_lost_keeps_the_guest() {
+    let mut guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    destination.crash();
+    source.crash();
+    assert_eq!(guest.owners(), (false, false));
+    let (engine, found) = own(&guest, Role::Source);
+    assert_eq!(found, Recovered::Stays);
+    engine.end();
+    assert_eq!(guest.owners(), (true, false));
+    assert!(guest.scene.journal(Role::Source).is_none());
+
+    // What has heard that the guest is the other one's does not take it back.
+    std::fs::remove_file(guest.there()).unwrap();
+    std::fs::remove_file(guest.scene.journal_path(Role::Destination)).unwrap();
+    let (source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
+    source.crash();
+    let (mut engine, found) = own(&guest, Role::Source);
+    assert_eq!(found, Recovered::Leaves);
+    guest.leave(&mut engine);
+    engine.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn a_destination_whose_other_host_is_lost_takes_what_is_whole() {
+    for ready in [true, false] {
+        let mut guest = Guest::new();
+        let (source, destination) = match ready {
+            true => guest.scene.pulled(),
+            false => guest.scene.placed(),
+        };
+        destination.crash();
+        source.crash();
+        let (mut engine, found) = own(&guest, Role::Destination);
+        assert_eq!(found, Recovered::Define);
+        assert_eq!(sha256(&guest.there()), guest.digest);
+        // As if the host had burnt down.
+        guest.at_source = false;
+        guest.define();
+        assert_eq!(engine.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+        engine.end();
+        assert_eq!(guest.owners(), (false, true));
+        assert!(guest.scene.journal(Role::Destination).is_none());
+    }
+
+    // It is here already, and nobody is left to be told.
+    let mut guest = Guest::new();
+    let (source, mut destination) = guest.scene.placed();
+    guest.define();
+    source.crash();
+    destination.tell(&Request::ColdOwned);
+    guest.scene.await_state(Role::Destination, State::Owned);
+    destination.crash();
+    let (engine, found) = own(&guest, Role::Destination);
+    assert_eq!(found, Recovered::Arrived);
+    engine.end();
+    assert!(guest.scene.journal(Role::Destination).is_none());
+}
+
+#[test]
+fn what_has_come_in_part_is_nobodys() {
+    let mut guest = Guest::new();
+    guest.scene.options.bandwidth = 4 * MIB;
+    let (source, offer) = guest.scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&guest.scene.pull(&offer));
+    guest.scene.await_state(Role::Destination, State::Pulling);
+    destination.crash();
+    source.crash();
+    let mut engine = guest.scene.recovery(Role::Destination, Wish::Own);
+    match engine.hear() {
+        Some(Reply::Failed(failure)) => assert!(failure.cause.contains("not all of"), "{failure}"),
+        reply => panic!("{reply:?}"),
+    }
 }

@@ -6,7 +6,7 @@ mod common;
 use common::cold::{allocated, recovered, sha256, writer, Engine, Scene, MIB};
 use ferry_contract::cold::journal::{Journal, Role, State};
 use ferry_contract::cold::storage::Rename;
-use ferry_contract::cold::Recovered;
+use ferry_contract::cold::{Recovered, Wish};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_engine::cold::header;
 use std::fs;
@@ -186,7 +186,7 @@ fn it_ends_while_it_copies() {
 fn it_dies_before_the_definition_is_changed() {
     let disks = Disks::new(4);
     disks.placed().crash();
-    let mut recovery = disks.scene.recovery(Role::Within, false);
+    let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
     // The definition still names the old files.
     assert_eq!(recovery.ask(&Request::ColdAbort), Reply::ColdAborted);
@@ -205,11 +205,11 @@ fn it_dies_after_the_definition_was_changed() {
     // A daemon that dies leaves it to the recovery.
     disks.placed().hang_up();
     assert_eq!(disks.journal().unwrap().state, State::Placed);
-    let mut recovery = disks.scene.recovery(Role::Within, false);
+    let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
     assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
     recovery.crash();
-    let mut recovery = disks.scene.recovery(Role::Within, false);
+    let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Leaves);
     // It cannot be given back any more.
     assert_eq!(recovery.refusal(&Request::ColdAbort).kind, FailureKind::Failed);

@@ -138,6 +138,19 @@ pub struct Kept {
     pub reason: String,
 }
 
+/// What the operator wants of a recovery.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wish {
+    /// That both hosts find out whose the guest is.
+    #[default]
+    Settle,
+    /// That the guest stays at the source, also where the destination could take it.
+    GiveUp,
+    /// That it is this host's, wherever this host has all of it: the other one is lost for good, and is not asked.
+    Own,
+}
+
 /// What a recovery found out, and what is left for libvirt to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "kebab-case")]

@@ -10,6 +10,9 @@
 //! | destination, committing | the source is asked: it let go (go on), or says no (undo) |
 //! | destination, placed | the guest is to be registered |
 //! | destination, owned or aborted | the source is told |
+//!
+//! Where the operator says that the other host is lost for good ([`Wish::Own`]), nobody is asked: the source keeps what it
+//! does not know to have left, the destination takes what has come as a whole.
 //! | within, any | see [`within`](super::within::recover) |
 
 use super::destination::{self, Link};
@@ -23,7 +26,7 @@ use crate::live::destination::bind;
 use crate::live::signals::Signals;
 use crate::wire::{message, Identity, Protection, Purpose, Security};
 use ferry_contract::cold::journal::{Journal, Role, State};
-use ferry_contract::cold::{Deleted, Recovered};
+use ferry_contract::cold::{Deleted, Recovered, Wish};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Encryption;
 use std::net::ToSocketAddrs;
@@ -38,7 +41,7 @@ const PATIENCE: Duration = Duration::from_secs(45);
 
 /// Serves one plug-in, or a person's command, from its first request to its end.
 pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), crate::live::Error> {
-    let Some(Request::ColdRecover { journal, abort, .. }) =
+    let Some(Request::ColdRecover { journal, wish, .. }) =
         signals.next_request(Some(Instant::now() + UNTIL_ASKED))
     else {
         return Ok(());
@@ -57,8 +60,8 @@ pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<
         tracing::info_span!("recovery", guest = kept.guest.name, role = ?kept.role, state = ?kept.state);
     let _entered = span.enter();
     let outcome = match kept.role {
-        Role::Source => source(kept, control, signals),
-        Role::Destination => arriving(kept, abort, control, signals),
+        Role::Source => source(kept, wish, control, signals),
+        Role::Destination => arriving(kept, wish, control, signals),
         Role::Within => within::recover(kept, control, signals),
     };
     if let Err(error) = outcome {
@@ -111,10 +114,12 @@ fn forget_nonces(journal: &Journal) {
     }
 }
 
-fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error> {
+fn source(kept: Kept, wish: Wish, control: &Control, signals: &Signals) -> Result<(), Error> {
     let journal = Journal::clone(&kept);
     forget_nonces(&journal);
-    if kept.state == State::Prepared && journal.manifest.is_none() {
+    // It cannot be taken back from a host that is known to have had it: its files here may be gone in part.
+    let is_ours = wish == Wish::Own && kept.state != State::OwnedThere;
+    if is_ours || kept.state == State::Prepared && journal.manifest.is_none() {
         kept.remove()?;
         control.reply(Reply::ColdRecovered(Recovered::Stays));
         return Ok(());
@@ -201,7 +206,10 @@ fn open_door(
     })
 }
 
-fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -> Result<(), Error> {
+fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) -> Result<(), Error> {
+    if wish == Wish::Own {
+        return take(kept, control, signals);
+    }
     let addresses = (kept.address.as_str(), kept.port).to_socket_addrs();
     let peer = Peer {
         addresses: addresses.map(Iterator::collect).unwrap_or_default(),
@@ -238,7 +246,7 @@ fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -
             undone(control);
             return Ok(());
         }
-        _ if abort => {
+        _ if wish == Wish::GiveUp => {
             let operator = "the operator gave the migration up";
             destination::abort(kept, link, &Error::Other(operator.into()))?;
             undone(control);
@@ -273,6 +281,44 @@ fn arriving(mut kept: Kept, abort: bool, control: &Control, signals: &Signals) -
             destination::abort(kept, link, &Error::Other(libvirt.into()))?;
             control.reply(Reply::ColdAborted);
         }
+        // It stays placed: the next recovery asks again.
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The source is lost for good: whatever is here as a whole is this host's, without asking anybody.
+fn take(mut kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error> {
+    match kept.state {
+        State::Owned => {
+            kept.remove()?;
+            control.reply(Reply::ColdRecovered(Recovered::Arrived));
+            return Ok(());
+        }
+        State::Ready | State::Committing => {
+            // Also where the files have got their places already, but nothing was written down of it.
+            kept.enter(State::Committing, |_| {})?;
+            place::put_in_place(&kept)?;
+            kept.enter(State::Placed, |_| {})?;
+        }
+        State::Placed => {}
+        _ => {
+            return Err(Error::Other(
+                "not all of the guest's files have come here: there is nothing that this host could take for its own"
+                    .into(),
+            ))
+        }
+    }
+    control.reply(Reply::ColdRecovered(Recovered::Define));
+    match signals.next_request(Some(Instant::now() + UNTIL_ASKED)) {
+        Some(Request::ColdOwned) => {
+            kept.enter(State::Owned, |_| {})?;
+            kept.remove()?;
+            // There is nobody to tell.
+            control.reply(Reply::ColdOwned { told: true });
+        }
+        // Nothing is removed: this may be all there is of the guest.
+        Some(Request::ColdAbort) => control.reply(Reply::ColdAborted),
         // It stays placed: the next recovery asks again.
         _ => {}
     }

@@ -3,7 +3,7 @@
 use super::{await_some, PATIENCE};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
 use ferry_contract::cold::storage::Relocate;
-use ferry_contract::cold::{Item, Options, Part, Plan, Pull, Recovered, Serve};
+use ferry_contract::cold::{Item, Options, Part, Plan, Pull, Recovered, Serve, Wish};
 use ferry_contract::control::{Failure, Message, Reply, Request, Settings, Statistics};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::{Encryption, Guest};
@@ -323,11 +323,11 @@ impl Scene {
         });
     }
 
-    pub fn recovery(&self, role: Role, abort: bool) -> Engine {
+    pub fn recovery(&self, role: Role, wish: Wish) -> Engine {
         let mut engine = Engine::start("cold-recover");
         engine.tell(&Request::ColdRecover {
             journal: self.journal_path(role),
-            abort,
+            wish,
             settings: self.settings(role),
         });
         engine
@@ -335,7 +335,7 @@ impl Scene {
 
     /// A whole recovery whose answer this is.
     pub fn recover(&self, role: Role) -> Recovered {
-        let mut engine = self.recovery(role, false);
+        let mut engine = self.recovery(role, Wish::Settle);
         recovered(&mut engine)
     }
 

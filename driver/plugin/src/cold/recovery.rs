@@ -10,7 +10,7 @@ use super::{here, sessions, storage, unexpected};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
-use ferry_contract::cold::Recovered;
+use ferry_contract::cold::{Recovered, Wish};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
@@ -96,7 +96,7 @@ pub fn settle(connection: Connection, role: Role, guest: &Guest, config: &Config
         // A recovery would remove what the engine takes up.
         return Ok(());
     }
-    match recover(connection, &path, config, false) {
+    match recover(connection, &path, config, Wish::Settle) {
         Ok(None) => Ok(()),
         // The other host may never come back to hear whose the guest is; that is settled without it.
         Ok(Some(_)) | Err(_) if read(&path).is_ok_and(|journal| journal.fence().is_none()) => {
@@ -118,11 +118,11 @@ pub fn settle(connection: Connection, role: Role, guest: &Guest, config: &Config
     }
 }
 
-/// Gives a guest's migration up, as the operator wants it.
+/// Ends a guest's migration as the operator wants it.
 ///
 /// # Errors
 /// Why that cannot be done now.
-pub fn abort(connection: Connection, uuid: Uuid) -> Result<(), Error> {
+pub fn by_hand(connection: Connection, uuid: Uuid, wish: Wish) -> Result<(), Error> {
     let config = host::config().map_err(here)?;
     let path = journal::path(&config.state_directory, uuid);
     let deadline = Instant::now() + ASKED;
@@ -145,13 +145,14 @@ pub fn abort(connection: Connection, uuid: Uuid) -> Result<(), Error> {
         return Ok(());
     }
     let journal = read(&path).map_err(here)?;
-    if journal.role == Role::Destination && matches!(journal.state, State::Committing | State::Placed) {
+    let arrives = journal.role == Role::Destination;
+    if wish == Wish::GiveUp && arrives && matches!(journal.state, State::Committing | State::Placed) {
         // Before its files go.
         unregister(connection, &journal.guest)?;
     }
-    let open = recover(connection, &path, &config, true)?;
+    let open = recover(connection, &path, &config, wish)?;
     open.map_or(Ok(()), |cause| {
-        Err(here(format!("it cannot be given up now: {cause}")))
+        Err(here(format!("that cannot be done now: {cause}")))
     })
 }
 
@@ -160,13 +161,13 @@ fn recover(
     connection: Connection,
     path: &Path,
     config: &Config,
-    abort: bool,
+    wish: Wish,
 ) -> Result<Option<String>, Error> {
     let journal = read(path).map_err(here)?;
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
-        abort,
+        wish,
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -353,7 +354,7 @@ fn round(connection: Connection, config: &Config) {
         let Some(_hold) = try_hold(uuid) else {
             continue;
         };
-        match recover(connection, &path, config, false) {
+        match recover(connection, &path, config, Wish::Settle) {
             Ok(None) => {}
             Ok(Some(cause)) => tracing::warn!("{} stays open: {cause}", path.display()),
             Err(error) => tracing::warn!("{} stays open: {error}", path.display()),

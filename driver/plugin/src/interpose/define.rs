@@ -4,6 +4,7 @@ use super::border;
 use crate::cold;
 use crate::guest_memory::{self, Start};
 use crate::libvirt::{real, Connection, Error};
+use ferry_contract::cold::Wish;
 use ferry_contract::recover::Word;
 use std::ffi::{CStr, CString};
 use std::os::raw::{c_char, c_int, c_uint};
@@ -33,7 +34,8 @@ unsafe fn chosen(
     match Word::read(text) {
         Some(_) if !connection.may_write() => {}
         Some(Word::Recover) => cold::recovery::watch(connection),
-        Some(Word::Abort(guest)) => cold::recovery::abort(connection, guest)?,
+        Some(Word::Abort(guest)) => cold::recovery::by_hand(connection, guest, Wish::GiveUp)?,
+        Some(Word::Own(guest)) => cold::recovery::by_hand(connection, guest, Wish::Own)?,
         None => return Ok(guest_memory::shared(text, start).and_then(|text| CString::new(text).ok())),
     }
     Ok(None)
