@@ -1,6 +1,8 @@
 //! Whoever takes part in a cold migration may vanish in any step. Afterwards the guest is whole at exactly one host and starts
 //! on no other, a second try succeeds, and no file is left that is not the guest's.
 
+use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -11,7 +13,7 @@ use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
 use ferry_tests::phases::{Phases, COLD, PROTECTED};
 use ferry_tests::wait::{wait_for, wait_until};
-use nix::sys::signal::Signal::SIGKILL;
+use nix::sys::signal::Signal::{SIGKILL, SIGSTOP};
 
 /// What the slow link lets through, Mbit a second: the guest's 40 MiB take four seconds.
 const LINK: u32 = 80;
@@ -271,5 +273,50 @@ fn the_client_is_killed() -> Result<()> {
         scene.is_at_the_source()?;
         scene.moves_again()?;
         scene.is_clean()
+    })
+}
+
+/// A source that may have let go keeps the guest only where the operator says that the other host is lost.
+#[test]
+fn the_other_host_is_lost() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let (one, two) = (scene.one, scene.two);
+        let mut client = Phases::of(lab, "g", one, two, COLD | PROTECTED)?;
+        let (xml, cookie) = client.begin()?;
+        client.prepare(&xml, &cookie)?.map_err(anyhow::Error::msg)?;
+        for host in [two, one] {
+            let daemon = host.processes_named("libvirtd")?.pop().context("no libvirtd")?;
+            let engine = engine(host)?;
+            // Or the engine would put things in order as its daemon ends.
+            signal(&engine, SIGSTOP)?;
+            signal(&daemon, SIGKILL)?;
+            signal(&engine, SIGKILL)?;
+        }
+        // As if that had been a moment later: the destination had asked for the guest, and was told yes.
+        let directory = one.path("/var/lib/virt-ferry/cold");
+        let is_journal = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "json");
+        let journals = fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
+        let journal = journals.filter(is_journal).next().context("no journal")?;
+        let mut written: serde_json::Value = serde_json::from_slice(&fs::read(&journal)?)?;
+        ensure!(written["state"] == "prepared", "{written}");
+        written["state"] = "committed".into();
+        fs::write(&journal, written.to_string())?;
+        one.restart_libvirtd(true)?;
+
+        let said = one.exec(&["virsh", "start", "g"])?;
+        ensure!(
+            !said.status.success(),
+            "the guest starts, and may be the other host's"
+        );
+        let said = one.exec(&["virt-ferry", "recover", "--lost", "host3", "g"])?;
+        let error = String::from_utf8_lossy(&said.stderr).into_owned();
+        ensure!(error.contains("is host2, not host3"), "{error}");
+        ensure!(journal.exists(), "another host was lost");
+        one.run(&["virt-ferry", "recover", "--lost", "host2", "g"])?;
+        ensure!(!journal.exists(), "the guest is still between two hosts");
+        one.has_shut_off("g")?;
+        ensure!(one.sha256(&disk())? == scene.digest, "the disk has changed");
+        one.boots(lab, "g")
     })
 }
