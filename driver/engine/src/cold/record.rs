@@ -168,6 +168,26 @@ impl Recorder {
 }
 
 impl Record {
+    /// How the data went.
+    fn way(&self) -> String {
+        // Within one host, the other place is one of this host's.
+        if self
+            .peer_host
+            .strip_prefix(&self.local_host)
+            .is_some_and(|place| place.starts_with(":/"))
+        {
+            return format!("{} of it copied", bytes_text(self.sent_bytes as f64));
+        }
+        format!(
+            "{} of it sent in {} on the wire, {}",
+            bytes_text(self.sent_bytes as f64),
+            bytes_text(self.wire_bytes as f64),
+            self.encryption
+                .as_deref()
+                .map_or_else(|| "not encrypted".to_owned(), |text| report::printable(text, 200)),
+        )
+    }
+
     /// A few lines for people.
     pub fn lines(&self) -> Vec<String> {
         let (from, to) = match self.role {
@@ -198,14 +218,10 @@ impl Record {
             headline,
             format!("stages: {}", spans.join(", ")),
             format!(
-                "{moved} of {} files moved; {} of data, {} of it sent in {} on the wire, {}",
+                "{moved} of {} files moved; {} of data, {}",
                 self.files.len(),
                 bytes_text(self.data_bytes as f64),
-                bytes_text(self.sent_bytes as f64),
-                bytes_text(self.wire_bytes as f64),
-                self.encryption
-                    .as_deref()
-                    .map_or_else(|| "not encrypted".to_owned(), text),
+                self.way()
             ),
         ];
         lines.extend(self.files.iter().take(16).map(|file| {
