@@ -296,8 +296,8 @@ fn the_other_host_is_lost() -> Result<()> {
         // As if that had been a moment later: the destination had asked for the guest, and was told yes.
         let directory = one.path("/var/lib/virt-ferry/cold");
         let is_journal = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "json");
-        let journals = fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
-        let journal = journals.filter(is_journal).next().context("no journal")?;
+        let mut journals = fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
+        let journal = journals.find(is_journal).context("no journal")?;
         let mut written: serde_json::Value = serde_json::from_slice(&fs::read(&journal)?)?;
         ensure!(written["state"] == "prepared", "{written}");
         written["state"] = "committed".into();

@@ -532,7 +532,7 @@ fn they_die_around_the_commitment() -> Result<()> {
             for process in [engine(one)?, daemon] {
                 signal(&process, SIGKILL)?;
             }
-            moving.fails()?;
+            says(&moving.fails()?, &["the daemon was lost", "virt-ferry recover g"])?;
             if defined {
                 // As libvirt left it, had they died a moment later.
                 let names = ["base.raw", "top.qcow2", "plain.img"];

@@ -79,7 +79,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
         }
     };
     bar.clear();
-    let report: Report = serde_json::from_str(&answer.map_err(|error| explained(error.message()))?)
+    let report: Report = serde_json::from_str(&answer.map_err(|error| explained(&arguments.guest, &error))?)
         .context("the plug-in is of another release")?;
     print!("{}", told(&arguments.guest, &report, arguments.dry_run));
     Ok(())
@@ -103,7 +103,14 @@ fn cancel_on(interrupts: SigSet, domain: Domain) -> Result<()> {
 }
 
 /// libvirt's error, for a person.
-fn explained(message: &str) -> anyhow::Error {
+fn explained(guest: &str, error: &Error) -> anyhow::Error {
+    let message = error.message();
+    if error.domain().to_raw() == virt_sys::VIR_FROM_RPC {
+        return anyhow!(
+            "the daemon was lost ({message}); it brings the move to an end, or undoes it: virt-ferry recover {guest}, then \
+             virsh domblklist {guest}"
+        );
+    }
     match message.contains(FORMAT) {
         true => anyhow!("libvirt's daemon has not loaded the plug-in (virt-ferry check): {message}"),
         false => anyhow!("{message}"),

@@ -169,6 +169,7 @@ impl Recorder {
 }
 
 impl Record {
+<<<<<<< HEAD
     /// Where the guest came from and where it went, fit to be shown.
     pub fn hosts(&self) -> (String, String) {
         let text = |host: &str| report::printable(host, 200);
@@ -177,6 +178,26 @@ impl Record {
             Role::Source => (here, there),
             Role::Destination => (there, here),
         }
+=======
+    /// How the data went.
+    fn way(&self) -> String {
+        // Within one host, the other place is one of this host's.
+        if self
+            .peer_host
+            .strip_prefix(&self.local_host)
+            .is_some_and(|place| place.starts_with(":/"))
+        {
+            return format!("{} of it copied", bytes_text(self.sent_bytes as f64));
+        }
+        format!(
+            "{} of it sent in {} on the wire, {}",
+            bytes_text(self.sent_bytes as f64),
+            bytes_text(self.wire_bytes as f64),
+            self.encryption
+                .as_deref()
+                .map_or_else(|| "not encrypted".to_owned(), |text| report::printable(text, 200)),
+        )
+>>>>>>> storage
     }
 
     /// A few lines for people.
@@ -205,14 +226,10 @@ impl Record {
             headline,
             format!("stages: {}", spans.join(", ")),
             format!(
-                "{moved} of {} files moved; {} of data, {} of it sent in {} on the wire, {}",
+                "{moved} of {} files moved; {} of data, {}",
                 self.files.len(),
                 bytes_text(self.data_bytes as f64),
-                bytes_text(self.sent_bytes as f64),
-                bytes_text(self.wire_bytes as f64),
-                self.encryption
-                    .as_deref()
-                    .map_or_else(|| "not encrypted".to_owned(), text),
+                self.way()
             ),
         ];
         lines.extend(self.files.iter().take(16).map(|file| {

@@ -465,7 +465,7 @@ impl Used {
 }
 
 /// Whether it is known that nothing is there.
-fn is_absent(path: &Path) -> bool {
+pub fn is_absent(path: &Path) -> bool {
     let found = path.metadata();
     found.is_err_and(|error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory))
 }

@@ -76,12 +76,15 @@ fn active(connection: Connection, pool: &str) -> Result<Pool, String> {
 /// Why it has none, in a sentence.
 pub fn directory(connection: Connection, pool: &str) -> Result<PathBuf, String> {
     let xml = active(connection, pool)?.xml();
-    let shape = xml.ok().and_then(|xml| Shape::read(&xml));
+    files(pool, xml.ok().and_then(|xml| Shape::read(&xml)))
+}
+
+fn files(pool: &str, shape: Option<Shape>) -> Result<PathBuf, String> {
     match shape {
         Some(shape) if shape.is_directory() => Ok(shape.target),
-        found => Err(format!(
+        other => Err(format!(
             "storage pool {pool} is of type {}, and files go only into one that is a directory (dir, fs, netfs)",
-            found.map_or_else(|| "unknown".into(), |shape| shape.kind)
+            other.map_or_else(|| "unknown".into(), |shape| shape.kind)
         )),
     }
 }
@@ -143,6 +146,11 @@ mod tests {
         assert!(shape("dir").is_directory() && shape("netfs").is_directory());
         assert!(!shape("logical").is_directory());
         assert_eq!(shape("dir").target, Path::new("/var/lib/x"));
+        assert_eq!(files("p", Some(shape("fs"))), Ok("/var/lib/x".into()));
+        for (refused, kind) in [(Some(shape("logical")), "logical"), (None, "unknown")] {
+            let why = files("p", refused).unwrap_err();
+            assert!(why.contains(&format!("pool p is of type {kind}")), "{why}");
+        }
         assert_eq!(Shape::read("<pool type='rbd'><name>p</name></pool>"), None);
         assert_eq!(Shape::read("<pool"), None);
     }

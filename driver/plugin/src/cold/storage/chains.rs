@@ -46,8 +46,6 @@ impl Disks {
             Ok(Some(path)) => path,
             Ok(None) if named => return Err("it has no file on this host".into()),
             Ok(None) => return Ok(()),
-            // Nobody needs a pool of a disk that stays.
-            Err(_) if !named && (!all || disk.media) => return Ok(()),
             Err(why) => return Err(why),
         };
         let device = path.exists() && !is_file(&path);
@@ -64,7 +62,7 @@ impl Disks {
         let layers = match image::layers(&path, &disk.format) {
             Ok(layers) => layers,
             // One that is not there needs nothing.
-            Err(_) if !moves && !path.exists() => return Ok(()),
+            Err(_) if !moves && inventory::is_absent(&path) => return Ok(()),
             Err(why) => return Err(why),
         };
         if moves {

@@ -1,7 +1,7 @@
 //! The disks of a guest that is shut off go to another data store of the same host (`virt-ferry move-storage`).
 //!
 //! ```text
-//!  Order ─▶ chains: every image of every disk ─▶ plan: what moves, where, which headers ─▶ rewrite: the new definition
+//!  Order ─▶ intent:  chains: every image of every disk ─▶ plan: what moves, where, which headers ─▶ rewrite: definitions
 //!           engine: ColdMove ═══ fence, copy, verify, name ═══▶ placed
 //!           libvirt defines the guest anew: the commitment
 //!           engine: ColdOwned, ColdDelete ─▶ Report
@@ -11,29 +11,26 @@
 
 mod chains;
 pub mod ending;
+mod intent;
 mod plan;
 mod rewrite;
 
 use self::plan::Plan;
-use self::rewrite::Destination;
-use super::definition::{Definition, Source};
-use super::image;
 use super::sessions::{self, Session};
 use super::{configuration, here, inventory, pools, recovery, unexpected};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Domain, Error};
-use chains::Host;
 use ending::Names;
 use ferry_contract::cold::journal::Role;
 use ferry_contract::cold::storage::{Moved, Order, Relocate, Report};
-use ferry_contract::cold::{self, Metadata, Part};
+use ferry_contract::cold::Part;
 use ferry_contract::config::{Config, SourceStorage};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Guest;
 use ferry_host as host;
-use std::collections::BTreeSet;
+use intent::Intent;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -83,27 +80,6 @@ struct Move {
     config: Config,
 }
 
-/// What is to be done, down to the definition.
-struct Intent {
-    plan: Plan,
-    /// The disks that move, their images as they will be.
-    disks: Vec<Disk>,
-    /// The definition with the new paths.
-    xml: String,
-    /// The snapshots and checkpoints with the new paths.
-    metadata: Vec<Metadata>,
-    /// The file of the old one.
-    file: Option<cold::Definition>,
-}
-
-/// A disk that moves.
-struct Disk {
-    /// Its images' format at the top.
-    format: String,
-    /// Where its images will be, from the top.
-    images: Vec<PathBuf>,
-}
-
 impl Move {
     fn run(&self) -> Result<Report, Error> {
         let name = &self.guest.name;
@@ -115,7 +91,7 @@ impl Move {
             )]));
         }
         recovery::settle(connection, Role::Within, &self.guest, &self.config)?;
-        let (intent, mut problems) = self.intent()?;
+        let (intent, mut problems) = Intent::of(self.domain, &self.guest, &self.order)?;
         let plan = &intent.plan;
         if plan.items.is_empty() && problems.is_empty() {
             return Ok(report(plan, &[]));
@@ -174,105 +150,6 @@ impl Move {
         ))
     }
 
-    /// What there is to do, and everything that is in the way of it as far as it is known without the engine.
-    fn intent(&self) -> Result<(Intent, Vec<String>), Error> {
-        let connection = self.domain.connection();
-        let mut problems = Vec::new();
-        if self.domain.has_managed_save()? {
-            problems.push(format!(
-                "it has a managed save image, which names its disks' paths: start the guest and shut it down, or throw the \
-                 image away (virsh managedsave-remove {})",
-                self.guest.name
-            ));
-        }
-        // Before the definition is read: an edit after this is noticed before it is replaced.
-        let file = inventory::definition_file(&self.guest.name);
-        let xml = self.domain.definition()?;
-        let definition = Definition::read(&xml).map_err(here)?;
-        let mut disks = chains::find(connection, &definition, &self.order.disks, &mut problems);
-        let host = Host::look(connection, &self.guest, &mut problems);
-        let destination = self.destination().map_err(|why| problems.push(why)).ok();
-        let (mut plan, pool) = match destination {
-            Some((directory, pool)) => {
-                let (plan, more) = plan::plan(&disks.chains, &directory, &host);
-                problems.extend(more);
-                (plan, pool)
-            }
-            None => (Plan::default(), None),
-        };
-        plan.stays.append(&mut disks.stays);
-        let volume = |pool: &str, volume: &str| {
-            let is_it = |source: &Source| matches!(source, Source::Volume { pool: p, volume: v } if p == pool && v == volume);
-            let disk = definition.disks.iter().find(|disk| is_it(&disk.source))?;
-            let chain = disks.chains.iter().find(|chain| chain.target == disk.target)?;
-            plan.place(&chain.layers.first()?.path).cloned()
-        };
-        let to = Destination {
-            place: &|path| plan.place(path).cloned(),
-            volume: &volume,
-            pool,
-        };
-        let rewritten = |what: &str, xml: &str, problems: &mut Vec<String>| -> Result<String, Error> {
-            let xml = rewrite::rewritten(xml, &to).map_err(here)?;
-            let named = inventory::named(&xml).map_err(here)?;
-            let left = plan.items.iter().filter(|item| named.contains(&item.path));
-            problems.extend(left.map(|item| {
-                format!(
-                    "{what} names {} outside of its disks, too: take that out first",
-                    item.path.display()
-                )
-            }));
-            Ok(xml)
-        };
-        let xml = rewritten("its definition", &xml, &mut problems)?;
-        let mut metadata = inventory::metadata(self.domain).map_err(here)?;
-        for one in &mut metadata {
-            if let Some((path, _)) = inventory::external(&one.xml).map_err(here)?.first() {
-                problems.push(format!(
-                    "its snapshot {} has a file of its own, {}, and names what it stands on: delete it first (virsh \
-                     snapshot-delete)",
-                    one.name,
-                    path.display()
-                ));
-            }
-            one.xml = rewritten(
-                &format!("its snapshot or checkpoint {}", one.name),
-                &one.xml,
-                &mut problems,
-            )?;
-        }
-        let moving = disks.chains.iter().filter_map(|chain| {
-            let top = chain.layers.first()?;
-            plan.place(&top.path)?;
-            let images = chain
-                .layers
-                .iter()
-                .map(|layer| plan.place(&layer.path).unwrap_or(&layer.path).clone());
-            Some(Disk {
-                format: top.format.clone(),
-                images: images.collect(),
-            })
-        });
-        let disks = moving.collect();
-        let intent = Intent {
-            plan,
-            disks,
-            xml,
-            metadata,
-            file,
-        };
-        Ok((intent, problems))
-    }
-
-    /// The directory, and the pool that it is of, where a pool was named.
-    fn destination(&self) -> Result<(PathBuf, Option<&str>), String> {
-        let to = self.order.to.as_str();
-        match to.starts_with('/') {
-            true => Ok((inventory::plain(Path::new(to)), None)),
-            false => Ok((pools::directory(self.domain.connection(), to)?, Some(to))),
-        }
-    }
-
     /// The copies are there, complete and named: from here on the guest has them, or the engine removes them.
     fn commit(&self, intent: &Intent, engine: &Engine) -> Result<Report, Error> {
         let connection = self.domain.connection();
@@ -300,32 +177,13 @@ impl Move {
 
     /// Gives libvirt the new definition, if what it names is right and the old one is still what it was.
     fn define(&self, intent: &Intent) -> Result<(), Error> {
-        intent.disks.iter().try_for_each(Disk::check).map_err(here)?;
+        intent.check().map_err(here)?;
         if inventory::definition_file(&self.guest.name) != intent.file {
             return Err(here(
                 "the guest's definition was changed while its files were copied: try again",
             ));
         }
         self.domain.connection().define(&intent.xml).map(drop)
-    }
-}
-
-impl Disk {
-    /// Whether the images' headers say what was planned: what QEMU will open is what was copied.
-    fn check(&self) -> Result<(), String> {
-        let Some(top) = self.images.first() else {
-            return Ok(());
-        };
-        let found = image::layers(top, &self.format)?;
-        let found: BTreeSet<_> = found.iter().map(|layer| inventory::plain(&layer.path)).collect();
-        let planned: BTreeSet<_> = self.images.iter().map(|path| inventory::plain(path)).collect();
-        match found == planned {
-            true => Ok(()),
-            false => Err(format!(
-                "the copy {} stands on {found:?}, not on {planned:?}: a defect, please report it",
-                top.display()
-            )),
-        }
     }
 }
 
