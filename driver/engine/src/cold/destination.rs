@@ -44,6 +44,9 @@ const TELL: Duration = Duration::from_secs(30);
 const MAX_RUNS: usize = 4 << 20;
 /// Bytes of all files' attributes.
 const MAX_ATTRIBUTES: usize = 64 << 20;
+/// Data connections, unless the operator says how many. Each waits for both hosts' disks in turn, so more than there are
+/// processors are of use: on two, and with other work beside it, 2.5 GiB took 5.1 s with two and 4.6 s with four.
+const STREAMS: u16 = 4;
 /// For one answer of the source's.
 const ANSWER: Duration = Duration::from_secs(30);
 
@@ -559,8 +562,7 @@ fn transfer(
     meter: &Arc<Meter>,
     count: usize,
 ) -> Result<Vec<Option<Digest>>, Error> {
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    let streams = streams.unwrap_or_else(|| cores.clamp(2, 4) as u16).clamp(1, 16);
+    let streams = streams.unwrap_or(STREAMS).clamp(1, 16);
     let data = Peer {
         addresses: link.peer().addresses.clone(),
         security: link.peer().security.clone(),

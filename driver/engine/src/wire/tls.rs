@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::IpAddr;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -227,9 +228,15 @@ pub(super) fn server(identity: &Identity, peer: Option<&[u8]>) -> Result<Session
     Session::server(Arc::new(config))
 }
 
+/// Read from the socket at once, bytes. rustls itself asks for 4 KiB at a time, five system calls a record.
+const READ: usize = 256 << 10;
+
 /// One TLS session; the socket is lent to each call.
 pub(super) struct Session {
     tls: rustls::Connection,
+    /// What has been read from the socket, and which part of it rustls has not had.
+    incoming: Box<[u8]>,
+    left: Range<usize>,
 }
 
 impl Session {
@@ -253,7 +260,11 @@ impl Session {
     fn new(mut tls: rustls::Connection) -> Session {
         // Callers write at most a few 100 KiB at a time: let one call become one system call.
         tls.set_buffer_limit(None);
-        Session { tls }
+        Session {
+            tls,
+            incoming: vec![0; READ].into_boxed_slice(),
+            left: 0..0,
+        }
     }
 
     /// Runs the handshake to its end.
@@ -296,7 +307,7 @@ impl Session {
         loop {
             match self.tls.reader().read(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if !socket.readable_now()? {
+                    if self.left.is_empty() && !socket.readable_now()? {
                         return Ok(None);
                     }
                     self.fill(socket)?;
@@ -306,9 +317,13 @@ impl Session {
         }
     }
 
-    /// One read from the socket into rustls, and what follows from it.
+    /// Something more from the socket into rustls, and what follows from it.
     fn fill(&mut self, socket: &mut Socket) -> io::Result<()> {
-        self.tls.read_tls(socket)?;
+        if self.left.is_empty() {
+            self.left = 0..socket.read(&mut self.incoming)?;
+        }
+        // The socket's end, too, is for rustls to know.
+        self.left.start += self.tls.read_tls(&mut &self.incoming[self.left.clone()])?;
         if let Err(error) = self.tls.process_new_packets() {
             // The alert that tells the peer is worth a try; the error itself is what counts.
             let _ = self.flush(socket);
