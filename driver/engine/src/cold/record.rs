@@ -169,7 +169,6 @@ impl Recorder {
 }
 
 impl Record {
-<<<<<<< HEAD
     /// Where the guest came from and where it went, fit to be shown.
     pub fn hosts(&self) -> (String, String) {
         let text = |host: &str| report::printable(host, 200);
@@ -178,7 +177,8 @@ impl Record {
             Role::Source => (here, there),
             Role::Destination => (there, here),
         }
-=======
+    }
+
     /// How the data went.
     fn way(&self) -> String {
         // Within one host, the other place is one of this host's.
@@ -197,7 +197,6 @@ impl Record {
                 .as_deref()
                 .map_or_else(|| "not encrypted".to_owned(), |text| report::printable(text, 200)),
         )
->>>>>>> storage
     }
 
     /// A few lines for people.
