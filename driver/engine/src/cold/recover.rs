@@ -3,7 +3,7 @@
 //! | this host's journal | what happens |
 //! |---|---|
 //! | source, prepared | the guest stays: nobody else can have it |
-//! | source, committed | the door is opened again, where it was: the destination says owned, or aborted |
+//! | source, committed | the door is opened again, where it was: the destination says owned, or aborted; the operator may say aborted for it |
 //! | source, owned-there | the guest leaves: undefine and delete |
 //! | source, aborted | the door is opened: a destination that still asks is told no |
 //! | destination, pulling or ready | undone, with all that was pulled: the source cannot have let go |
@@ -56,7 +56,7 @@ pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<
         tracing::info_span!("recovery", guest = kept.guest.name, role = ?kept.role, state = ?kept.state);
     let _entered = span.enter();
     let outcome = match kept.role {
-        Role::Source => source(kept, control, signals),
+        Role::Source => source(kept, abort, control, signals),
         Role::Destination => arriving(kept, abort, control, signals),
     };
     if let Err(error) = outcome {
@@ -109,7 +109,7 @@ fn forget_nonces(journal: &Journal) {
     }
 }
 
-fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error> {
+fn source(kept: Kept, abort: bool, control: &Control, signals: &Signals) -> Result<(), Error> {
     let journal = Journal::clone(&kept);
     forget_nonces(&journal);
     if kept.state == State::Prepared && journal.manifest.is_none() {
@@ -119,9 +119,16 @@ fn source(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error>
     }
     let state = kept.state;
     let ownership = Arc::new(Ownership::new(kept));
-    if matches!(state, State::Prepared | State::Aborted) {
-        let anew = "the source's host or engine was started anew";
-        ownership.give_up(&Error::Other(anew.into()))?;
+    match state {
+        State::Prepared | State::Aborted => {
+            let anew = "the source's host or engine was started anew";
+            ownership.give_up(&Error::Other(anew.into()))?;
+        }
+        State::Committed if abort => {
+            let operator = "the operator gave the migration up at the source";
+            ownership.take_back(&Error::Other(operator.into()))?;
+        }
+        _ => {}
     }
     let connected = Arc::<AtomicUsize>::default();
     let state = match ownership.state() {
