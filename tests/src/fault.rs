@@ -197,7 +197,7 @@ impl Held {
     pub fn at(process: &Process, call: &str) -> Result<Self> {
         let mut strace = Command::new("strace")
             .args(["-f", "-qq", "-e", &format!("trace={call}")])
-            .args(["-e", &format!("inject={call}:delay_enter=1h")])
+            .args(["-e", &format!("inject={call}:delay_enter=3600s")])
             .args(["-p", &process.pid.to_string()])
             .stdin(Stdio::null())
             .stderr(Stdio::null())

@@ -229,7 +229,9 @@ impl Eavesdropper {
         let script = format!(
             "import select, socket, sys\n\
              links = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3)) for _ in range(2)]\n\
-             for link, name in zip(links, ('host1', 'host2')): link.bind((name, 0))\n\
+             for link, name in zip(links, ('host1', 'host2')):\n\
+             \x20   link.setsockopt(socket.SOL_SOCKET, 33, 64 << 20) # SO_RCVBUFFORCE: nothing is missed on a busy machine\n\
+             \x20   link.bind((name, 0))\n\
              print('listening', flush=True)\n\
              heard = packets = 0\n\
              while True:\n\

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
+use ferry_contract::cold::journal::{self, Journal, State};
 use ferry_tests::cold::{same_files, Content, Guest, IMAGES};
-use ferry_tests::fault::{engine, names, signal, Cut};
+use ferry_tests::fault::{engine, names, signal, Cut, Held};
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
@@ -128,6 +129,88 @@ impl<'a> Scene<'a> {
         signal(&process, SIGKILL)
     }
 
+    /// What a host has written down of the guest's move.
+    fn journal(&self, host: &Host) -> Result<Option<Journal>> {
+        let uuid = self.one.virsh(&["domuuid", "g"])?.parse()?;
+        let path = journal::path("/var/lib/virt-ferry".as_ref(), uuid);
+        let Ok(text) = fs::read(host.path(&path)) else {
+            return Ok(None);
+        };
+        Ok(Some(
+            Journal::parse(&text).map_err(|why| anyhow::anyhow!("{}: {why}", path.display()))?,
+        ))
+    }
+
+    fn wait_for_state(&self, host: &Host, state: State) -> Result<()> {
+        wait_until(&format!("{} to be {state:?}", host.name()), SETTLE, || {
+            Ok(self.journal(host)?.is_some_and(|journal| journal.state == state))
+        })
+    }
+
+    /// A client that has come as far as Finish.
+    fn prepared(&self) -> Result<Phases<'a>> {
+        let mut client = Phases::of(self.lab, "g", self.one, self.two, COLD | PROTECTED)?;
+        let (xml, cookie) = client.begin()?;
+        // While it is between two hosts, it starts on none.
+        self.does_not_start(self.one, "it is being moved")?;
+        client.prepare(&xml, &cookie)?.map_err(anyhow::Error::msg)?;
+        Ok(client)
+    }
+
+    fn does_not_start(&self, host: &Host, why: &str) -> Result<()> {
+        let said = host.exec(&["virsh", "start", "g"])?;
+        let said = String::from_utf8_lossy(&said.stderr).into_owned();
+        ensure!(said.contains(why), "{}: {said}", host.name());
+        Ok(())
+    }
+
+    /// A host's engine and daemon are gone at once.
+    fn crashes(&self, host: &Host) -> Result<()> {
+        let daemon = host.processes_named("libvirtd")?.pop().context("no libvirtd")?;
+        signal(&engine(host)?, SIGKILL)?;
+        signal(&daemon, SIGKILL)
+    }
+
+    /// The destination dies in Finish, once a host's journal is in this state.
+    fn dies_in_finish(&self, client: &mut Phases, host: &Host, state: State) -> Result<()> {
+        std::thread::scope(|scope| {
+            let finishing = scope.spawn(|| client.finish(None, false));
+            let there = self.wait_for_state(host, state);
+            // In any case: it ends Finish.
+            self.crashes(self.two)?;
+            let finished = finishing.join().map_err(|_| anyhow::anyhow!("a panic"))??;
+            ensure!(finished.is_err(), "Finish succeeded");
+            there
+        })
+    }
+
+    /// The operator gives the guest's move up here, where the other host cannot be asked.
+    fn gives_up(&self, host: &Host) -> Result<()> {
+        // It waits for an attempt of the daemon's own to end.
+        let output = host
+            .command("timeout")
+            .args([
+                &SETTLE.as_secs().to_string(),
+                "virt-ferry",
+                "recover",
+                "--abort",
+                "g",
+            ])
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        println!(
+            "{}: {said}{}",
+            host.name(),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        ensure!(
+            said.contains("the other host has not heard it yet"),
+            "{}",
+            output.status
+        );
+        Ok(())
+    }
+
     /// The journals are gone: nothing is open.
     fn settles(&self) -> Result<()> {
         for host in [self.one, self.two] {
@@ -215,16 +298,6 @@ fn they_die_between_the_phases() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let scene = Scene::new(lab)?;
         let (one, two) = (scene.one, scene.two);
-        let prepared = || -> Result<Phases> {
-            let mut client = Phases::of(lab, "g", one, two, COLD | PROTECTED)?;
-            let (xml, cookie) = client.begin()?;
-            // While it is between two hosts, it starts on none.
-            let said = one.exec(&["virsh", "start", "g"])?;
-            let said = String::from_utf8_lossy(&said.stderr).into_owned();
-            ensure!(said.contains("it is being moved"), "{said}");
-            client.prepare(&xml, &cookie)?.map_err(anyhow::Error::msg)?;
-            Ok(client)
-        };
         for (what, fault) in [
             (
                 "the source's engine",
@@ -233,7 +306,7 @@ fn they_die_between_the_phases() -> Result<()> {
             ("the destination's engine", &|| signal(&engine(two)?, SIGKILL)),
             ("the destination's daemon", &|| two.restart_libvirtd(true)),
         ] {
-            let mut client = prepared()?;
+            let mut client = scene.prepared()?;
             fault()?;
             let finished = client.finish(None, false)?;
             println!("{what}: {finished:?}");
@@ -244,7 +317,7 @@ fn they_die_between_the_phases() -> Result<()> {
         }
 
         // The guest is the destination's, and the source's daemon dies before it has heard of it from the client.
-        let mut client = prepared()?;
+        let mut client = scene.prepared()?;
         client.finish(None, false)?.map_err(anyhow::Error::msg)?;
         let daemon = one.processes_named("libvirtd")?.pop().context("no libvirtd")?;
         signal(&daemon, SIGKILL)?;
@@ -318,5 +391,64 @@ fn the_other_host_is_lost() -> Result<()> {
         one.has_shut_off("g")?;
         ensure!(one.sha256(&disk())? == scene.digest, "the disk has changed");
         one.boots(lab, "g")
+    })
+}
+
+/// The source has let go, and the destination is lost before it has said that it has the guest: the operator takes the guest
+/// back. Should the destination come back, it does not have it.
+#[test]
+fn the_destination_is_lost_for_good() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let (one, two) = (scene.one, scene.two);
+        let mut client = scene.prepared()?;
+        let held = Held::at(&engine(two)?, "renameat2")?;
+        scene.dies_in_finish(&mut client, one, State::Committed)?;
+        drop(held);
+        let confirmed = client.confirm(None, true)?;
+        println!("{confirmed:?}");
+        scene.does_not_start(one, "may belong to that host already")?;
+        // The source's engine waits for the destination, which may still say that it has the guest.
+        let mut engines = one.processes_named("virt-ferry-engine")?;
+        engines.retain(|engine| engine.arguments.iter().any(|argument| argument == "cold-source"));
+        signal(&engines.pop().context("no engine")?, SIGKILL)?;
+        scene.gives_up(one)?;
+        one.has_shut_off("g")?;
+        one.boots(lab, "g")?;
+
+        two.restart_libvirtd(true)?;
+        two.run(&["virt-ferry", "recover"])?;
+        scene.settles()?;
+        scene.is_at_the_source()?;
+        same_files(&scene.nowhere[1], &two.guests_files()?).context("host2")?;
+        scene.moves_again()?;
+        scene.is_clean()
+    })
+}
+
+/// The destination has asked, and the source is lost before it answers: the operator gives up there what may have become its
+/// guest. The source, back again, has it.
+#[test]
+fn the_source_is_lost_for_good() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let (one, two) = (scene.one, scene.two);
+        let mut client = scene.prepared()?;
+        signal(&engine(one)?, SIGSTOP)?;
+        scene.dies_in_finish(&mut client, two, State::Committing)?;
+        scene.crashes(one)?;
+        two.restart_libvirtd(true)?;
+        scene.gives_up(two)?;
+        // But for what the source is still to hear.
+        let mut files = two.guests_files()?;
+        files.retain(|file| !file.starts_with("/var/lib/virt-ferry/"));
+        same_files(&scene.nowhere[1], &files).context("host2")?;
+
+        one.restart_libvirtd(true)?;
+        scene.settles()?;
+        scene.is_at_the_source()?;
+        one.boots(lab, "g")?;
+        scene.moves_again()?;
+        scene.is_clean()
     })
 }

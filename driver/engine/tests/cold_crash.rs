@@ -243,6 +243,29 @@ fn both_die_while_the_destination_asks_and_the_source_had_not_let_go() {
 }
 
 #[test]
+fn the_destination_is_lost_and_the_operator_takes_the_guest_back() {
+    let guest = Guest::new();
+    let (source, destination) = committing(&guest);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    destination.crash();
+    source.signal(Signal::SIGCONT);
+    guest.scene.await_state(Role::Source, State::Committed);
+    source.crash();
+    assert_eq!(guest.owners(), (false, false));
+    let mut here = guest.scene.recovery(Role::Source, Wish::GiveUp);
+    assert_eq!(recovered(&mut here), Recovered::Stays);
+    assert_eq!(guest.owners(), (true, false));
+    guest.check();
+    // It was not lost after all.
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    guest.check();
+    here.end();
+    guest.scene.assert_not_there();
+    guest.scene.assert_clean();
+    guest.assert_stays_and_moves_again();
+}
+
+#[test]
 fn the_destination_dies_with_the_files_in_place() {
     let mut guest = Guest::new();
     let (mut source, destination) = guest.scene.placed();

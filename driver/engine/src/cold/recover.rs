@@ -3,7 +3,7 @@
 //! | this host's journal | what happens |
 //! |---|---|
 //! | source, prepared | the guest stays: nobody else can have it |
-//! | source, committed | the door is opened again, where it was: the destination says owned, or aborted |
+//! | source, committed | the door is opened again, where it was: the destination says owned, or aborted; the operator may say aborted for it |
 //! | source, owned-there | the guest leaves: undefine and delete |
 //! | source, aborted | the door is opened: a destination that still asks is told no |
 //! | destination, pulling or ready | undone, with all that was pulled: the source cannot have let go |
@@ -126,9 +126,16 @@ fn source(kept: Kept, wish: Wish, control: &Control, signals: &Signals) -> Resul
     }
     let state = kept.state;
     let ownership = Arc::new(Ownership::new(kept));
-    if matches!(state, State::Prepared | State::Aborted) {
-        let anew = "the source's host or engine was started anew";
-        ownership.give_up(&Error::Other(anew.into()))?;
+    match state {
+        State::Prepared | State::Aborted => {
+            let anew = "the source's host or engine was started anew";
+            ownership.give_up(&Error::Other(anew.into()))?;
+        }
+        State::Committed if wish == Wish::GiveUp => {
+            let operator = "the operator gave the migration up at the source";
+            ownership.take_back(&Error::Other(operator.into()))?;
+        }
+        _ => {}
     }
     let connected = Arc::<AtomicUsize>::default();
     let state = match ownership.state() {

@@ -179,6 +179,18 @@ impl Ownership {
         Ok(true)
     }
 
+    /// Takes the guest back from a destination that never will have it: the operator says so, who knows that it is lost.
+    /// Should it come back and ask, it is told no.
+    pub fn take_back(&self, cause: &Error) -> Result<(), Error> {
+        if let Some(kept) = self.lock().as_mut().filter(|kept| kept.state == State::Committed) {
+            let _ = self.cause.set((cause.failure("").kind, cause.to_string()));
+            kept.enter(State::Aborted, |_| {})?;
+            kept.loosen();
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
     /// What a destination was found to have.
     fn note(
         &self,
