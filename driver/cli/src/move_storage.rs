@@ -91,7 +91,9 @@ fn cancel_on(interrupts: SigSet, domain: Domain) -> Result<()> {
         while interrupts.wait().is_ok() {
             // SAFETY: a domain that lives as long as this thread.
             match unsafe { virt_sys::virDomainAbortJob(domain.as_ptr()) } {
-                0 => eprintln!("virt-ferry: interrupted; what was copied is removed"),
+                0 => eprintln!(
+                    "virt-ferry: interrupted; what was copied is removed, unless the guest has it by now"
+                ),
                 _ => eprintln!(
                     "virt-ferry: it cannot be ended now: {}",
                     Error::last_error().message()

@@ -504,7 +504,7 @@ fn own(guest: &Guest, role: Role) -> (Engine, Recovered) {
 
 #[test]
 fn a_source_whose_other_host_is_lost_keeps_the_guest() {
-    let mut guest = Guest::new();
+    let guest = Guest::new();
     let (source, destination) = guest.scene.placed();
     destination.crash();
     source.crash();
@@ -515,22 +515,37 @@ fn a_source_whose_other_host_is_lost_keeps_the_guest() {
     assert_eq!(guest.owners(), (true, false));
     assert!(guest.scene.journal(Role::Source).is_none());
 
-    // What has heard that the guest is the other one's does not take it back.
+    // Also where it has heard that the guest is the other one's, as long as its own files are what they were.
     std::fs::remove_file(guest.there()).unwrap();
     std::fs::remove_file(guest.scene.journal_path(Role::Destination)).unwrap();
-    let (source, mut destination) = guest.scene.placed();
-    guest.define();
-    assert_eq!(
-        destination.ask(&Request::ColdOwned),
-        Reply::ColdOwned { told: true }
-    );
-    destination.end();
-    source.crash();
-    let (mut engine, found) = own(&guest, Role::Source);
-    assert_eq!(found, Recovered::Leaves);
-    guest.leave(&mut engine);
-    engine.end();
-    guest.assert_moved();
+    for changed in [false, true] {
+        let (source, mut destination) = guest.scene.placed();
+        assert_eq!(
+            destination.ask(&Request::ColdOwned),
+            Reply::ColdOwned { told: true }
+        );
+        destination.end();
+        source.crash();
+        if changed {
+            let disk = std::fs::File::options().write(true).open(&guest.disk).unwrap();
+            disk.set_len(1).unwrap();
+            let mut engine = guest.scene.recovery(Role::Source, Wish::Own);
+            match engine.hear() {
+                Some(Reply::Failed(failure)) => {
+                    assert!(failure.cause.contains("not what they were"), "{failure}")
+                }
+                reply => panic!("{reply:?}"),
+            }
+            assert!(guest.disk.exists());
+            return;
+        }
+        let (engine, found) = own(&guest, Role::Source);
+        assert_eq!(found, Recovered::Stays);
+        engine.end();
+        assert_eq!(guest.owners(), (true, false));
+        assert_eq!(sha256(&guest.disk), guest.digest);
+        std::fs::remove_file(guest.there()).unwrap();
+    }
 }
 
 #[test]

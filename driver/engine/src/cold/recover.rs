@@ -11,15 +11,15 @@
 //! | destination, placed | the guest is to be registered |
 //! | destination, owned or aborted | the source is told |
 //!
-//! Where the operator says that the other host is lost for good ([`Wish::Own`]), nobody is asked: the source keeps what it
-//! does not know to have left, the destination takes what has come as a whole.
+//! Where the operator says that the other host is lost for good ([`Wish::Own`]), nobody is asked: the source keeps the
+//! guest as long as its own files are what they were, the destination takes what has come as a whole.
 //! | within, any | see [`within`](super::within::recover) |
 
 use super::destination::{self, Link};
 use super::journal::Kept;
 use super::messages::{Answer, Ask};
 use super::pull::Peer;
-use super::source::{delete, linger, listen, refusal, Ownership};
+use super::source::{delete, is_whole, linger, listen, refusal, Ownership};
 use super::{nonce, place, within, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
@@ -117,9 +117,17 @@ fn forget_nonces(journal: &Journal) {
 fn source(kept: Kept, wish: Wish, control: &Control, signals: &Signals) -> Result<(), Error> {
     let journal = Journal::clone(&kept);
     forget_nonces(&journal);
-    // It cannot be taken back from a host that is known to have had it: its files here may be gone in part.
-    let is_ours = wish == Wish::Own && kept.state != State::OwnedThere;
-    if is_ours || kept.state == State::Prepared && journal.manifest.is_none() {
+    if wish == Wish::Own && kept.state == State::OwnedThere {
+        // The other host had it, and is lost: this is what there is of it. Nothing more is deleted.
+        if let Some(gone) = journal.entries.iter().find(|entry| !is_whole(entry)) {
+            return Err(Error::Other(format!(
+                "the guest had left this host, and its files here are not what they were ({}): its definition and what is \
+                 left of them stay as they are",
+                gone.path.display()
+            )));
+        }
+    }
+    if wish == Wish::Own || kept.state == State::Prepared && journal.manifest.is_none() {
         kept.remove()?;
         control.reply(Reply::ColdRecovered(Recovered::Stays));
         return Ok(());

@@ -803,6 +803,12 @@ fn is_gone(path: &Path) -> bool {
     found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
+/// Whether a file that was to be deleted is still there, as it was when it was copied. What does not move is not looked at.
+pub fn is_whole(entry: &Entry) -> bool {
+    let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
+    entry.fate != Fate::Moves || place::is_ours(&real, entry) && !is_changed(&real, entry)
+}
+
 /// Whether it has another length or time than the file that was copied.
 fn is_changed(path: &Path, entry: &Entry) -> bool {
     let found = std::fs::metadata(path).ok();

@@ -191,6 +191,8 @@ fn place_all(
     })?;
     place::put_in_place(kept)?;
     order.renames.iter().try_for_each(header::rename)?;
+    // The last moment at which it can be ended.
+    signals.check()?;
     kept.enter(State::Placed, |_| {})?;
     Ok(pairs.into_iter().map(|pair| pair.from).collect())
 }

@@ -5,7 +5,7 @@ use super::inventory::TPM;
 use super::machine::Machine;
 use super::plan::{self, Here, Places};
 use super::sessions::{self, Session};
-use super::{configuration, for_libvirt, here, inventory, pools, recovery, unexpected, SETTLED};
+use super::{configuration, durable, for_libvirt, here, inventory, pools, recovery, unexpected, SETTLED};
 use crate::engine::Engine;
 use crate::libvirt::phase::{self, Prepared};
 use crate::libvirt::{
@@ -376,6 +376,13 @@ pub fn redefine(domain: Domain, metadata: &[cold::Metadata]) -> Result<(), Error
 /// The guest is this host's: the engine writes it down and tells the source. Whether the source has heard it.
 pub fn own_it(connection: Connection, engine: &Engine, guest: &Guest, places: &[PathBuf]) -> bool {
     pools::refresh(connection, places.iter().map(PathBuf::as_path));
+    if let Err(error) = durable::definitions(&guest.name) {
+        tracing::error!(
+            guest = guest.name,
+            "the guest is here, and its former host is not told yet: {error}"
+        );
+        return false;
+    }
     match engine.ask(&Request::ColdOwned, Some(SETTLED)) {
         Ok(Reply::ColdOwned { told: true }) => return true,
         Ok(Reply::ColdOwned { told: false }) => {

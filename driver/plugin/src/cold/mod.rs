@@ -19,6 +19,7 @@
 
 mod definition;
 pub mod destination;
+mod durable;
 mod image;
 mod inventory;
 pub mod job;

@@ -142,7 +142,11 @@ pub fn by_hand(connection: Connection, uuid: Uuid, wish: Wish) -> Result<(), Err
         ));
     }
     if path.symlink_metadata().is_err() {
-        return Ok(());
+        // An attempt of our own thread's has ended it, and not as wanted where the guest is not here.
+        return match wish {
+            Wish::Own => connection.domain(uuid).map(drop),
+            Wish::GiveUp | Wish::Settle => Ok(()),
+        };
     }
     let journal = read(&path).map_err(here)?;
     let arrives = journal.role == Role::Destination;

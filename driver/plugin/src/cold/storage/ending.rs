@@ -3,7 +3,7 @@
 
 use crate::cold::definition::Definition;
 use crate::cold::destination::redefine;
-use crate::cold::{here, inventory, pools, unexpected, LOCAL, SETTLED};
+use crate::cold::{durable, here, inventory, pools, unexpected, LOCAL, SETTLED};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error};
 use ferry_contract::cold::journal::{Entry, Journal};
@@ -29,7 +29,8 @@ pub fn conclude(
     let told = connection
         .domain(guest.uuid)
         .and_then(|domain| redefine(domain.get(), metadata));
-    let cleared = own(engine).and_then(|()| clear(connection, guest, engine, keep || told.is_err()));
+    let owned = durable::definitions(&guest.name).and_then(|()| own(engine));
+    let cleared = owned.and_then(|()| clear(connection, guest, engine, keep || told.is_err()));
     let outcome = told.and(cleared);
     outcome.map_err(|error| {
         Error::operation(format_args!(

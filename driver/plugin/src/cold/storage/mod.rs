@@ -178,6 +178,10 @@ impl Move {
     /// Gives libvirt the new definition, if what it names is right and the old one is still what it was.
     fn define(&self, intent: &Intent) -> Result<(), Error> {
         intent.check().map_err(here)?;
+        // It cannot be started since the journal was written; before that, only the images' locks kept it from it.
+        if !self.domain.is_shut_off()? {
+            return Err(here("the guest was started while its files were looked at"));
+        }
         if inventory::definition_file(&self.guest.name) != intent.file {
             return Err(here(
                 "the guest's definition was changed while its files were copied: try again",
