@@ -189,7 +189,7 @@ fn random(file: &Path, mib: u64, data: u64, pieces: u64) -> Result<()> {
     let mut made = File::create(file).with_context(|| file.display().to_string())?;
     made.set_len(mib << 20)?;
     for piece in 0..pieces {
-        made.seek(SeekFrom::Start((piece * mib << 20) / pieces))?;
+        made.seek(SeekFrom::Start(((piece * mib) << 20) / pieces))?;
         io::copy(&mut random.by_ref().take((data << 20) / pieces), &mut made)?;
     }
     Ok(())
