@@ -44,8 +44,9 @@ const TELL: Duration = Duration::from_secs(30);
 const MAX_RUNS: usize = 4 << 20;
 /// Bytes of all files' attributes.
 const MAX_ATTRIBUTES: usize = 64 << 20;
-/// Data connections, unless the operator says how many. Each waits for both hosts' disks in turn, so more than there are
-/// processors are of use: on two, and with other work beside it, 2.5 GiB took 5.1 s with two and 4.6 s with four.
+/// Data connections, unless the operator says how many. Each waits for both hosts' disks in turn (with two of them, the
+/// source's threads spent half of their time in reads), so more than there are processors can be of use. How much, has not been
+/// measured on a machine without other work.
 const STREAMS: u16 = 4;
 /// For one answer of the source's.
 const ANSWER: Duration = Duration::from_secs(30);
