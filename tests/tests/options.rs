@@ -171,12 +171,12 @@ fn names_definitions_and_addresses_are_as_asked() -> Result<()> {
 /// A guest that fails to write its disk stops; whoever asked for it wants it to stay then, and go on once it can.
 #[test]
 fn an_io_error_ends_the_migration_where_asked() -> Result<()> {
-    const DISK: &str = "/run/small/disk.raw";
+    const DISK: &str = "/lab/small/disk.raw";
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
         for host in [one, two] {
-            host.run(&["mkdir", "-m", "755", "/run/small"])?;
-            host.run(&["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", "/run/small"])?;
+            host.run(&["mkdir", "-p", "-m", "755", "/lab/small"])?;
+            host.run(&["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", "/lab/small"])?;
             host.image(DISK, 32)?;
         }
         let guest = usual("writer").disk(DISK, "raw").disk_load(32, Rate(60));
@@ -195,7 +195,7 @@ fn an_io_error_ends_the_migration_where_asked() -> Result<()> {
                 let _ = one.exec(&[
                     "dd",
                     "if=/dev/zero",
-                    "of=/run/small/full",
+                    "of=/lab/small/full",
                     "bs=64k",
                     "oflag=append",
                     "conv=notrunc",
@@ -212,7 +212,7 @@ fn an_io_error_ends_the_migration_where_asked() -> Result<()> {
                 let _ = one.exec(&[
                     "dd",
                     "if=/dev/zero",
-                    "of=/run/small/full",
+                    "of=/lab/small/full",
                     "bs=64k",
                     "oflag=append",
                     "conv=notrunc",
@@ -233,7 +233,7 @@ fn an_io_error_ends_the_migration_where_asked() -> Result<()> {
             ensure!(error.contains("I/O error"), "{error}");
             let state = one.state("writer")?;
             ensure!(state.as_deref() == Some("paused (I/O error)"), "{state:?}");
-            one.run(&["rm", "/run/small/full"])?;
+            one.run(&["rm", "/lab/small/full"])?;
             one.virsh(&["resume", "writer"])?;
             one.wait_for_state("writer", "running")?;
         }
