@@ -63,13 +63,13 @@ pub fn take(domain: Domain, guest: &Definition, disks: &[&str]) -> Result<Found,
         });
     }
     for path in guest.nvram.iter().filter(|path| path.exists()) {
-        found.item(path.clone(), Part::Nvram);
+        found.item(certain(path)?, Part::Nvram);
     }
     if let Some(tpm) = &guest.tpm {
         let own = Path::new(TPM).join(guest.uuid.to_string());
         let path = tpm.source.clone().unwrap_or(own);
         if path.exists() {
-            found.item(path, Part::Tpm);
+            found.item(certain(&path)?, Part::Tpm);
         }
     }
     for path in logs(&guest.name) {
@@ -100,6 +100,36 @@ pub fn plain(path: &Path) -> PathBuf {
     plain
 }
 
+/// A path as [`plain`] has it, where that is the same file: behind a symlink to a directory, the kernel and QEMU find
+/// another by `..` than its text says.
+///
+/// # Errors
+/// It is not, and nobody knows which of both would be copied or deleted.
+pub fn certain(path: &Path) -> Result<PathBuf, String> {
+    let plain = plain(path);
+    // Neither is there: that is the engine's to name.
+    match path.canonicalize().ok() == plain.canonicalize().ok() {
+        true => Ok(plain),
+        false => Err(format!(
+            "{} leads through a symlink to another file than {}: name it without \"..\" (qemu-img rebase -u for a backing \
+             file)",
+            path.display(),
+            plain.display()
+        )),
+    }
+}
+
+/// Whether every file of these layers is the one that its name says.
+///
+/// # Errors
+/// See [`certain`].
+pub fn all_certain(layers: &[Layer]) -> Result<(), String> {
+    layers
+        .iter()
+        .flat_map(Layer::files)
+        .try_for_each(|path| certain(&path).map(drop))
+}
+
 impl Found {
     /// Adds a file, once.
     fn item(&mut self, path: PathBuf, part: Part) {
@@ -125,6 +155,7 @@ impl Found {
         let layers =
             image::layers(&path, &disk.format).map_err(|why| format!("disk {}: {why}", disk.target))?;
         agree(disk, &layers)?;
+        all_certain(&layers).map_err(|why| format!("disk {}: {why}", disk.target))?;
         self.layers(&disk.target, &layers);
         Ok(())
     }
@@ -167,7 +198,9 @@ impl Found {
                         path.display()
                     ));
                 }
-                for layer in image::layers(&path, &format)? {
+                let layers = image::layers(&path, &format)?;
+                all_certain(&layers)?;
+                for layer in layers {
                     let data = layer
                         .data_file
                         .as_ref()
@@ -211,8 +244,10 @@ pub fn metadata(domain: Domain) -> Result<Vec<Metadata>, String> {
 pub fn agree(disk: &Disk, layers: &[Layer]) -> Result<(), String> {
     let named: Vec<_> = disk.layers.iter().map(Source::path).collect();
     let found = layers.iter().skip(1).map(|layer| layer.path.as_path());
-    let same =
-        |(named, found): (&Option<&Path>, &Path)| named.is_some_and(|named| plain(named) == plain(found));
+    let real = |path: &Path| path.canonicalize().ok();
+    let same = |(named, found): (&Option<&Path>, &Path)| {
+        named.is_some_and(|named| plain(named) == plain(found) && real(named) == real(found))
+    };
     if named.is_empty() || named.len() == layers.len() - 1 && named.iter().zip(found).all(same) {
         return Ok(());
     }
@@ -424,6 +459,12 @@ impl Used {
         Ok(())
     }
 
+    /// As the kernel finds it from what it is called, and as its text says: who uses these looks at what each is.
+    fn add(&mut self, path: PathBuf) {
+        self.paths.insert(plain(&path));
+        self.paths.insert(path);
+    }
+
     fn named(&mut self, xml: &str) -> Result<(), String> {
         self.paths.extend(named(xml)?);
         Ok(())
@@ -447,19 +488,17 @@ impl Used {
                 OTHERS.as_secs()
             ));
         }
-        self.paths.insert(plain(path));
+        self.add(path.to_owned());
         let layers = match image::layers(path, format) {
             Ok(layers) => layers,
             // One that is not there refers to nothing; of one that cannot be read, nobody knows.
             Err(_) if is_absent(path) => return Ok(()),
             Err(why) => return Err(why),
         };
-        for layer in &layers {
-            let data = layer.data_file.iter();
-            self.paths
-                .extend(data.map(|data| plain(&Layer::beside(&layer.path, data))));
-            self.paths.insert(plain(&layer.path));
-        }
+        layers
+            .iter()
+            .flat_map(Layer::files)
+            .for_each(|path| self.add(path));
         Ok(())
     }
 }
@@ -470,8 +509,8 @@ pub fn is_absent(path: &Path) -> bool {
     found.is_err_and(|error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory))
 }
 
-/// Every absolute path in an XML, whatever it is there for, and those within arguments (`-drive file=/a,format=raw`): too
-/// many keep a file, too few lose one.
+/// Every absolute path in an XML, as it stands there and without `..`, whatever it is there for, and those within arguments
+/// (`-drive file=/a,format=raw`): too many keep a file, too few lose one.
 ///
 /// # Errors
 /// It is no XML.
@@ -485,7 +524,7 @@ pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
     let parts = values.flat_map(|value| std::iter::once(value).chain(value.split(['=', ',', ' ', ':'])));
     Ok(parts
         .filter(|part| part.starts_with('/'))
-        .map(|path| plain(Path::new(path)))
+        .flat_map(|path| [path.into(), plain(Path::new(path))])
         .collect())
 }
 
@@ -580,6 +619,35 @@ mod tests {
         assert_eq!(paths, ["/a/b", "/m", "/nv", "/q/disk"].map(PathBuf::from));
         assert_eq!(uuid_in(xml), Some(Uuid::from_u128(7)));
         assert!(named("<domain").is_err());
+    }
+
+    #[test]
+    fn behind_a_symlink_the_kernel_decides() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        std::fs::create_dir_all(at("far/images")).unwrap();
+        std::fs::create_dir(at("far/base")).unwrap();
+        std::fs::create_dir(at("base")).unwrap();
+        std::os::unix::fs::symlink(at("far/images"), at("images")).unwrap();
+        std::fs::write(at("far/base/raw"), "the guest's").unwrap();
+        let header = at("images/../base/raw");
+        // By its text it is another file: there is none, then there is one.
+        assert!(certain(&header).unwrap_err().contains("symlink"));
+        std::fs::write(at("base/raw"), "another's").unwrap();
+        assert!(certain(&header).is_err());
+        let overlay = layer(header.to_str().unwrap(), None, None);
+        assert!(all_certain(&[overlay]).is_err());
+        let data = at("images/top");
+        let data = layer(data.to_str().unwrap(), None, Some("../base/raw"));
+        assert!(all_certain(&[data]).is_err());
+        // Without a symlink before it, and where nothing is.
+        assert_eq!(certain(&at("far/images/../base/raw")), Ok(at("far/base/raw")));
+        assert_eq!(certain(&at("no/../such")), Ok(at("such")));
+        // What another guest refers to is what the kernel finds.
+        let xml = format!("<disk><source file='{}'/></disk>", header.display());
+        let real = |path: PathBuf| path.canonicalize().ok();
+        let used: HashSet<_> = named(&xml).unwrap().into_iter().filter_map(real).collect();
+        assert!(used.contains(&real(at("far/base/raw")).unwrap()));
     }
 
     #[test]
