@@ -8,10 +8,13 @@ use super::definition::{Definition, Disk, Source};
 use super::image::{self, Layer};
 use super::pools;
 use crate::libvirt::{self, Connection, Domain};
+use ferry_contract::cold::journal::{self, Journal};
 use ferry_contract::cold::{self, Item, Medium, Metadata, MetadataKind, Part};
+use ferry_host as host;
 use roxmltree::Document;
 use std::collections::HashSet;
-use std::io::ErrorKind;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -324,10 +327,11 @@ pub fn definition_file(guest: &str) -> Option<cold::Definition> {
     })
 }
 
-/// Every file that this host's other guests refer to, by definition, snapshot or image header.
+/// Every file that this host's other guests refer to, by definition, snapshot or image header, or that the journal of one's
+/// migration counts on.
 ///
 /// # Errors
-/// If a guest cannot be looked at: then nothing is certain.
+/// If a guest or a journal cannot be looked at: then nothing is certain.
 pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, String> {
     let failed = |error: libvirt::Error| format!("the host's other guests cannot be looked at: {error}");
     let mut used = Used {
@@ -335,6 +339,9 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
         deadline: Instant::now() + OTHERS,
         paths: HashSet::new(),
     };
+    // Before the list: a guest whose journal has gone by then is in it.
+    let journals = host::state_directory()?.join(journal::DIRECTORY);
+    used.paths.extend(counted_on(&journals, guest)?);
     let mut seen = HashSet::from([guest]);
     for domain in connection.domains().map_err(failed)? {
         let domain = domain.get();
@@ -405,6 +412,50 @@ fn all_seen(directory: &Path, seen: &HashSet<Uuid>) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Files that other guests' migrations count on: what arrives, or was here before and is to be its base, is in no definition
+/// yet.
+fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String> {
+    let failed = |path: &Path, why: &dyn std::fmt::Display| {
+        format!("the journal {} cannot be read: {why}", path.display())
+    };
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(HashSet::new()),
+        Err(error) => return Err(failed(directory, &error)),
+    };
+    let mut paths = HashSet::new();
+    for entry in entries {
+        let path = entry.map_err(|error| failed(directory, &error))?.path();
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str()?.strip_suffix(".json"));
+        let other = name.and_then(|name| name.parse::<Uuid>().ok());
+        if other.is_none_or(|other| other == guest) {
+            continue;
+        }
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            // It has come to its end since.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(&path, &error)),
+        };
+        let mut text = Vec::new();
+        file.take(journal::MAX_LENGTH)
+            .read_to_end(&mut text)
+            .map_err(|error| failed(&path, &error))?;
+        let journal = Journal::parse(&text).map_err(|error| failed(&path, &error))?;
+        for entry in journal.entries {
+            paths.insert(plain(&entry.path));
+            paths.insert(entry.path);
+        }
+        // Its disks that do not move are here already.
+        if let Some(definition) = &journal.definition {
+            paths.extend(named(definition).map_err(|error| failed(&path, &error))?);
+        }
+    }
+    Ok(paths)
 }
 
 /// Of a definition, or of a definition within the state of a running guest.
@@ -531,6 +582,9 @@ pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferry_contract::cold::journal::{Fate, Role, State};
+    use ferry_contract::cold::{Kind, Options};
+    use ferry_contract::session::{Encryption, Token};
 
     fn layer(path: &str, backing: Option<&str>, data: Option<&str>) -> Layer {
         Layer {
@@ -671,6 +725,61 @@ mod tests {
             .contains("three.xml"));
         write("three.xml", "");
         assert!(all_seen(directory.path(), &seen).is_err());
+    }
+
+    /// A journal of a guest's arrival, as the engine writes it.
+    fn arrival(guest: Uuid, path: &str, definition: &str) -> String {
+        let guest = serde_json::json!({"name": "g", "uuid": guest});
+        let part = serde_json::to_value(Part::Disk {
+            target: "vda".into(),
+            layer: 1,
+            format: "raw".into(),
+            relative: false,
+        });
+        let file = serde_json::json!({"path": "/source/base", "part": part.unwrap(), "kind": Kind::File, "size": 1, "allocated": 1});
+        let entry = serde_json::json!({"source": "/source/base", "path": path, "temporary": null, "kind": Kind::File, "size": 1,
+            "fate": Fate::Present, "digest": null, "identity": null});
+        serde_json::json!({
+            "version": journal::VERSION, "role": Role::Destination, "state": State::Ready, "session": Uuid::from_u128(7),
+            "guest": guest, "host": "two", "peer": "one", "address": "192.0.2.1", "port": 49152,
+            "token": Token::new([3; 32]), "encryption": Encryption::Always, "certificate": [], "key": [],
+            "peer_certificate": null, "entries": [entry], "directories": [], "manifest": null,
+            "options": Options::default(), "definition": definition,
+            "inventory": {"guest": guest, "autostart": false, "files": [file], "directories": [], "media": [], "metadata": []},
+        })
+        .to_string()
+    }
+
+    #[test]
+    fn what_an_arriving_guest_counts_on_is_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let [own, other] = [1, 2].map(Uuid::from_u128);
+        let write = |uuid: Uuid, text: &str| {
+            std::fs::write(directory.path().join(format!("{uuid}.json")), text).unwrap();
+        };
+        assert_eq!(
+            counted_on(Path::new("/no/such/directory"), own),
+            Ok(HashSet::new())
+        );
+        std::fs::write(directory.path().join("x.tmp"), "").unwrap();
+        write(own, "of whose guest it is about: not looked at");
+        write(
+            other,
+            &arrival(
+                other,
+                "/a/../images/base",
+                "<domain><disk><source file='/iso'/></disk></domain>",
+            ),
+        );
+        let mut found: Vec<_> = counted_on(directory.path(), own).unwrap().into_iter().collect();
+        found.sort();
+        assert_eq!(
+            found,
+            ["/a/../images/base", "/images/base", "/iso"].map(PathBuf::from)
+        );
+        write(other, "{}");
+        let why = counted_on(directory.path(), own).unwrap_err();
+        assert!(why.contains(&other.to_string()), "{why}");
     }
 
     #[test]
