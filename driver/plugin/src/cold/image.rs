@@ -159,6 +159,12 @@ impl Layer {
         })
     }
 
+    /// Its file, and that of its data.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> + '_ {
+        let data = self.data_file.iter();
+        std::iter::once(self.path.clone()).chain(data.map(|data| Self::beside(&self.path, data)))
+    }
+
     /// A file that its header names, when the layer itself is in this place.
     pub fn beside(place: &Path, named: &Path) -> PathBuf {
         match place.parent() {

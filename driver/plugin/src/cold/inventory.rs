@@ -8,10 +8,13 @@ use super::definition::{Definition, Disk, Source};
 use super::image::{self, Layer};
 use super::pools;
 use crate::libvirt::{self, Connection, Domain};
+use ferry_contract::cold::journal::{self, Journal};
 use ferry_contract::cold::{self, Item, Medium, Metadata, MetadataKind, Part};
+use ferry_host as host;
 use roxmltree::Document;
 use std::collections::HashSet;
-use std::io::ErrorKind;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -63,13 +66,13 @@ pub fn take(domain: Domain, guest: &Definition, disks: &[&str]) -> Result<Found,
         });
     }
     for path in guest.nvram.iter().filter(|path| path.exists()) {
-        found.item(path.clone(), Part::Nvram);
+        found.item(certain(path)?, Part::Nvram);
     }
     if let Some(tpm) = &guest.tpm {
         let own = Path::new(TPM).join(guest.uuid.to_string());
         let path = tpm.source.clone().unwrap_or(own);
         if path.exists() {
-            found.item(path, Part::Tpm);
+            found.item(certain(&path)?, Part::Tpm);
         }
     }
     for path in logs(&guest.name) {
@@ -100,6 +103,36 @@ pub fn plain(path: &Path) -> PathBuf {
     plain
 }
 
+/// A path as [`plain`] has it, where that is the same file: behind a symlink to a directory, the kernel and QEMU find
+/// another by `..` than its text says.
+///
+/// # Errors
+/// It is not, and nobody knows which of both would be copied or deleted.
+pub fn certain(path: &Path) -> Result<PathBuf, String> {
+    let plain = plain(path);
+    // Neither is there: that is the engine's to name.
+    match path.canonicalize().ok() == plain.canonicalize().ok() {
+        true => Ok(plain),
+        false => Err(format!(
+            "{} leads through a symlink to another file than {}: name it without \"..\" (qemu-img rebase -u for a backing \
+             file)",
+            path.display(),
+            plain.display()
+        )),
+    }
+}
+
+/// Whether every file of these layers is the one that its name says.
+///
+/// # Errors
+/// See [`certain`].
+pub fn all_certain(layers: &[Layer]) -> Result<(), String> {
+    layers
+        .iter()
+        .flat_map(Layer::files)
+        .try_for_each(|path| certain(&path).map(drop))
+}
+
 impl Found {
     /// Adds a file, once.
     fn item(&mut self, path: PathBuf, part: Part) {
@@ -125,6 +158,7 @@ impl Found {
         let layers =
             image::layers(&path, &disk.format).map_err(|why| format!("disk {}: {why}", disk.target))?;
         agree(disk, &layers)?;
+        all_certain(&layers).map_err(|why| format!("disk {}: {why}", disk.target))?;
         self.layers(&disk.target, &layers);
         Ok(())
     }
@@ -167,7 +201,9 @@ impl Found {
                         path.display()
                     ));
                 }
-                for layer in image::layers(&path, &format)? {
+                let layers = image::layers(&path, &format)?;
+                all_certain(&layers)?;
+                for layer in layers {
                     let data = layer
                         .data_file
                         .as_ref()
@@ -211,8 +247,10 @@ pub fn metadata(domain: Domain) -> Result<Vec<Metadata>, String> {
 pub fn agree(disk: &Disk, layers: &[Layer]) -> Result<(), String> {
     let named: Vec<_> = disk.layers.iter().map(Source::path).collect();
     let found = layers.iter().skip(1).map(|layer| layer.path.as_path());
-    let same =
-        |(named, found): (&Option<&Path>, &Path)| named.is_some_and(|named| plain(named) == plain(found));
+    let real = |path: &Path| path.canonicalize().ok();
+    let same = |(named, found): (&Option<&Path>, &Path)| {
+        named.is_some_and(|named| plain(named) == plain(found) && real(named) == real(found))
+    };
     if named.is_empty() || named.len() == layers.len() - 1 && named.iter().zip(found).all(same) {
         return Ok(());
     }
@@ -289,10 +327,11 @@ pub fn definition_file(guest: &str) -> Option<cold::Definition> {
     })
 }
 
-/// Every file that this host's other guests refer to, by definition, snapshot or image header.
+/// Every file that this host's other guests refer to, by definition, snapshot or image header, or that the journal of one's
+/// migration counts on.
 ///
 /// # Errors
-/// If a guest cannot be looked at: then nothing is certain.
+/// If a guest or a journal cannot be looked at: then nothing is certain.
 pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, String> {
     let failed = |error: libvirt::Error| format!("the host's other guests cannot be looked at: {error}");
     let mut used = Used {
@@ -300,6 +339,9 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
         deadline: Instant::now() + OTHERS,
         paths: HashSet::new(),
     };
+    // Before the list: a guest whose journal has gone by then is in it.
+    let journals = host::state_directory()?.join(journal::DIRECTORY);
+    used.paths.extend(counted_on(&journals, guest)?);
     let mut seen = HashSet::from([guest]);
     for domain in connection.domains().map_err(failed)? {
         let domain = domain.get();
@@ -372,6 +414,50 @@ fn all_seen(directory: &Path, seen: &HashSet<Uuid>) -> Result<(), String> {
     Ok(())
 }
 
+/// Files that other guests' migrations count on: what arrives, or was here before and is to be its base, is in no definition
+/// yet.
+fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String> {
+    let failed = |path: &Path, why: &dyn std::fmt::Display| {
+        format!("the journal {} cannot be read: {why}", path.display())
+    };
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(HashSet::new()),
+        Err(error) => return Err(failed(directory, &error)),
+    };
+    let mut paths = HashSet::new();
+    for entry in entries {
+        let path = entry.map_err(|error| failed(directory, &error))?.path();
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str()?.strip_suffix(".json"));
+        let other = name.and_then(|name| name.parse::<Uuid>().ok());
+        if other.is_none_or(|other| other == guest) {
+            continue;
+        }
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            // It has come to its end since.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(&path, &error)),
+        };
+        let mut text = Vec::new();
+        file.take(journal::MAX_LENGTH)
+            .read_to_end(&mut text)
+            .map_err(|error| failed(&path, &error))?;
+        let journal = Journal::parse(&text).map_err(|error| failed(&path, &error))?;
+        for entry in journal.entries {
+            paths.insert(plain(&entry.path));
+            paths.insert(entry.path);
+        }
+        // Its disks that do not move are here already.
+        if let Some(definition) = &journal.definition {
+            paths.extend(named(definition).map_err(|error| failed(&path, &error))?);
+        }
+    }
+    Ok(paths)
+}
+
 /// Of a definition, or of a definition within the state of a running guest.
 fn uuid_in(xml: &str) -> Option<Uuid> {
     let document = Document::parse(xml).ok()?;
@@ -424,6 +510,12 @@ impl Used {
         Ok(())
     }
 
+    /// As the kernel finds it from what it is called, and as its text says: who uses these looks at what each is.
+    fn add(&mut self, path: PathBuf) {
+        self.paths.insert(plain(&path));
+        self.paths.insert(path);
+    }
+
     fn named(&mut self, xml: &str) -> Result<(), String> {
         self.paths.extend(named(xml)?);
         Ok(())
@@ -447,19 +539,17 @@ impl Used {
                 OTHERS.as_secs()
             ));
         }
-        self.paths.insert(plain(path));
+        self.add(path.to_owned());
         let layers = match image::layers(path, format) {
             Ok(layers) => layers,
             // One that is not there refers to nothing; of one that cannot be read, nobody knows.
             Err(_) if is_absent(path) => return Ok(()),
             Err(why) => return Err(why),
         };
-        for layer in &layers {
-            let data = layer.data_file.iter();
-            self.paths
-                .extend(data.map(|data| plain(&Layer::beside(&layer.path, data))));
-            self.paths.insert(plain(&layer.path));
-        }
+        layers
+            .iter()
+            .flat_map(Layer::files)
+            .for_each(|path| self.add(path));
         Ok(())
     }
 }
@@ -470,8 +560,8 @@ pub fn is_absent(path: &Path) -> bool {
     found.is_err_and(|error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory))
 }
 
-/// Every absolute path in an XML, whatever it is there for, and those within arguments (`-drive file=/a,format=raw`): too
-/// many keep a file, too few lose one.
+/// Every absolute path in an XML, as it stands there and without `..`, whatever it is there for, and those within arguments
+/// (`-drive file=/a,format=raw`): too many keep a file, too few lose one.
 ///
 /// # Errors
 /// It is no XML.
@@ -485,13 +575,16 @@ pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
     let parts = values.flat_map(|value| std::iter::once(value).chain(value.split(['=', ',', ' ', ':'])));
     Ok(parts
         .filter(|part| part.starts_with('/'))
-        .map(|path| plain(Path::new(path)))
+        .flat_map(|path| [path.into(), plain(Path::new(path))])
         .collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferry_contract::cold::journal::{Fate, Role, State};
+    use ferry_contract::cold::{Kind, Options};
+    use ferry_contract::session::{Encryption, Token};
 
     fn layer(path: &str, backing: Option<&str>, data: Option<&str>) -> Layer {
         Layer {
@@ -583,6 +676,35 @@ mod tests {
     }
 
     #[test]
+    fn behind_a_symlink_the_kernel_decides() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        std::fs::create_dir_all(at("far/images")).unwrap();
+        std::fs::create_dir(at("far/base")).unwrap();
+        std::fs::create_dir(at("base")).unwrap();
+        std::os::unix::fs::symlink(at("far/images"), at("images")).unwrap();
+        std::fs::write(at("far/base/raw"), "the guest's").unwrap();
+        let header = at("images/../base/raw");
+        // By its text it is another file: there is none, then there is one.
+        assert!(certain(&header).unwrap_err().contains("symlink"));
+        std::fs::write(at("base/raw"), "another's").unwrap();
+        assert!(certain(&header).is_err());
+        let overlay = layer(header.to_str().unwrap(), None, None);
+        assert!(all_certain(&[overlay]).is_err());
+        let data = at("images/top");
+        let data = layer(data.to_str().unwrap(), None, Some("../base/raw"));
+        assert!(all_certain(&[data]).is_err());
+        // Without a symlink before it, and where nothing is.
+        assert_eq!(certain(&at("far/images/../base/raw")), Ok(at("far/base/raw")));
+        assert_eq!(certain(&at("no/../such")), Ok(at("such")));
+        // What another guest refers to is what the kernel finds.
+        let xml = format!("<disk><source file='{}'/></disk>", header.display());
+        let real = |path: PathBuf| path.canonicalize().ok();
+        let used: HashSet<_> = named(&xml).unwrap().into_iter().filter_map(real).collect();
+        assert!(used.contains(&real(at("far/base/raw")).unwrap()));
+    }
+
+    #[test]
     fn a_guest_that_is_not_shown_leaves_nothing_certain() {
         let directory = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();
@@ -603,6 +725,61 @@ mod tests {
             .contains("three.xml"));
         write("three.xml", "");
         assert!(all_seen(directory.path(), &seen).is_err());
+    }
+
+    /// A journal of a guest's arrival, as the engine writes it.
+    fn arrival(guest: Uuid, path: &str, definition: &str) -> String {
+        let guest = serde_json::json!({"name": "g", "uuid": guest});
+        let part = serde_json::to_value(Part::Disk {
+            target: "vda".into(),
+            layer: 1,
+            format: "raw".into(),
+            relative: false,
+        });
+        let file = serde_json::json!({"path": "/source/base", "part": part.unwrap(), "kind": Kind::File, "size": 1, "allocated": 1});
+        let entry = serde_json::json!({"source": "/source/base", "path": path, "temporary": null, "kind": Kind::File, "size": 1,
+            "fate": Fate::Present, "digest": null, "identity": null});
+        serde_json::json!({
+            "version": journal::VERSION, "role": Role::Destination, "state": State::Ready, "session": Uuid::from_u128(7),
+            "guest": guest, "host": "two", "peer": "one", "address": "192.0.2.1", "port": 49152,
+            "token": Token::new([3; 32]), "encryption": Encryption::Always, "certificate": [], "key": [],
+            "peer_certificate": null, "entries": [entry], "directories": [], "manifest": null,
+            "options": Options::default(), "definition": definition,
+            "inventory": {"guest": guest, "autostart": false, "files": [file], "directories": [], "media": [], "metadata": []},
+        })
+        .to_string()
+    }
+
+    #[test]
+    fn what_an_arriving_guest_counts_on_is_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let [own, other] = [1, 2].map(Uuid::from_u128);
+        let write = |uuid: Uuid, text: &str| {
+            std::fs::write(directory.path().join(format!("{uuid}.json")), text).unwrap();
+        };
+        assert_eq!(
+            counted_on(Path::new("/no/such/directory"), own),
+            Ok(HashSet::new())
+        );
+        std::fs::write(directory.path().join("x.tmp"), "").unwrap();
+        write(own, "of whose guest it is about: not looked at");
+        write(
+            other,
+            &arrival(
+                other,
+                "/a/../images/base",
+                "<domain><disk><source file='/iso'/></disk></domain>",
+            ),
+        );
+        let mut found: Vec<_> = counted_on(directory.path(), own).unwrap().into_iter().collect();
+        found.sort();
+        assert_eq!(
+            found,
+            ["/a/../images/base", "/images/base", "/iso"].map(PathBuf::from)
+        );
+        write(other, "{}");
+        let why = counted_on(directory.path(), own).unwrap_err();
+        assert!(why.contains(&other.to_string()), "{why}");
     }
 
     #[test]

@@ -67,6 +67,7 @@ impl Disks {
         };
         if moves {
             inventory::agree(disk, &layers)?;
+            inventory::all_certain(&layers)?;
         }
         self.chains.push(Chain {
             target: disk.target.clone(),

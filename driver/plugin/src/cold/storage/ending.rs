@@ -205,7 +205,8 @@ pub fn names(
     let mut named = HashSet::new();
     for disk in &definition.disks {
         let path = pools::path_of(connection, &disk.source).map_err(here)?;
-        named.extend(path.map(|path| inventory::plain(&path)));
+        // One that may be another file is none of these.
+        named.extend(path.map(|path| inventory::certain(&path).unwrap_or(path)));
     }
     Ok(judge(&named, old, new))
 }
