@@ -8,9 +8,11 @@ use super::definition::{Definition, Disk, Source};
 use super::image::{self, Layer};
 use super::pools;
 use crate::libvirt::{self, Connection, Domain};
-use ferry_contract::cold::journal::{self, Journal};
+use ferry_contract::cold::journal::{self, Journal, Role};
 use ferry_contract::cold::{self, Item, Medium, Metadata, MetadataKind, Part};
 use ferry_host as host;
+use nix::errno::Errno;
+use nix::sys::statfs::statfs;
 use roxmltree::Document;
 use std::collections::HashSet;
 use std::fs::File;
@@ -28,6 +30,22 @@ pub const LOGS: [&str; 2] = ["/var/log/libvirt/qemu", "/var/log/swtpm/libvirt/qe
 const DEFINITIONS: &str = "/etc/libvirt/qemu";
 /// Those that run, as they are.
 const RUNNING: &str = "/run/libvirt/qemu";
+/// File systems that other hosts may have, too, by what statfs(2) says of their kind (Linux 6.12, `linux/magic.h` and each
+/// file system's own): NFS, SMB/CIFS (three), Ceph, GFS2, OCFS2, FUSE (GlusterFS), Lustre, 9p, AFS (two).
+const NETWORK: [u32; 12] = [
+    0x6969,
+    0xff53_4d42,
+    0xfe53_4d42,
+    0x517b,
+    0x00c3_6400,
+    0x0116_1970,
+    0x7461_636f,
+    0x6573_5546,
+    0x0bd0_0bd0,
+    0x0102_1997,
+    0x5346_414f,
+    0x6b41_4653,
+];
 /// For looking at the images of all other guests.
 const OTHERS: Duration = Duration::from_secs(120);
 
@@ -131,6 +149,16 @@ pub fn all_certain(layers: &[Layer]) -> Result<(), String> {
         .iter()
         .flat_map(Layer::files)
         .try_for_each(|path| certain(&path).map(drop))
+}
+
+/// Whether guests of other hosts may stand on this file, of which this host knows nothing: it is on a network or cluster
+/// file system.
+pub fn is_shared(path: &Path) -> bool {
+    match statfs(path) {
+        Ok(found) => NETWORK.contains(&(found.filesystem_type().0 as u32)),
+        // What is not there is nobody's; of the rest, nobody knows.
+        Err(error) => !matches!(error, Errno::ENOENT | Errno::ENOTDIR),
+    }
 }
 
 impl Found {
@@ -328,7 +356,7 @@ pub fn definition_file(guest: &str) -> Option<cold::Definition> {
 }
 
 /// Every file that this host's other guests refer to, by definition, snapshot or image header, or that the journal of one's
-/// migration counts on.
+/// migration counts on; and what this guest's own journal has of bases that other hosts' guests may need.
 ///
 /// # Errors
 /// If a guest or a journal cannot be looked at: then nothing is certain.
@@ -341,7 +369,7 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
     };
     // Before the list: a guest whose journal has gone by then is in it.
     let journals = host::state_directory()?.join(journal::DIRECTORY);
-    used.paths.extend(counted_on(&journals, guest)?);
+    used.paths.extend(counted_on(&journals, guest, is_shared)?);
     let mut seen = HashSet::from([guest]);
     for domain in connection.domains().map_err(failed)? {
         let domain = domain.get();
@@ -415,8 +443,12 @@ fn all_seen(directory: &Path, seen: &HashSet<Uuid>) -> Result<(), String> {
 }
 
 /// Files that other guests' migrations count on: what arrives, or was here before and is to be its base, is in no definition
-/// yet.
-fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String> {
+/// yet. Of the guest's own, which leaves: what its overlays stand on where other hosts' guests may, too.
+fn counted_on(
+    directory: &Path,
+    guest: Uuid,
+    is_shared: impl Fn(&Path) -> bool,
+) -> Result<HashSet<PathBuf>, String> {
     let failed = |path: &Path, why: &dyn std::fmt::Display| {
         format!("the journal {} cannot be read: {why}", path.display())
     };
@@ -432,9 +464,7 @@ fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String>
             .file_name()
             .and_then(|name| name.to_str()?.strip_suffix(".json"));
         let other = name.and_then(|name| name.parse::<Uuid>().ok());
-        if other.is_none_or(|other| other == guest) {
-            continue;
-        }
+        let Some(other) = other else { continue };
         let file = match File::open(&path) {
             Ok(file) => file,
             // It has come to its end since.
@@ -446,6 +476,21 @@ fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String>
             .read_to_end(&mut text)
             .map_err(|error| failed(&path, &error))?;
         let journal = Journal::parse(&text).map_err(|error| failed(&path, &error))?;
+        if other == guest {
+            let parts = journal.inventory.files.iter().map(|file| &file.part);
+            let bases = journal.entries.iter().zip(parts).filter(|(entry, part)| {
+                journal.role == Role::Source && is_base(part) && is_shared(&entry.path)
+            });
+            for (entry, _) in bases {
+                tracing::info!(
+                    guest = journal.guest.name,
+                    "{} is kept: it is on a network file system, where guests of other hosts may stand on it",
+                    entry.path.display()
+                );
+                paths.insert(entry.path.clone());
+            }
+            continue;
+        }
         for entry in journal.entries {
             paths.insert(plain(&entry.path));
             paths.insert(entry.path);
@@ -456,6 +501,14 @@ fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String>
         }
     }
     Ok(paths)
+}
+
+/// What an overlay stands on: an image below a disk's first, or its data file.
+fn is_base(part: &Part) -> bool {
+    matches!(
+        part,
+        Part::Disk { layer: 1.., .. } | Part::Data { layer: 1.., .. }
+    )
 }
 
 /// Of a definition, or of a definition within the state of a running guest.
@@ -582,7 +635,7 @@ pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferry_contract::cold::journal::{Fate, Role, State};
+    use ferry_contract::cold::journal::{Fate, State};
     use ferry_contract::cold::{Kind, Options};
     use ferry_contract::session::{Encryption, Token};
 
@@ -727,8 +780,8 @@ mod tests {
         assert!(all_seen(directory.path(), &seen).is_err());
     }
 
-    /// A journal of a guest's arrival, as the engine writes it.
-    fn arrival(guest: Uuid, path: &str, definition: &str) -> String {
+    /// A journal of a guest with a base, as the engine writes it.
+    fn journal(role: Role, guest: Uuid, path: &str, definition: Option<&str>) -> String {
         let guest = serde_json::json!({"name": "g", "uuid": guest});
         let part = serde_json::to_value(Part::Disk {
             target: "vda".into(),
@@ -740,7 +793,7 @@ mod tests {
         let entry = serde_json::json!({"source": "/source/base", "path": path, "temporary": null, "kind": Kind::File, "size": 1,
             "fate": Fate::Present, "digest": null, "identity": null});
         serde_json::json!({
-            "version": journal::VERSION, "role": Role::Destination, "state": State::Ready, "session": Uuid::from_u128(7),
+            "version": journal::VERSION, "role": role, "state": State::Ready, "session": Uuid::from_u128(7),
             "guest": guest, "host": "two", "peer": "one", "address": "192.0.2.1", "port": 49152,
             "token": Token::new([3; 32]), "encryption": Encryption::Always, "certificate": [], "key": [],
             "peer_certificate": null, "entries": [entry], "directories": [], "manifest": null,
@@ -758,28 +811,47 @@ mod tests {
             std::fs::write(directory.path().join(format!("{uuid}.json")), text).unwrap();
         };
         assert_eq!(
-            counted_on(Path::new("/no/such/directory"), own),
+            counted_on(Path::new("/no/such/directory"), own, |_| true),
             Ok(HashSet::new())
         );
         std::fs::write(directory.path().join("x.tmp"), "").unwrap();
-        write(own, "of whose guest it is about: not looked at");
+        let definition = Some("<domain><disk><source file='/iso'/></disk></domain>");
+        write(own, &journal(Role::Destination, own, "/images/own", definition));
         write(
             other,
-            &arrival(
-                other,
-                "/a/../images/base",
-                "<domain><disk><source file='/iso'/></disk></domain>",
-            ),
+            &journal(Role::Destination, other, "/a/../images/base", definition),
         );
-        let mut found: Vec<_> = counted_on(directory.path(), own).unwrap().into_iter().collect();
+        let mut found: Vec<_> = counted_on(directory.path(), own, |_| true)
+            .unwrap()
+            .into_iter()
+            .collect();
         found.sort();
         assert_eq!(
             found,
             ["/a/../images/base", "/images/base", "/iso"].map(PathBuf::from)
         );
         write(other, "{}");
-        let why = counted_on(directory.path(), own).unwrap_err();
+        let why = counted_on(directory.path(), own, |_| true).unwrap_err();
         assert!(why.contains(&other.to_string()), "{why}");
+    }
+
+    #[test]
+    fn a_base_that_other_hosts_see_stays_when_its_guest_leaves() {
+        let directory = tempfile::tempdir().unwrap();
+        let guest = Uuid::from_u128(1);
+        let path = directory.path().join(format!("{guest}.json"));
+        std::fs::write(path, journal(Role::Source, guest, "/nfs/base", None)).unwrap();
+        let kept = |is_shared: bool| counted_on(directory.path(), guest, |_| is_shared).unwrap();
+        assert_eq!(kept(true), HashSet::from(["/nfs/base".into()]));
+        assert_eq!(kept(false), HashSet::new());
+        assert!(!is_shared(directory.path()) && !is_shared(Path::new("/no/such/file")));
+        let top = Part::Disk {
+            target: "vda".into(),
+            layer: 0,
+            format: "qcow2".into(),
+            relative: false,
+        };
+        assert!(!is_base(&top) && !is_base(&Part::Nvram));
     }
 
     #[test]

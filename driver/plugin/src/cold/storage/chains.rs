@@ -119,4 +119,8 @@ impl Here for Host {
     fn is_used(&self, path: &Path) -> bool {
         self.used.contains(&real(path))
     }
+
+    fn is_shared(&self, path: &Path) -> bool {
+        inventory::is_shared(path)
+    }
 }
