@@ -73,9 +73,10 @@ pub fn take(domain: Domain, guest: &Definition, disks: &[&str]) -> Result<Found,
         return Err(format!("it has no disk {unknown}"));
     }
     let mut found = Found::default();
+    let homes = Homes::of(domain.connection(), guest);
     for disk in &guest.disks {
         let moves = !disk.media && (disks.is_empty() || disks.contains(&disk.target.as_str()));
-        found.disk(domain.connection(), disk, moves)?;
+        found.disk(domain.connection(), disk, moves, &homes)?;
     }
     for path in &guest.needed {
         found.media.push(Medium {
@@ -96,7 +97,7 @@ pub fn take(domain: Domain, guest: &Definition, disks: &[&str]) -> Result<Found,
     for path in logs(&guest.name) {
         found.item(path, Part::Log);
     }
-    found.metadata(domain)?;
+    found.metadata(domain, homes)?;
     Ok(found)
 }
 
@@ -151,6 +152,72 @@ pub fn all_certain(layers: &[Layer]) -> Result<(), String> {
         .try_for_each(|path| certain(&path).map(drop))
 }
 
+/// What is a guest's to take along: the files that its definition names, and what is in their directories or in those of
+/// active storage pools. A header may name any other file of the host, and the guest's owner may have written it.
+#[derive(Default)]
+pub struct Homes {
+    named: HashSet<PathBuf>,
+    directories: Vec<PathBuf>,
+}
+
+impl Homes {
+    /// Those of this guest.
+    pub fn of(connection: Connection, guest: &Definition) -> Self {
+        let mut homes = Self::default();
+        for target in pools::targets(connection) {
+            homes.directory(&target);
+        }
+        for disk in guest.disks.iter().filter(|disk| !disk.media) {
+            let sources = std::iter::once(&disk.source)
+                .chain(&disk.layers)
+                .chain(&disk.data);
+            for path in sources.filter_map(|source| pools::path_of(connection, source).ok()?) {
+                homes.add(&path);
+            }
+        }
+        homes
+    }
+
+    /// A file that the definition names.
+    fn add(&mut self, path: &Path) {
+        let real = path.canonicalize();
+        for name in [path].into_iter().chain(real.as_deref().ok()) {
+            name.parent()
+                .into_iter()
+                .for_each(|parent| self.directory(parent));
+        }
+        self.named.extend(real);
+    }
+
+    fn directory(&mut self, path: &Path) {
+        let real = path.canonicalize().ok();
+        // Everything is below the root, and every disk of the host's in the other.
+        let real = real.filter(|real| real.parent().is_some() && real != Path::new("/dev"));
+        self.directories.extend(real);
+    }
+
+    /// Whether all of these layers' files are.
+    ///
+    /// # Errors
+    /// Which is not, and what to do.
+    pub fn have(&self, layers: &[Layer]) -> Result<(), String> {
+        for path in layers.iter().flat_map(Layer::files) {
+            // What is not there is the engine's to name.
+            let Ok(real) = path.canonicalize() else { continue };
+            let is_home = self.directories.iter().any(|home| real.starts_with(home));
+            if !is_home && !self.named.contains(&real) {
+                return Err(format!(
+                    "only an image's header names {}, which is neither in a directory of the guest's disks nor in a storage \
+                     pool: if it is the guest's, name it in the definition (<backingStore>, <dataStore>), or make its directory \
+                     a pool (virsh pool-create-as NAME dir --target DIRECTORY)",
+                    path.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Whether guests of other hosts may stand on this file, of which this host knows nothing: it is on a network or cluster
 /// file system.
 pub fn is_shared(path: &Path) -> bool {
@@ -170,7 +237,13 @@ impl Found {
         }
     }
 
-    fn disk(&mut self, connection: Connection, disk: &Disk, moves: bool) -> Result<(), String> {
+    fn disk(
+        &mut self,
+        connection: Connection,
+        disk: &Disk,
+        moves: bool,
+        homes: &Homes,
+    ) -> Result<(), String> {
         let Some(path) =
             pools::path_of(connection, &disk.source).map_err(|why| format!("disk {}: {why}", disk.target))?
         else {
@@ -186,7 +259,9 @@ impl Found {
         let layers =
             image::layers(&path, &disk.format).map_err(|why| format!("disk {}: {why}", disk.target))?;
         agree(disk, &layers)?;
-        all_certain(&layers).map_err(|why| format!("disk {}: {why}", disk.target))?;
+        all_certain(&layers)
+            .and_then(|()| homes.have(&layers))
+            .map_err(|why| format!("disk {}: {why}", disk.target))?;
         self.layers(&disk.target, &layers);
         Ok(())
     }
@@ -214,7 +289,7 @@ impl Found {
         }
     }
 
-    fn metadata(&mut self, domain: Domain) -> Result<(), String> {
+    fn metadata(&mut self, domain: Domain, mut homes: Homes) -> Result<(), String> {
         self.metadata = metadata(domain)?;
         let snapshots = self
             .metadata
@@ -231,6 +306,8 @@ impl Found {
                 }
                 let layers = image::layers(&path, &format)?;
                 all_certain(&layers)?;
+                homes.add(&path);
+                homes.have(&layers)?;
                 for layer in layers {
                     let data = layer
                         .data_file
@@ -279,7 +356,8 @@ pub fn agree(disk: &Disk, layers: &[Layer]) -> Result<(), String> {
     let same = |(named, found): (&Option<&Path>, &Path)| {
         named.is_some_and(|named| plain(named) == plain(found) && real(named) == real(found))
     };
-    if named.is_empty() || named.len() == layers.len() - 1 && named.iter().zip(found).all(same) {
+    if named.is_empty() && !disk.ends || named.len() == layers.len() - 1 && named.iter().zip(found).all(same)
+    {
         return Ok(());
     }
     Err(format!(
@@ -690,10 +768,19 @@ mod tests {
             format: "qcow2".into(),
             media: false,
             layers: layers.iter().map(|path| Source::File(path.into())).collect(),
+            ends: false,
+            data: Vec::new(),
         };
         let chain = [layer("/a/top", Some("base"), None), layer("/a/base", None, None)];
         assert_eq!(agree(&disk(&[]), &chain), Ok(()));
         assert_eq!(agree(&disk(&["/a/base"]), &chain), Ok(()));
+        let ends = |layers| Disk {
+            ends: true,
+            ..disk(layers)
+        };
+        assert!(agree(&ends(&[]), &chain).is_err());
+        assert_eq!(agree(&ends(&[]), &chain[1..]), Ok(()));
+        assert_eq!(agree(&ends(&["/a/base"]), &chain), Ok(()));
         assert!(agree(&disk(&["/a/other"]), &chain).is_err());
         assert!(agree(&disk(&["/a/base", "/a/more"]), &chain).is_err());
     }
@@ -726,6 +813,47 @@ mod tests {
         assert_eq!(paths, ["/a/b", "/m", "/nv", "/q/disk"].map(PathBuf::from));
         assert_eq!(uuid_in(xml), Some(Uuid::from_u128(7)));
         assert!(named("<domain").is_err());
+    }
+
+    #[test]
+    fn a_header_alone_makes_no_file_the_guests() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        for (parent, name) in [
+            ("images", "top"),
+            ("images/a", "base"),
+            ("etc", "shadow"),
+            ("pool", "base"),
+        ] {
+            std::fs::create_dir_all(at(parent)).unwrap();
+            std::fs::write(at(&format!("{parent}/{name}")), name).unwrap();
+        }
+        std::os::unix::fs::symlink(at("etc/shadow"), at("images/link")).unwrap();
+        let mut homes = Homes::default();
+        homes.add(Path::new(&at("images/top")));
+        let on = |homes: &Homes, base: &str, data: Option<&str>| {
+            let layers = [
+                layer(&at("images/top"), Some(&at(base)), data),
+                layer(&at(base), None, None),
+            ];
+            homes.have(&layers)
+        };
+        assert_eq!(on(&homes, "images/a/base", Some("a/base")), Ok(()));
+        for base in ["etc/shadow", "images/link", "pool/base"] {
+            assert!(
+                on(&homes, base, None).unwrap_err().contains("<backingStore>"),
+                "{base}"
+            );
+        }
+        assert!(on(&homes, "images/a/base", Some("../etc/shadow")).is_err());
+        homes.directory(Path::new(&at("pool")));
+        assert_eq!(on(&homes, "pool/base", None), Ok(()));
+        homes.directory(Path::new("/"));
+        homes.directory(Path::new("/dev"));
+        assert!(on(&homes, "etc/shadow", None).is_err());
+        // The definition names it.
+        homes.add(Path::new(&at("etc/shadow")));
+        assert_eq!(on(&homes, "images/link", None), Ok(()));
     }
 
     #[test]
