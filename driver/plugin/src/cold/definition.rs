@@ -43,6 +43,10 @@ pub struct Disk {
     pub media: bool,
     /// The layers below, where the definition names them.
     pub layers: Vec<Source>,
+    /// The definition says that nothing is below the last of these (`<backingStore/>`), whatever the headers say.
+    pub ends: bool,
+    /// Files that hold the data of its images, where the definition names them.
+    pub data: Vec<Source>,
 }
 
 /// Where bytes are.
@@ -213,7 +217,10 @@ impl Disk {
             layers.push(Source::read(layer));
             below = child(layer, "backingStore");
         }
+        let data = disk.descendants().filter(|node| node.has_tag_name("dataStore"));
         let disk = Self {
+            ends: below.is_some(),
+            data: data.map(Source::read).collect(),
             source: Source::read(disk),
             format: driver.unwrap_or("raw").to_owned(),
             media: removable || fixed,
@@ -283,7 +290,8 @@ mod tests {
         let found = read(
             "",
             "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/a/top.qcow2' index='1'/>\
-             <backingStore type='file' index='3'><format type='raw'/><source file='/a/base'/><backingStore/></backingStore>\
+             <backingStore type='file' index='3'><format type='raw'/><source file='/a/base'/>\
+             <dataStore type='file'><format type='raw'/><source file='/a/data'/></dataStore><backingStore/></backingStore>\
              <target dev='vda' bus='virtio'/></disk>\
              <disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='/dev/vg/lv'/><target dev='vdb'/></disk>\
              <disk type='volume' device='disk'><source pool='p' volume='v'/><target dev='vdc'/></disk>\
@@ -295,6 +303,8 @@ mod tests {
         let vda = found.disk("vda").unwrap();
         assert_eq!((vda.format.as_str(), vda.media), ("qcow2", false));
         assert_eq!(vda.layers, [Source::File("/a/base".into())]);
+        assert_eq!(vda.data, [Source::File("/a/data".into())]);
+        assert!(vda.ends && !found.disk("vdb").unwrap().ends);
         assert_eq!(
             found.disk("vdb").unwrap().source,
             Source::Block("/dev/vg/lv".into())

@@ -8,9 +8,11 @@ use super::definition::{Definition, Disk, Source};
 use super::image::{self, Layer};
 use super::pools;
 use crate::libvirt::{self, Connection, Domain};
-use ferry_contract::cold::journal::{self, Journal};
+use ferry_contract::cold::journal::{self, Journal, Role};
 use ferry_contract::cold::{self, Item, Medium, Metadata, MetadataKind, Part};
 use ferry_host as host;
+use nix::errno::Errno;
+use nix::sys::statfs::statfs;
 use roxmltree::Document;
 use std::collections::HashSet;
 use std::fs::File;
@@ -28,6 +30,22 @@ pub const LOGS: [&str; 2] = ["/var/log/libvirt/qemu", "/var/log/swtpm/libvirt/qe
 const DEFINITIONS: &str = "/etc/libvirt/qemu";
 /// Those that run, as they are.
 const RUNNING: &str = "/run/libvirt/qemu";
+/// File systems that other hosts may have, too, by what statfs(2) says of their kind (Linux 6.12, `linux/magic.h` and each
+/// file system's own): NFS, SMB/CIFS (three), Ceph, GFS2, OCFS2, FUSE (GlusterFS), Lustre, 9p, AFS (two).
+const NETWORK: [u32; 12] = [
+    0x6969,
+    0xff53_4d42,
+    0xfe53_4d42,
+    0x517b,
+    0x00c3_6400,
+    0x0116_1970,
+    0x7461_636f,
+    0x6573_5546,
+    0x0bd0_0bd0,
+    0x0102_1997,
+    0x5346_414f,
+    0x6b41_4653,
+];
 /// For looking at the images of all other guests.
 const OTHERS: Duration = Duration::from_secs(120);
 
@@ -55,9 +73,10 @@ pub fn take(domain: Domain, guest: &Definition, disks: &[&str]) -> Result<Found,
         return Err(format!("it has no disk {unknown}"));
     }
     let mut found = Found::default();
+    let homes = Homes::of(domain.connection(), guest);
     for disk in &guest.disks {
         let moves = !disk.media && (disks.is_empty() || disks.contains(&disk.target.as_str()));
-        found.disk(domain.connection(), disk, moves)?;
+        found.disk(domain.connection(), disk, moves, &homes)?;
     }
     for path in &guest.needed {
         found.media.push(Medium {
@@ -78,7 +97,7 @@ pub fn take(domain: Domain, guest: &Definition, disks: &[&str]) -> Result<Found,
     for path in logs(&guest.name) {
         found.item(path, Part::Log);
     }
-    found.metadata(domain)?;
+    found.metadata(domain, homes)?;
     Ok(found)
 }
 
@@ -133,6 +152,82 @@ pub fn all_certain(layers: &[Layer]) -> Result<(), String> {
         .try_for_each(|path| certain(&path).map(drop))
 }
 
+/// What is a guest's to take along: the files that its definition names, and what is in their directories or in those of
+/// active storage pools. A header may name any other file of the host, and the guest's owner may have written it.
+#[derive(Default)]
+pub struct Homes {
+    named: HashSet<PathBuf>,
+    directories: Vec<PathBuf>,
+}
+
+impl Homes {
+    /// Those of this guest.
+    pub fn of(connection: Connection, guest: &Definition) -> Self {
+        let mut homes = Self::default();
+        for target in pools::targets(connection) {
+            homes.directory(&target);
+        }
+        for disk in guest.disks.iter().filter(|disk| !disk.media) {
+            let sources = std::iter::once(&disk.source)
+                .chain(&disk.layers)
+                .chain(&disk.data);
+            for path in sources.filter_map(|source| pools::path_of(connection, source).ok()?) {
+                homes.add(&path);
+            }
+        }
+        homes
+    }
+
+    /// A file that the definition names.
+    fn add(&mut self, path: &Path) {
+        let real = path.canonicalize();
+        for name in [path].into_iter().chain(real.as_deref().ok()) {
+            name.parent()
+                .into_iter()
+                .for_each(|parent| self.directory(parent));
+        }
+        self.named.extend(real);
+    }
+
+    fn directory(&mut self, path: &Path) {
+        let real = path.canonicalize().ok();
+        // Everything is below the root, and every disk of the host's in the other.
+        let real = real.filter(|real| real.parent().is_some() && real != Path::new("/dev"));
+        self.directories.extend(real);
+    }
+
+    /// Whether all of these layers' files are.
+    ///
+    /// # Errors
+    /// Which is not, and what to do.
+    pub fn have(&self, layers: &[Layer]) -> Result<(), String> {
+        for path in layers.iter().flat_map(Layer::files) {
+            // What is not there is the engine's to name.
+            let Ok(real) = path.canonicalize() else { continue };
+            let is_home = self.directories.iter().any(|home| real.starts_with(home));
+            if !is_home && !self.named.contains(&real) {
+                return Err(format!(
+                    "only an image's header names {}, which is neither in a directory of the guest's disks nor in a storage \
+                     pool: if it is the guest's, name it in the definition (<backingStore>, <dataStore>), or make its directory \
+                     a pool (virsh pool-create-as NAME dir --target DIRECTORY)",
+                    path.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether guests of other hosts may stand on this file, of which this host knows nothing: it is on a network or cluster
+/// file system.
+pub fn is_shared(path: &Path) -> bool {
+    match statfs(path) {
+        Ok(found) => NETWORK.contains(&(found.filesystem_type().0 as u32)),
+        // What is not there is nobody's; of the rest, nobody knows.
+        Err(error) => !matches!(error, Errno::ENOENT | Errno::ENOTDIR),
+    }
+}
+
 impl Found {
     /// Adds a file, once.
     fn item(&mut self, path: PathBuf, part: Part) {
@@ -142,7 +237,13 @@ impl Found {
         }
     }
 
-    fn disk(&mut self, connection: Connection, disk: &Disk, moves: bool) -> Result<(), String> {
+    fn disk(
+        &mut self,
+        connection: Connection,
+        disk: &Disk,
+        moves: bool,
+        homes: &Homes,
+    ) -> Result<(), String> {
         let Some(path) =
             pools::path_of(connection, &disk.source).map_err(|why| format!("disk {}: {why}", disk.target))?
         else {
@@ -158,7 +259,9 @@ impl Found {
         let layers =
             image::layers(&path, &disk.format).map_err(|why| format!("disk {}: {why}", disk.target))?;
         agree(disk, &layers)?;
-        all_certain(&layers).map_err(|why| format!("disk {}: {why}", disk.target))?;
+        all_certain(&layers)
+            .and_then(|()| homes.have(&layers))
+            .map_err(|why| format!("disk {}: {why}", disk.target))?;
         self.layers(&disk.target, &layers);
         Ok(())
     }
@@ -186,7 +289,7 @@ impl Found {
         }
     }
 
-    fn metadata(&mut self, domain: Domain) -> Result<(), String> {
+    fn metadata(&mut self, domain: Domain, mut homes: Homes) -> Result<(), String> {
         self.metadata = metadata(domain)?;
         let snapshots = self
             .metadata
@@ -203,6 +306,8 @@ impl Found {
                 }
                 let layers = image::layers(&path, &format)?;
                 all_certain(&layers)?;
+                homes.add(&path);
+                homes.have(&layers)?;
                 for layer in layers {
                     let data = layer
                         .data_file
@@ -251,7 +356,8 @@ pub fn agree(disk: &Disk, layers: &[Layer]) -> Result<(), String> {
     let same = |(named, found): (&Option<&Path>, &Path)| {
         named.is_some_and(|named| plain(named) == plain(found) && real(named) == real(found))
     };
-    if named.is_empty() || named.len() == layers.len() - 1 && named.iter().zip(found).all(same) {
+    if named.is_empty() && !disk.ends || named.len() == layers.len() - 1 && named.iter().zip(found).all(same)
+    {
         return Ok(());
     }
     Err(format!(
@@ -328,7 +434,7 @@ pub fn definition_file(guest: &str) -> Option<cold::Definition> {
 }
 
 /// Every file that this host's other guests refer to, by definition, snapshot or image header, or that the journal of one's
-/// migration counts on.
+/// migration counts on; and what this guest's own journal has of bases that other hosts' guests may need.
 ///
 /// # Errors
 /// If a guest or a journal cannot be looked at: then nothing is certain.
@@ -341,7 +447,7 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
     };
     // Before the list: a guest whose journal has gone by then is in it.
     let journals = host::state_directory()?.join(journal::DIRECTORY);
-    used.paths.extend(counted_on(&journals, guest)?);
+    used.paths.extend(counted_on(&journals, guest, is_shared)?);
     let mut seen = HashSet::from([guest]);
     for domain in connection.domains().map_err(failed)? {
         let domain = domain.get();
@@ -415,8 +521,12 @@ fn all_seen(directory: &Path, seen: &HashSet<Uuid>) -> Result<(), String> {
 }
 
 /// Files that other guests' migrations count on: what arrives, or was here before and is to be its base, is in no definition
-/// yet.
-fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String> {
+/// yet. Of the guest's own, which leaves: what its overlays stand on where other hosts' guests may, too.
+fn counted_on(
+    directory: &Path,
+    guest: Uuid,
+    is_shared: impl Fn(&Path) -> bool,
+) -> Result<HashSet<PathBuf>, String> {
     let failed = |path: &Path, why: &dyn std::fmt::Display| {
         format!("the journal {} cannot be read: {why}", path.display())
     };
@@ -432,9 +542,7 @@ fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String>
             .file_name()
             .and_then(|name| name.to_str()?.strip_suffix(".json"));
         let other = name.and_then(|name| name.parse::<Uuid>().ok());
-        if other.is_none_or(|other| other == guest) {
-            continue;
-        }
+        let Some(other) = other else { continue };
         let file = match File::open(&path) {
             Ok(file) => file,
             // It has come to its end since.
@@ -446,6 +554,21 @@ fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String>
             .read_to_end(&mut text)
             .map_err(|error| failed(&path, &error))?;
         let journal = Journal::parse(&text).map_err(|error| failed(&path, &error))?;
+        if other == guest {
+            let parts = journal.inventory.files.iter().map(|file| &file.part);
+            let bases = journal.entries.iter().zip(parts).filter(|(entry, part)| {
+                journal.role == Role::Source && is_base(part) && is_shared(&entry.path)
+            });
+            for (entry, _) in bases {
+                tracing::info!(
+                    guest = journal.guest.name,
+                    "{} is kept: it is on a network file system, where guests of other hosts may stand on it",
+                    entry.path.display()
+                );
+                paths.insert(entry.path.clone());
+            }
+            continue;
+        }
         for entry in journal.entries {
             paths.insert(plain(&entry.path));
             paths.insert(entry.path);
@@ -456,6 +579,14 @@ fn counted_on(directory: &Path, guest: Uuid) -> Result<HashSet<PathBuf>, String>
         }
     }
     Ok(paths)
+}
+
+/// What an overlay stands on: an image below a disk's first, or its data file.
+fn is_base(part: &Part) -> bool {
+    matches!(
+        part,
+        Part::Disk { layer: 1.., .. } | Part::Data { layer: 1.., .. }
+    )
 }
 
 /// Of a definition, or of a definition within the state of a running guest.
@@ -582,7 +713,7 @@ pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferry_contract::cold::journal::{Fate, Role, State};
+    use ferry_contract::cold::journal::{Fate, State};
     use ferry_contract::cold::{Kind, Options};
     use ferry_contract::session::{Encryption, Token};
 
@@ -637,10 +768,19 @@ mod tests {
             format: "qcow2".into(),
             media: false,
             layers: layers.iter().map(|path| Source::File(path.into())).collect(),
+            ends: false,
+            data: Vec::new(),
         };
         let chain = [layer("/a/top", Some("base"), None), layer("/a/base", None, None)];
         assert_eq!(agree(&disk(&[]), &chain), Ok(()));
         assert_eq!(agree(&disk(&["/a/base"]), &chain), Ok(()));
+        let ends = |layers| Disk {
+            ends: true,
+            ..disk(layers)
+        };
+        assert!(agree(&ends(&[]), &chain).is_err());
+        assert_eq!(agree(&ends(&[]), &chain[1..]), Ok(()));
+        assert_eq!(agree(&ends(&["/a/base"]), &chain), Ok(()));
         assert!(agree(&disk(&["/a/other"]), &chain).is_err());
         assert!(agree(&disk(&["/a/base", "/a/more"]), &chain).is_err());
     }
@@ -673,6 +813,47 @@ mod tests {
         assert_eq!(paths, ["/a/b", "/m", "/nv", "/q/disk"].map(PathBuf::from));
         assert_eq!(uuid_in(xml), Some(Uuid::from_u128(7)));
         assert!(named("<domain").is_err());
+    }
+
+    #[test]
+    fn a_header_alone_makes_no_file_the_guests() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        for (parent, name) in [
+            ("images", "top"),
+            ("images/a", "base"),
+            ("etc", "shadow"),
+            ("pool", "base"),
+        ] {
+            std::fs::create_dir_all(at(parent)).unwrap();
+            std::fs::write(at(&format!("{parent}/{name}")), name).unwrap();
+        }
+        std::os::unix::fs::symlink(at("etc/shadow"), at("images/link")).unwrap();
+        let mut homes = Homes::default();
+        homes.add(Path::new(&at("images/top")));
+        let on = |homes: &Homes, base: &str, data: Option<&str>| {
+            let layers = [
+                layer(&at("images/top"), Some(&at(base)), data),
+                layer(&at(base), None, None),
+            ];
+            homes.have(&layers)
+        };
+        assert_eq!(on(&homes, "images/a/base", Some("a/base")), Ok(()));
+        for base in ["etc/shadow", "images/link", "pool/base"] {
+            assert!(
+                on(&homes, base, None).unwrap_err().contains("<backingStore>"),
+                "{base}"
+            );
+        }
+        assert!(on(&homes, "images/a/base", Some("../etc/shadow")).is_err());
+        homes.directory(Path::new(&at("pool")));
+        assert_eq!(on(&homes, "pool/base", None), Ok(()));
+        homes.directory(Path::new("/"));
+        homes.directory(Path::new("/dev"));
+        assert!(on(&homes, "etc/shadow", None).is_err());
+        // The definition names it.
+        homes.add(Path::new(&at("etc/shadow")));
+        assert_eq!(on(&homes, "images/link", None), Ok(()));
     }
 
     #[test]
@@ -727,8 +908,8 @@ mod tests {
         assert!(all_seen(directory.path(), &seen).is_err());
     }
 
-    /// A journal of a guest's arrival, as the engine writes it.
-    fn arrival(guest: Uuid, path: &str, definition: &str) -> String {
+    /// A journal of a guest with a base, as the engine writes it.
+    fn journal(role: Role, guest: Uuid, path: &str, definition: Option<&str>) -> String {
         let guest = serde_json::json!({"name": "g", "uuid": guest});
         let part = serde_json::to_value(Part::Disk {
             target: "vda".into(),
@@ -740,7 +921,7 @@ mod tests {
         let entry = serde_json::json!({"source": "/source/base", "path": path, "temporary": null, "kind": Kind::File, "size": 1,
             "fate": Fate::Present, "digest": null, "identity": null});
         serde_json::json!({
-            "version": journal::VERSION, "role": Role::Destination, "state": State::Ready, "session": Uuid::from_u128(7),
+            "version": journal::VERSION, "role": role, "state": State::Ready, "session": Uuid::from_u128(7),
             "guest": guest, "host": "two", "peer": "one", "address": "192.0.2.1", "port": 49152,
             "token": Token::new([3; 32]), "encryption": Encryption::Always, "certificate": [], "key": [],
             "peer_certificate": null, "entries": [entry], "directories": [], "manifest": null,
@@ -758,28 +939,47 @@ mod tests {
             std::fs::write(directory.path().join(format!("{uuid}.json")), text).unwrap();
         };
         assert_eq!(
-            counted_on(Path::new("/no/such/directory"), own),
+            counted_on(Path::new("/no/such/directory"), own, |_| true),
             Ok(HashSet::new())
         );
         std::fs::write(directory.path().join("x.tmp"), "").unwrap();
-        write(own, "of whose guest it is about: not looked at");
+        let definition = Some("<domain><disk><source file='/iso'/></disk></domain>");
+        write(own, &journal(Role::Destination, own, "/images/own", definition));
         write(
             other,
-            &arrival(
-                other,
-                "/a/../images/base",
-                "<domain><disk><source file='/iso'/></disk></domain>",
-            ),
+            &journal(Role::Destination, other, "/a/../images/base", definition),
         );
-        let mut found: Vec<_> = counted_on(directory.path(), own).unwrap().into_iter().collect();
+        let mut found: Vec<_> = counted_on(directory.path(), own, |_| true)
+            .unwrap()
+            .into_iter()
+            .collect();
         found.sort();
         assert_eq!(
             found,
             ["/a/../images/base", "/images/base", "/iso"].map(PathBuf::from)
         );
         write(other, "{}");
-        let why = counted_on(directory.path(), own).unwrap_err();
+        let why = counted_on(directory.path(), own, |_| true).unwrap_err();
         assert!(why.contains(&other.to_string()), "{why}");
+    }
+
+    #[test]
+    fn a_base_that_other_hosts_see_stays_when_its_guest_leaves() {
+        let directory = tempfile::tempdir().unwrap();
+        let guest = Uuid::from_u128(1);
+        let path = directory.path().join(format!("{guest}.json"));
+        std::fs::write(path, journal(Role::Source, guest, "/nfs/base", None)).unwrap();
+        let kept = |is_shared: bool| counted_on(directory.path(), guest, |_| is_shared).unwrap();
+        assert_eq!(kept(true), HashSet::from(["/nfs/base".into()]));
+        assert_eq!(kept(false), HashSet::new());
+        assert!(!is_shared(directory.path()) && !is_shared(Path::new("/no/such/file")));
+        let top = Part::Disk {
+            target: "vda".into(),
+            layer: 0,
+            format: "qcow2".into(),
+            relative: false,
+        };
+        assert!(!is_base(&top) && !is_base(&Part::Nvram));
     }
 
     #[test]

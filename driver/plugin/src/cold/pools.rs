@@ -91,17 +91,22 @@ fn files(pool: &str, shape: Option<Shape>) -> Result<PathBuf, String> {
 
 /// Whether this path is, or will be, in an active pool: a file in its directory, or a device among its volumes.
 pub fn hold(connection: Connection, path: &Path) -> bool {
+    // Everything is below the root.
+    let mut targets = targets(connection).into_iter();
+    targets.any(|target| target.parent().is_some() && path.starts_with(target))
+}
+
+/// Where the volumes of active pools are.
+pub fn targets(connection: Connection) -> Vec<PathBuf> {
     let pools = match Storage::of(connection).and_then(|storage| storage.pools()) {
         Ok(pools) => pools,
         Err(error) => {
             tracing::debug!("no storage pool was looked at: {error}");
-            return false;
+            return Vec::new();
         }
     };
     let shapes = pools.iter().filter_map(|pool| Shape::read(&pool.xml().ok()?));
-    let mut targets = shapes.map(|shape| shape.target);
-    // Everything is below the root.
-    targets.any(|target| target.parent().is_some() && path.starts_with(target))
+    shapes.map(|shape| shape.target).collect()
 }
 
 /// Has every active pool look again in whose directory one of these files came or went.

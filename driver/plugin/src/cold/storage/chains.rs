@@ -2,6 +2,7 @@
 
 use super::plan::{Chain, Here};
 use crate::cold::definition::{Definition, Disk};
+use crate::cold::inventory::Homes;
 use crate::cold::{image, inventory, pools};
 use crate::libvirt::Connection;
 use ferry_contract::cold::Kept;
@@ -28,9 +29,10 @@ pub fn find(
     let unknown = wanted.iter().filter(|target| guest.disk(target).is_none());
     problems.extend(unknown.map(|target| format!("it has no disk {target} that could move")));
     let mut disks = Disks::default();
+    let homes = Homes::of(connection, guest);
     for disk in &guest.disks {
         let named = wanted.contains(&disk.target);
-        if let Err(why) = disks.add(connection, disk, named, wanted.is_empty()) {
+        if let Err(why) = disks.add(connection, disk, named, wanted.is_empty(), &homes) {
             problems.push(format!("disk {}: {why}", disk.target));
         }
     }
@@ -38,7 +40,14 @@ pub fn find(
 }
 
 impl Disks {
-    fn add(&mut self, connection: Connection, disk: &Disk, named: bool, all: bool) -> Result<(), String> {
+    fn add(
+        &mut self,
+        connection: Connection,
+        disk: &Disk,
+        named: bool,
+        all: bool,
+        homes: &Homes,
+    ) -> Result<(), String> {
         if disk.media && named {
             return Err("it is read-only, shareable or in a drive for removable media: others may use it, so it stays".into());
         }
@@ -68,6 +77,7 @@ impl Disks {
         if moves {
             inventory::agree(disk, &layers)?;
             inventory::all_certain(&layers)?;
+            homes.have(&layers)?;
         }
         self.chains.push(Chain {
             target: disk.target.clone(),
@@ -118,5 +128,9 @@ impl Here for Host {
 
     fn is_used(&self, path: &Path) -> bool {
         self.used.contains(&real(path))
+    }
+
+    fn is_shared(&self, path: &Path) -> bool {
+        inventory::is_shared(path)
     }
 }

@@ -1,8 +1,8 @@
 //! Which files of a guest's disks go to another directory, under which names, and whose headers must say so. Pure, but for
 //! what only this host can tell of a file ([`Here`]).
 //!
-//! A file stays where it is when it is there already, is none (a device), or somebody else needs it: another guest, or a
-//! disk of this one that stays. Then all that its header names stays, too, for that must not be changed.
+//! A file stays where it is when it is there already, is none (a device), or somebody else needs it: another guest, a disk of
+//! this one that stays, or, of a base on a network file system, maybe a guest of another host. Then all that its header names stays, too, for that must not be changed.
 
 use crate::cold::image::Layer;
 use crate::cold::inventory::plain;
@@ -30,6 +30,8 @@ pub trait Here {
     fn is_in(&self, path: &Path, directory: &Path) -> bool;
     /// Whether another guest refers to it.
     fn is_used(&self, path: &Path) -> bool;
+    /// Whether other hosts may see it, too.
+    fn is_shared(&self, path: &Path) -> bool;
 }
 
 /// What is to be done.
@@ -79,8 +81,9 @@ pub fn plan(chains: &[Chain], directory: &Path, here: &impl Here) -> (Plan, Vec<
         ..
     } = planning;
     let of_these = |path: &PathBuf| {
-        let mut moving = chains.iter().filter(|chain| chain.moves);
-        moving.any(|chain| chain.layers.iter().any(|layer| plain(&layer.path) == *path))
+        let moving = chains.iter().filter(|chain| chain.moves);
+        let mut files = moving.flat_map(|chain| chain.layers.iter().flat_map(Layer::files));
+        files.any(|file| plain(&file) == *path)
     };
     let stays = stays.into_iter().filter(|(path, _)| of_these(path));
     plan.stays = stays.map(|(path, reason)| Kept { path, reason }).collect();
@@ -97,12 +100,16 @@ struct Planning<'a, H> {
 }
 
 impl<H: Here> Planning<'_, H> {
-    /// Why a file stays by itself.
-    fn reason(&self, path: &Path) -> Option<String> {
+    /// Why a file, of the layer of this number, stays by itself.
+    fn reason(&self, path: &Path, number: usize) -> Option<String> {
         match path {
             path if !self.here.is_file(path) => Some("it is no file, and only files are moved".into()),
             path if self.here.is_in(path, self.directory) => Some("it is there already".into()),
             path if self.here.is_used(path) => Some("another guest refers to it".into()),
+            // What a guest writes to is its own.
+            path if number > 0 && self.here.is_shared(path) => {
+                Some("it is on a network file system, where guests of other hosts may stand on it".into())
+            }
             _ => None,
         }
     }
@@ -114,10 +121,12 @@ impl<H: Here> Planning<'_, H> {
             for chain in self.chains {
                 let mut above =
                     (!chain.moves).then(|| format!("disk {}, which stays, needs it", chain.target));
-                for layer in &chain.layers {
+                for (number, layer) in chain.layers.iter().enumerate() {
                     let path = plain(&layer.path);
                     let reason = self.stays.get(&path).cloned();
-                    let reason = reason.or_else(|| above.clone()).or_else(|| self.reason(&path));
+                    let reason = reason
+                        .or_else(|| above.clone())
+                        .or_else(|| self.reason(&path, number));
                     let Some(reason) = reason else { continue };
                     above = above.or_else(|| Some(format!("{}, which stays, needs it", path.display())));
                     if let Some(data) = &layer.data_file {
@@ -164,7 +173,7 @@ impl<H: Here> Planning<'_, H> {
     fn data(&mut self, target: &str, number: u16, layer: &Layer, named: &Path) {
         let path = plain(&Layer::beside(&layer.path, named));
         let stays = self.stays.get(&path).cloned();
-        if let Some(reason) = stays.or_else(|| self.reason(&path)) {
+        if let Some(reason) = stays.or_else(|| self.reason(&path, usize::from(number))) {
             if named.is_relative() {
                 self.problems.push(format!(
                     "disk {target}: {} names its data file {} relative to itself, and that cannot move: {reason}",
@@ -278,7 +287,7 @@ fn name(named: &Path, backing: &Path, moved: bool) -> Option<String> {
 mod tests {
     use super::*;
 
-    /// A host on which these are in use by another guest; what begins with `/dev` is no file.
+    /// A host on which these are in use by another guest; what begins with `/dev` is no file, with `/nfs` other hosts' too.
     struct Host(&'static [&'static str]);
 
     impl Here for Host {
@@ -290,6 +299,9 @@ mod tests {
         }
         fn is_used(&self, path: &Path) -> bool {
             self.0.iter().any(|used| Path::new(used) == path)
+        }
+        fn is_shared(&self, path: &Path) -> bool {
+            path.starts_with("/nfs")
         }
     }
 
@@ -406,6 +418,30 @@ mod tests {
         assert_eq!(moves(&plan).len(), 2);
         assert_eq!(renames(&plan), [("/new/mid.qcow2", "/a/base.raw", "raw")]);
         assert_eq!(stays(&plan), ["/a/base.raw"]);
+    }
+
+    #[test]
+    fn a_base_that_other_hosts_see_stays() {
+        let images: &[Image] = &[
+            ("/nfs/top.qcow2", Some("mid.qcow2"), None),
+            ("/nfs/mid.qcow2", Some("../local/base.raw"), Some("mid.data")),
+            ("/local/base.raw", None, None),
+        ];
+        let plan = planned(&[chain("vda", true, images)], &[]).unwrap();
+        assert_eq!(moves(&plan), [("/nfs/top.qcow2", "/new/top.qcow2")]);
+        assert_eq!(renames(&plan), [("/new/top.qcow2", "/nfs/mid.qcow2", "qcow2")]);
+        assert_eq!(
+            stays(&plan),
+            ["/local/base.raw", "/nfs/mid.data", "/nfs/mid.qcow2"]
+        );
+        assert!(plan.stays[2].reason.contains("network file system"));
+        // The data alone: its image names it where it is.
+        let images: &[Image] = &[
+            ("/a/top.qcow2", Some("mid.qcow2"), None),
+            ("/a/mid.qcow2", None, Some("/nfs/mid.data")),
+        ];
+        let plan = planned(&[chain("vda", true, images)], &[]).unwrap();
+        assert_eq!((moves(&plan).len(), stays(&plan)), (2, vec!["/nfs/mid.data"]));
     }
 
     #[test]
