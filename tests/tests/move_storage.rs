@@ -529,7 +529,9 @@ fn they_die_around_the_commitment() -> Result<()> {
                 scene.does_not_start().context(state)?;
             }
             let daemon = one.processes_named("libvirtd")?.pop().context("no libvirtd")?;
-            for process in [engine(one)?, daemon] {
+            let engine = engine(one)?;
+            // The daemon first, or it might tell of the engine's end.
+            for process in [daemon, engine] {
                 signal(&process, SIGKILL)?;
             }
             says(&moving.fails()?, &["the daemon was lost", "virt-ferry recover g"])?;

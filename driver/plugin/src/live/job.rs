@@ -43,7 +43,7 @@ pub fn forget(domain: Domain) {
 
 /// Adds the engine's figures to those of libvirt's that go from the source to the destination.
 pub fn in_cookie(cookie: Cookie, statistics: Statistics) -> Cookie {
-    let figures = Progress(statistics).figures(0);
+    let figures = Progress(statistics).figures(Known::default(), Known::default());
     let names = figures
         .iter()
         .filter_map(|(name, value)| Some((name.to_str().ok()?, *value)));
@@ -87,6 +87,13 @@ pub fn limit(domain: Domain, mib: u64) {
     }
 }
 
+/// What libvirt knows of something, in bytes.
+#[derive(Clone, Copy, Default)]
+struct Known {
+    total: u64,
+    processed: u64,
+}
+
 impl Progress {
     /// Bytes dealt with, in libvirt's sense: what is no longer remaining.
     fn processed(&self) -> u64 {
@@ -95,14 +102,24 @@ impl Progress {
 
     /// What the engine adds to libvirt's figures, which know the disks and the small blocks in QEMU's own stream. Once
     /// QEMU does not ignore the guest's memory any more, its total (`known`) has that memory in it.
-    fn figures(&self, known: u64) -> [(&'static CStr, u64); 12] {
-        let total = if known < self.0.total { self.0.total } else { 0 };
+    ///
+    /// What libvirt calls processed of these blocks is what QEMU has transferred, which may be more than there is: together it
+    /// is never more than the total.
+    fn figures(&self, memory: Known, data: Known) -> [(&'static CStr, u64); 12] {
+        let total = match memory.total < self.0.total {
+            true => self.0.total,
+            false => 0,
+        };
+        let processed = |known: Known| {
+            let room = (known.total + total).saturating_sub(known.processed);
+            self.processed().min(room)
+        };
         [
             (VIR_DOMAIN_JOB_MEMORY_TOTAL, total),
-            (VIR_DOMAIN_JOB_MEMORY_PROCESSED, self.processed()),
+            (VIR_DOMAIN_JOB_MEMORY_PROCESSED, processed(memory)),
             (VIR_DOMAIN_JOB_MEMORY_REMAINING, self.0.remaining),
             (VIR_DOMAIN_JOB_DATA_TOTAL, total),
-            (VIR_DOMAIN_JOB_DATA_PROCESSED, self.processed()),
+            (VIR_DOMAIN_JOB_DATA_PROCESSED, processed(data)),
             (VIR_DOMAIN_JOB_DATA_REMAINING, self.0.remaining),
             (VIR_DOMAIN_JOB_MEMORY_CONSTANT, self.0.zero / PAGE),
             (VIR_DOMAIN_JOB_MEMORY_NORMAL, self.0.data / PAGE),
@@ -115,20 +132,28 @@ impl Progress {
 
     /// Adds the engine's figures to libvirt's.
     pub fn complete_info(&self, info: &mut virDomainJobInfo) {
-        let [(_, total), ..] = self.figures(info.memTotal);
+        let known = |total, processed| Known { total, processed };
+        let memory = known(info.memTotal, info.memProcessed);
+        let data = known(info.dataTotal, info.dataProcessed);
+        let [(_, total), (_, of_memory), _, _, (_, of_data), ..] = self.figures(memory, data);
         info.memTotal += total;
-        info.memProcessed += self.processed();
+        info.memProcessed += of_memory;
         info.memRemaining += self.0.remaining;
         info.dataTotal += total;
-        info.dataProcessed += self.processed();
+        info.dataProcessed += of_data;
         info.dataRemaining += self.0.remaining;
     }
 
     /// [`Self::complete_info`] for the typed list.
     pub fn complete_stats(&self, params: &mut virTypedParameterPtr, count: &mut c_int) {
         let mut list = List::take(params, count);
-        let known = list.number(VIR_DOMAIN_JOB_MEMORY_TOTAL).unwrap_or(0);
-        for (name, value) in self.figures(known) {
+        let mut known = |total, processed| Known {
+            total: list.number(total).unwrap_or(0),
+            processed: list.number(processed).unwrap_or(0),
+        };
+        let memory = known(VIR_DOMAIN_JOB_MEMORY_TOTAL, VIR_DOMAIN_JOB_MEMORY_PROCESSED);
+        let data = known(VIR_DOMAIN_JOB_DATA_TOTAL, VIR_DOMAIN_JOB_DATA_PROCESSED);
+        for (name, value) in self.figures(memory, data) {
             list.add(name, value);
         }
         if self.0.throttle > 0 && list.find(VIR_DOMAIN_JOB_AUTO_CONVERGE_THROTTLE).is_none() {
@@ -239,9 +264,16 @@ mod tests {
                 virTypedParamsAddULLong(&mut params, &mut count, &mut room, total, 7),
                 0
             );
+            // QEMU has transferred more than there was.
+            let processed = VIR_DOMAIN_JOB_MEMORY_PROCESSED.as_ptr();
+            assert_eq!(
+                virTypedParamsAddULLong(&mut params, &mut count, &mut room, processed, 50),
+                0
+            );
             progress.complete_stats(&mut params, &mut count);
             assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_TOTAL), (1, 107));
-            assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_PROCESSED), (1, 60));
+            assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_PROCESSED), (1, 107));
+            assert_eq!(value(params, count, VIR_DOMAIN_JOB_DATA_PROCESSED), (1, 60));
             assert_eq!(value(params, count, VIR_DOMAIN_JOB_MEMORY_NORMAL), (1, 2));
             virTypedParamsFree(params, count);
         }
