@@ -3,7 +3,7 @@
 //! The file is shared with a running QEMU, so its bytes change under us. They are copied by `pread` and `pwrite`, and
 //! no mapping of it is ever read: `pread` leaves holes alone even if the guest makes them while we read, fails where a
 //! mapping would raise SIGBUS, and is no slower than a mapping whose pages are touched for the first time, as most are
-//! only once. GB/s on one core, 512 MiB of tmpfs in 4 KiB pages (tests/speed.rs):
+//! only once. GB/s on one core, 512 MiB of tmpfs in 4 KiB pages (benches/speed.rs):
 //!
 //! | | pread | mapping, cold | mapping, warm |
 //! |---|---|---|---|

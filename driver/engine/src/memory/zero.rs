@@ -3,7 +3,7 @@
 //! A guest's memory is full of pages that were written once and are zero again. They are sent as a range, not
 //! as bytes. The test reads whole cache lines and leaves at the first that holds data, so it costs next to
 //! nothing on data and memory speed on zeros: on one core, 12 GB/s on zeros from memory (140 from the cache), above 150
-//! on data (tests/speed.rs).
+//! on data (benches/speed.rs).
 
 use std::ops::Range;
 

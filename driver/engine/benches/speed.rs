@@ -1,5 +1,6 @@
-//! Figures, not judgements: `cargo test --release -p ferry-engine --test speed -- --ignored --nocapture`.
+//! Figures, not judgements: `cargo bench -p ferry-engine --bench speed`.
 
+#[path = "../tests/common/mod.rs"]
 mod common;
 
 use std::hint::black_box;
@@ -35,8 +36,12 @@ fn filled() -> Ram {
     ram
 }
 
-#[test]
-#[ignore = "a measurement"]
+fn main() {
+    copy_speed();
+    zero_speed();
+    scan_speed();
+}
+
 fn copy_speed() {
     const CHUNK: usize = 256 << 10;
     let ram = filled();
@@ -89,8 +94,6 @@ fn copy_speed() {
     });
 }
 
-#[test]
-#[ignore = "a measurement"]
 fn zero_speed() {
     // Written to, or all of it would be the one zero page, in the cache.
     let mut bytes = vec![1_u8; 64 << 20];
@@ -116,8 +119,6 @@ fn zero_speed() {
     });
 }
 
-#[test]
-#[ignore = "a measurement"]
 fn scan_speed() {
     let ram = filled();
     let mut child = ram.serve();
