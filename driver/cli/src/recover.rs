@@ -1,7 +1,7 @@
 //! Interrupted cold migrations: the plug-in in the daemon brings them to an end, this makes it try and says how each stands.
 
 use anyhow::{ensure, Context, Result};
-use ferry_contract::cold::journal::{Journal, Role, DIRECTORY, MAX_LENGTH};
+use ferry_contract::cold::journal::{Journal, Role, State, DIRECTORY, MAX_LENGTH};
 use ferry_contract::recover::Word;
 use std::io::Read;
 use std::path::Path;
@@ -141,6 +141,9 @@ fn read(path: &Path) -> Option<Open> {
                 Some(fence) => format!("cannot be started here: {fence}"),
                 None if journal.role == Role::Within => {
                     "has its new disks; the old ones are to be deleted".into()
+                }
+                None if journal.role == Role::Destination && journal.state == State::Aborted => {
+                    "did not come here; the other host has not heard it yet".into()
                 }
                 None => "is this host's; the other host has not heard it yet".into(),
             },
