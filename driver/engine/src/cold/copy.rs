@@ -61,7 +61,7 @@ impl Pair {
         for run in split_zero(bytes) {
             // What is not written stays a hole.
             if let Run::Data(range) = run {
-                self.to.write(offset + range.start as u64, &bytes[range])?;
+                self.to.write(offset, buffer, range)?;
             }
         }
         Ok(())
@@ -269,7 +269,9 @@ mod tests {
         let mut buffer = Aligned::default();
         pair.write(&mut buffer, 20).unwrap();
         pair.compare(&mut buffer, 20).unwrap();
-        pair.to.write(20 * BLOCK + 5, b"!").unwrap();
+        let mut other = Aligned::default();
+        other.get_mut(6)[5] = b'!';
+        pair.to.write(20 * BLOCK, &other, 5..6).unwrap();
         assert!(matches!(
             pair.compare(&mut buffer, 20),
             Err(Error::Damaged { offset, .. }) if offset == 20 * BLOCK

@@ -311,6 +311,8 @@ impl<'a> Pull<'a> {
             wanted: VecDeque::new(),
             asked: 0,
             buffer: Aligned::default(),
+            block: Aligned::default(),
+            spans: Vec::new(),
             payload: vec![0; BLOCK as usize],
             unpacker: None,
         };
@@ -485,7 +487,12 @@ struct Puller<'a> {
     /// Not answered yet, in the order of asking; the first `asked` of them are on their way.
     wanted: VecDeque<Wanted>,
     asked: usize,
+    /// For what is here already.
     buffer: Aligned,
+    /// The block that is being received, and where in it there is something, in ascending order.
+    block: Aligned,
+    spans: Vec<Range<usize>>,
+    /// What has to be unpacked first.
     payload: Vec<u8>,
     unpacker: Option<zstd::bulk::Decompressor<'static>>,
 }
@@ -563,103 +570,104 @@ impl Puller<'_> {
 
     /// Receives the answer for the first of the wanted blocks and writes it.
     fn take(&mut self, connection: &mut Connection) -> Result<(), Error> {
-        let doing = "waiting for a block";
         let Wanted { file, block, .. } = self.wanted[0];
         let file = &self.pull.files[file];
-        let length = file.length(block) as u32;
-        let mut end = 0;
-        // Pieces leave zeros out, so what is here of the block has to go first.
-        let mut fresh = !file.is_here(block);
-        loop {
-            let mut header = [0; HEADER];
-            connection.receive_exact(&mut header, doing)?;
-            let frame = Frame::decode(&header).map_err(|what| bad(connection, what))?;
-            let payload = &mut self.payload[..frame.payload()];
-            connection.receive_exact(payload, doing)?;
-            self.pull
-                .meter
-                .wire
-                .fetch_add((HEADER + payload.len()) as u64, Relaxed);
-            let (hash, same) = match frame {
-                Frame::Piece {
-                    packed, offset, span, ..
-                } => {
-                    if offset < end || offset + span > length {
-                        return Err(bad(connection, Invalid::Place { offset, span }));
-                    }
-                    end = offset + span;
-                    let Some(target) = &file.target else {
-                        // Compared only: it differs, as the end will say.
-                        continue;
-                    };
-                    if !fresh {
-                        target.zero(block * BLOCK, length.into())?;
-                        fresh = true;
-                    }
-                    let at = block * BLOCK + u64::from(offset);
-                    match packed {
-                        false => target.write(at, payload)?,
-                        true => {
-                            let unpacked = unpack(&mut self.unpacker, payload, span);
-                            let bytes = unpacked
-                                .ok_or_else(|| bad(connection, Invalid::Length(payload.len() as u32)))?;
-                            target.write(at, &bytes)?;
-                        }
-                    }
-                    self.pull.meter.data.fetch_add(span.into(), Relaxed);
-                    continue;
-                }
-                Frame::End { same } => {
-                    let mut hash = [0; 32];
-                    hash.copy_from_slice(payload);
-                    (Some(hash), same)
-                }
-                Frame::Zeros { same } => (None, same),
-                Frame::Failed { .. } => {
-                    let cause = String::from_utf8_lossy(payload).into_owned();
-                    let host = connection.peer().ip().to_string();
-                    return Err(Error::Refused {
-                        kind: FailureKind::Failed,
-                        cause,
-                        host,
-                    });
-                }
-            };
-            if file.target.is_none() && !same {
+        let (hash, same) = self.receive(connection, file.length(block))?;
+        match &file.target {
+            None if !same => {
                 return Err(Error::Other(format!(
                     "{} is not the same as {} at the source: bases differ, move the whole chain with --copy-storage-all \
                      to other paths",
                     file.path.display(),
                     file.source.display()
-                )));
+                )))
             }
-            if let (None, false, Some(target)) = (hash, fresh, &file.target) {
-                target.zero(block * BLOCK, length.into())?;
+            Some(target) if !same => {
+                // Spans leave zeros out, so what is here of the block has to go first.
+                if file.is_here(block) {
+                    target.zero(block * BLOCK, file.length(block) as u64)?;
+                }
+                for span in self.spans.drain(..) {
+                    target.write(block * BLOCK, &self.block, span)?;
+                }
             }
-            return match file.lock().note(block, hash) {
-                true => Ok(()),
-                false => Err(Error::Other(format!(
-                    "{} was changed while it was copied",
-                    file.source.display()
-                ))),
-            };
+            _ => {}
+        }
+        match file.lock().note(block, hash) {
+            true => Ok(()),
+            false => Err(Error::Other(format!(
+                "{} was changed while it was copied",
+                file.source.display()
+            ))),
+        }
+    }
+
+    /// Receives an answer: into `block` what there is of it, into `spans` where. Returns what the source says of the
+    /// block, and whether what is here is the same.
+    fn receive(&mut self, connection: &mut Connection, length: usize) -> Result<(BlockHash, bool), Error> {
+        let doing = "waiting for a block";
+        let meter = self.pull.meter;
+        self.spans.clear();
+        loop {
+            let mut header = [0; HEADER];
+            connection.receive_exact(&mut header, doing)?;
+            let frame = Frame::decode(&header).map_err(|what| bad(connection, what))?;
+            meter.wire.fetch_add((HEADER + frame.payload()) as u64, Relaxed);
+            match frame {
+                Frame::Piece {
+                    packed, offset, span, ..
+                } => {
+                    let place = offset as usize..(offset + span) as usize;
+                    let end = self.spans.last().map_or(0, |last| last.end);
+                    if place.start < end || place.end > length {
+                        return Err(bad(connection, Invalid::Place { offset, span }));
+                    }
+                    let into = &mut self.block.get_mut(length)[place.clone()];
+                    match packed {
+                        false => connection.receive_exact(into, doing)?,
+                        true => {
+                            let payload = &mut self.payload[..frame.payload()];
+                            connection.receive_exact(payload, doing)?;
+                            if !unpack(&mut self.unpacker, payload, into) {
+                                return Err(bad(connection, Invalid::Length(payload.len() as u32)));
+                            }
+                        }
+                    }
+                    meter.data.fetch_add(u64::from(span), Relaxed);
+                    match self.spans.last_mut().filter(|last| last.end == place.start) {
+                        Some(last) => last.end = place.end,
+                        None => self.spans.push(place),
+                    }
+                }
+                Frame::End { same } => {
+                    let mut hash = [0; 32];
+                    connection.receive_exact(&mut hash, doing)?;
+                    return Ok((Some(hash), same));
+                }
+                Frame::Zeros { same } => return Ok((None, same)),
+                Frame::Failed { .. } => {
+                    let payload = &mut self.payload[..frame.payload()];
+                    connection.receive_exact(payload, doing)?;
+                    return Err(Error::Refused {
+                        kind: FailureKind::Failed,
+                        cause: String::from_utf8_lossy(payload).into_owned(),
+                        host: connection.peer().ip().to_string(),
+                    });
+                }
+            }
         }
     }
 }
 
-/// Exactly `span` bytes, or nothing: a payload that unpacks to more is not unpacked further.
-fn unpack(
-    unpacker: &mut Option<zstd::bulk::Decompressor<'static>>,
-    payload: &[u8],
-    span: u32,
-) -> Option<Vec<u8>> {
-    let zstd = match unpacker {
-        Some(zstd) => zstd,
-        none => none.insert(zstd::bulk::Decompressor::new().ok()?),
-    };
-    let mut bytes = vec![0; span as usize];
-    let length = zstd.decompress_to_buffer(payload, &mut bytes[..]).ok()?;
-    (length == span as usize).then_some(bytes)
+/// Whether the payload unpacks to exactly as many bytes as `into` takes; not more than that is unpacked.
+fn unpack(unpacker: &mut Option<zstd::bulk::Decompressor<'static>>, payload: &[u8], into: &mut [u8]) -> bool {
+    if unpacker.is_none() {
+        *unpacker = zstd::bulk::Decompressor::new().ok();
+    }
+    let Some(zstd) = unpacker else { return false };
+    let length = into.len();
+    zstd.decompress_to_buffer(payload, into)
+        .is_ok_and(|unpacked| unpacked == length)
 }
 
 #[cfg(test)]
@@ -763,10 +771,11 @@ mod tests {
     fn nothing_unpacks_to_more_than_it_says() {
         let packed = zstd::bulk::compress(&[0; 4096], 1).unwrap();
         let mut unpacker = None;
-        assert_eq!(unpack(&mut unpacker, &packed, 4096), Some(vec![0; 4096]));
+        let mut unpacks = |payload: &[u8], span| unpack(&mut unpacker, payload, &mut vec![1; span]);
+        assert!(unpacks(&packed, 4096));
         for span in [4095, 4097, 1] {
-            assert_eq!(unpack(&mut unpacker, &packed, span), None);
+            assert!(!unpacks(&packed, span));
         }
-        assert_eq!(unpack(&mut unpacker, b"not zstd", 4096), None);
+        assert!(!unpacks(b"not zstd", 4096));
     }
 }
