@@ -466,7 +466,7 @@ pub fn open_direct(path: &Path, options: &mut OpenOptions, file: &File) -> Optio
 
 /// Whether direct I/O can take this part of a block.
 pub fn is_aligned(part: &Range<usize>) -> bool {
-    part.start % ALIGN == 0 && part.end % ALIGN == 0
+    part.start.is_multiple_of(ALIGN) && part.end.is_multiple_of(ALIGN)
 }
 
 fn same(one: &File, two: &File) -> bool {

@@ -436,7 +436,7 @@ mod tests {
     fn zeros_are_made_anywhere() {
         let directory = tempfile::tempdir().unwrap();
         let target = Target::file(&directory.path().join("file"), 3 * BLOCK, false).unwrap();
-        target.write(0, &vec![7; 3 * BLOCK as usize]).unwrap();
+        target.write_cached(0, &vec![7; 3 * BLOCK as usize]).unwrap();
         target.zero(100, BLOCK).unwrap();
         let bytes = fs::read(&target.path).unwrap();
         assert!(crate::memory::is_zero(&bytes[100..100 + BLOCK as usize]));

@@ -118,6 +118,12 @@ impl Outgoing {
         for (told, pages) in self.told.iter_mut().zip(pages) {
             told.union_with(pages);
         }
+        for ((told, holes), file) in self.told.iter_mut().zip(holes).zip(files) {
+            // What is less than a huge page stays there, as zeros.
+            if file.backing() == Backing::Tmpfs {
+                told.subtract(holes);
+            }
+        }
         meter.wire.store(
             self.lanes
                 .iter()
@@ -140,9 +146,9 @@ impl Outgoing {
     }
 
     /// Ends the streams; returns what each carried.
-    pub fn finish(self) -> Result<Vec<Totals>, Error> {
+    pub fn finish(&mut self) -> Result<Vec<Totals>, Error> {
         self.lanes
-            .into_iter()
+            .drain(..)
             .map(|lane| lane.sender.finish().map_err(Error::from))
             .collect()
     }

@@ -3,7 +3,7 @@
 use super::reserve::NoRoom;
 use crate::memory::{FileError, TrackError};
 use crate::qemu::inject::InjectError;
-use crate::qemu::{DiscoverError, MonitorError, ProcessError};
+use crate::qemu::{DiscoverError, MonitorError, NarrowError, ProcessError};
 use ferry_contract::control::{Failure, FailureKind};
 
 /// Why a live migration fails on this host.
@@ -35,6 +35,9 @@ pub enum Error {
     /// QEMU's process.
     #[error(transparent)]
     Process(#[from] ProcessError),
+    /// Making QEMU wait with its device state.
+    #[error(transparent)]
+    Narrow(#[from] NarrowError),
     /// Finding the guest's RAM.
     #[error(transparent)]
     Discover(#[from] DiscoverError),

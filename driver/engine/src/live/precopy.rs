@@ -3,6 +3,7 @@
 use super::copy::{self, Outgoing, Sent};
 use super::rounds::{Decision, Limits, Observation, Policy};
 use super::signals::Signals;
+use super::verify::{self, Digests};
 use super::watch::{deadline, Watch, COMMAND};
 use super::working_set::{Deferral, WorkingSet};
 use super::Error;
@@ -14,6 +15,9 @@ use crate::wire::{DataSender, Totals};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Looking for memory given back, which walks all of the guest's files, rests for so many times as long as it took.
+const SWEEP_REST: u32 = 4;
 
 /// The guest's memory on its way.
 pub struct Precopy {
@@ -30,6 +34,11 @@ pub struct Precopy {
     sent: Sent,
     /// Watches for memory given back since the last [`sweep`](Precopy::sweep).
     swept: Option<PunchWatch>,
+    /// When that was, and how long it took.
+    swept_at: Instant,
+    sweep_took: Duration,
+    /// Pages and bytes of [`settle`](Precopy::settle).
+    settled: (u64, u64),
 }
 
 /// What a scan found.
@@ -42,18 +51,14 @@ pub struct Scan {
     pages: u64,
 }
 
-/// What the last copy was.
+/// What was copied while the guest stood still.
 pub struct Last {
     /// What each stream carried, all rounds together.
     pub totals: Vec<Totals>,
-    /// Pages of the last copy.
+    /// Pages.
     pub pages: u64,
-    /// The last pass.
-    pub sent: Sent,
-    /// The guest's RAM.
-    pub blocks: Vec<RamBlock>,
-    /// To be dropped after the pause.
-    pub spent: Spent,
+    /// Bytes of page data.
+    pub bytes: u64,
 }
 
 /// What takes long to let go of, which must not lengthen the pause.
@@ -97,6 +102,9 @@ impl Precopy {
             scanned_at: Instant::now(),
             sent: Sent::default(),
             swept: None,
+            swept_at: Instant::now(),
+            sweep_took: Duration::ZERO,
+            settled: (0, 0),
         })
     }
 
@@ -169,10 +177,12 @@ impl Precopy {
     /// Tells what the guest has given back since it was sent, so that the last copy need not look for it: walking a
     /// big guest's files takes milliseconds. A page written again meanwhile is in a later scan, and is sent again.
     pub fn sweep(&mut self) -> Result<(), Error> {
+        let began = Instant::now();
         let watch = PunchWatch::new(files(&self.blocks));
         let gone = self.outgoing.given_back(&self.present()?);
         // Without a watch the last copy looks for itself.
         self.swept = watch.ok();
+        (self.swept_at, self.sweep_took) = (Instant::now(), began.elapsed());
         if copy::bytes(&gone) > 0 {
             self.meter.remaining.fetch_add(copy::bytes(&gone), Relaxed);
             self.outgoing
@@ -181,38 +191,59 @@ impl Precopy {
         Ok(())
     }
 
-    /// [`sweep`](Precopy::sweep), where anything has been given back since the last one.
+    /// [`sweep`](Precopy::sweep), where anything has been given back since the last one; but not all the time.
     pub fn sweep_again(&mut self) -> Result<(), Error> {
+        let rested = self.swept_at.elapsed() > self.sweep_took * SWEEP_REST;
         match &self.swept {
-            Some(watch) if watch.punched() => self.sweep(),
+            Some(watch) if rested && watch.punched() => self.sweep(),
             _ => Ok(()),
         }
     }
 
-    /// The last copy, of a guest that stands still and whose block I/O has drained: what is pending, and what has
-    /// been given back since the sweep. Then the streams end. It is no round: the timeline has it in the downtime.
-    pub fn last(mut self) -> Result<Last, Error> {
+    /// The last copy but one, of a guest that stands still and whose block I/O has drained: what is pending, and what has
+    /// been given back since the sweep. It is no round, nor is the last: the timeline has them in the downtime.
+    pub fn settle(&mut self) -> Result<(), Error> {
         // A guest that stands still is not kept waiting for the sake of the link.
         self.signals.pace.set(0);
+        let (pages, bytes) = self.rest()?;
+        self.settled = (pages, bytes);
+        Ok(())
+    }
+
+    /// The last copy: what has been written since, by QEMU for its devices. Then the streams end.
+    pub fn last(&mut self) -> Result<Last, Error> {
+        let (pages, bytes) = self.rest()?;
+        Ok(Last {
+            totals: self.outgoing.finish()?,
+            pages: pages + self.settled.0,
+            bytes: bytes + self.settled.1,
+        })
+    }
+
+    /// Copies what has been written or given back since the scan before; how many pages, and bytes of page data.
+    fn rest(&mut self) -> Result<(u64, u64), Error> {
         self.scan()?;
         let pages = self.take(Deferral::Nothing);
-        let dirty = copy::bytes(&pages) / PAGE;
+        let count = copy::bytes(&pages) / PAGE;
         let gone = match self.swept.as_ref().is_none_or(PunchWatch::punched) {
             true => self.outgoing.given_back(&self.present()?),
             false => Vec::new(),
         };
         self.copy(&pages, &gone)?;
-        let totals = self.outgoing.finish()?;
-        Ok(Last {
-            totals,
-            pages: dirty,
-            sent: self.sent,
-            blocks: self.blocks,
-            spent: Spent {
-                _tracker: self.tracker,
-                _swept: self.swept,
-            },
-        })
+        Ok((count, self.sent.data))
+    }
+
+    /// The digests of all memory as it is now.
+    pub fn digest(&self) -> Result<Digests, Error> {
+        verify::digest(files(&self.blocks))
+    }
+
+    /// What is left of it when it is done, whichever way.
+    pub fn spent(self) -> Spent {
+        Spent {
+            _tracker: self.tracker,
+            _swept: self.swept,
+        }
     }
 
     /// Bytes of page data the last round sent.

@@ -4,12 +4,16 @@
 //! before its switch-over passes at once: from libvirt 11 on it waits for an answer of the destination's (12 bytes,
 //! switchover-ack) and spins at full speed until it comes. What it wrote after, device state, is withheld from the
 //! destination's QEMU until all memory is in place there: QEMU reads guest RAM while it loads (virtio rings).
+//!
+//! Device state is not even read before the last of the memory has been: QEMU then stands in its write, its big lock held,
+//! and none of its devices can change memory that their state knows nothing of (see [`Narrow`](crate::qemu::Narrow)).
 
 use super::signals::{End, Signals};
 use super::watch::Watch;
 use super::Error;
 use crate::wire::chunk::{self, Kind};
 use crate::wire::Connection;
+use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -20,12 +24,15 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Bytes read from QEMU at a time.
 const CHUNK: usize = 64 << 10;
 /// Chunks of device state withheld at most; then the source's QEMU waits. At [`CHUNK`] bytes each this is 64 MiB,
 /// far beyond the device state of any machine type without big local memory.
 const WITHHELD: usize = 1024;
+/// How often, a millisecond apart, a thread that has the monitor is given the time to note what QEMU has said on it.
+const HEARING: u32 = 100;
 
 /// The socket libvirt's Perform connects to; its path goes with it.
 pub struct Door {
@@ -121,7 +128,9 @@ pub fn from_source(
             .map_err(Error::system("share QEMU's stream"))?;
         let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
         run("return-path", &inner, move || to_qemu(back, &other))?;
-        from_qemu(qemu, out, &inner, |switched| {
+        let (heard, held) = (Arc::clone(&watch), Arc::clone(&inner));
+        let before = move || before_device_state(&heard, &held);
+        from_qemu(qemu, out, &inner, before, |switched| {
             // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
             match switched || inner.seen().drained.is_some() || !watch.before_switchover()? {
                 true => Ok(Kind::Held),
@@ -129,6 +138,25 @@ pub fn from_source(
             }
         })
     })
+}
+
+/// Called when there is something to be read from the source's QEMU: returns when it may be.
+fn before_device_state(watch: &Watch, signals: &Signals) -> Result<(), Error> {
+    if signals.is_copied() {
+        return Ok(());
+    }
+    // What QEMU has said on its monitor before it wrote this has arrived there too: that it is about to switch over. A
+    // monitor that is gone is for others to notice.
+    for _ in 0..HEARING {
+        if signals.seen().drained.is_some() || watch.hear().unwrap_or(true) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    match signals.seen().drained {
+        Some(_) => signals.wait_until_copied(),
+        None => Ok(()),
+    }
 }
 
 /// The destination's relay: from the source's engine to the QEMU that waits at `incoming`, and back.
@@ -175,7 +203,7 @@ fn deliver(
     let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
     let inner = Arc::clone(signals);
     run("return-path", signals, move || {
-        from_qemu(other, back, &inner, |_| Ok(Kind::Early))
+        from_qemu(other, back, &inner, || Ok(()), |_| Ok(Kind::Early))
     })?;
     loop {
         let (kind, bytes) = next;
@@ -197,8 +225,8 @@ fn deliver(
     }
 }
 
-/// From a QEMU to the other engine, until QEMU closes. `kind` is asked after a chunk has been read, and told whether
-/// held chunks have begun.
+/// From a QEMU to the other engine, until QEMU closes. `before` is called when there is something to be read, `kind` is
+/// asked after a chunk has been read, and told whether held chunks have begun.
 ///
 /// One thread reads on while another asks: QEMU writes device state with its big lock held, under which it answers no
 /// monitor, so a reader that waited for the monitor would wait for itself (QEMU 10.0, `migration_completion`).
@@ -206,10 +234,11 @@ fn from_qemu(
     qemu: UnixStream,
     mut to: Connection,
     signals: &Arc<Signals>,
+    before: impl Fn() -> Result<(), Error> + Send + 'static,
     mut kind: impl FnMut(bool) -> Result<Kind, Error>,
 ) -> Result<(), Error> {
     let (queue, chunks) = sync_channel(WITHHELD);
-    run("read-qemu", signals, move || read_all(qemu, &queue))?;
+    run("read-qemu", signals, move || read_all(qemu, before, &queue))?;
     let mut held = false;
     while let Ok(chunk) = chunks.recv() {
         let kind = kind(held)?;
@@ -221,8 +250,18 @@ fn from_qemu(
 }
 
 /// Reads until QEMU closes.
-fn read_all(mut qemu: UnixStream, queue: &SyncSender<Vec<u8>>) -> Result<(), Error> {
+fn read_all(
+    mut qemu: UnixStream,
+    before: impl Fn() -> Result<(), Error>,
+    queue: &SyncSender<Vec<u8>>,
+) -> Result<(), Error> {
     loop {
+        let mut polled = [PollFd::new(qemu.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut polled, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            other => other.map_err(|error| Error::system("wait for QEMU's stream")(error.into()))?,
+        };
+        before()?;
         let mut chunk = vec![0; CHUNK];
         let count = match qemu.read(&mut chunk) {
             Ok(count) => count,

@@ -40,6 +40,8 @@ pub struct Seen {
     pub stopped: Option<Instant>,
     /// MIGRATION pre-switchover: block I/O is drained too.
     pub drained: Option<Instant>,
+    /// MIGRATION device: QEMU has its big lock again, and keeps it until all device state is written.
+    pub frozen: bool,
     /// MIGRATION completed.
     pub completed: Option<Instant>,
     /// RESUME: the guest runs.
@@ -54,6 +56,7 @@ pub struct Seen {
 struct State {
     requests: VecDeque<Request>,
     seen: Seen,
+    copied: bool,
     committed: Option<Instant>,
     end: Option<End>,
     ended: Option<Instant>,
@@ -97,6 +100,22 @@ impl Signals {
     /// What QEMU has done so far.
     pub fn seen(&self) -> Seen {
         self.lock().seen
+    }
+
+    /// The last of the memory has been read here: QEMU's device state may be.
+    pub fn copied(&self) {
+        self.lock().copied = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether it has.
+    pub fn is_copied(&self) -> bool {
+        self.lock().copied
+    }
+
+    /// Waits for that.
+    pub fn wait_until_copied(&self) -> Result<(), Error> {
+        self.wait(None, |state| state.copied.then_some(())).map(|_| ())
     }
 
     /// The destination holds all of the memory: device state may pass.

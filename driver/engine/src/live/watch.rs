@@ -24,7 +24,10 @@ pub struct Watch {
 impl Watch {
     /// Connects to the private monitor and begins to note its events.
     pub fn open(path: &Path, signals: Arc<Signals>) -> Result<Arc<Self>, Error> {
-        let monitor = Monitor::connect(path, deadline(COMMAND))?;
+        let mut monitor = Monitor::connect(path, deadline(COMMAND))?;
+        // Also while a command waits: QEMU answers none while it writes device state, and says before that it will.
+        let noted = Arc::clone(&signals);
+        monitor.listen(move |event| note(&noted, event));
         let descriptor = monitor
             .as_fd()
             .try_clone_to_owned()
@@ -53,13 +56,16 @@ impl Watch {
     pub fn command<T>(&self, run: impl FnOnce(&mut Monitor) -> Result<T, MonitorError>) -> Result<T, Error> {
         let mut monitor = self.lock();
         let result = run(&mut monitor)?;
-        for _ in 0..MOST_EVENTS {
-            match monitor.poll_event()? {
-                Some(event) => self.note(&event),
-                None => break,
-            }
-        }
+        monitor.hear(MOST_EVENTS)?;
         Ok(result)
+    }
+
+    /// Notes what QEMU has said so far; false where another thread has the monitor, which notes it while it waits.
+    pub fn hear(&self) -> Result<bool, Error> {
+        match self.monitor.try_lock() {
+            Ok(mut monitor) => monitor.hear(MOST_EVENTS).map(|()| true).map_err(Error::from),
+            Err(_) => Ok(false),
+        }
     }
 
     /// Waits until no block I/O is in flight: QEMU's answer to an empty transaction (QEMU 7.2 to 10.0, `blockdev.c`).
@@ -109,25 +115,26 @@ impl Watch {
     fn lock(&self) -> MutexGuard<'_, Monitor> {
         self.monitor.lock().unwrap_or_else(|e| e.into_inner())
     }
+}
 
-    fn note(&self, event: &Event) {
-        let now = Instant::now();
-        let status = event
-            .data
-            .get("status")
-            .and_then(|status| status.as_str())
-            .unwrap_or_default();
-        tracing::trace!(event = event.name, status, "from QEMU");
-        self.signals.saw(|seen| match (event.name.as_str(), status) {
-            ("STOP", _) => seen.stopped = seen.stopped.or(Some(now)),
-            ("RESUME", _) => seen.resumed = Some(now),
-            ("MIGRATION", "setup" | "active") => seen.migrating = true,
-            ("MIGRATION", "pre-switchover") => seen.drained = seen.drained.or(Some(now)),
-            ("MIGRATION", "completed") => seen.completed = Some(now),
-            ("MIGRATION", "failed" | "cancelled") => seen.failed = true,
-            _ => {}
-        });
-    }
+fn note(signals: &Signals, event: &Event) {
+    let now = Instant::now();
+    let status = event
+        .data
+        .get("status")
+        .and_then(|status| status.as_str())
+        .unwrap_or_default();
+    tracing::trace!(event = event.name, status, "from QEMU");
+    signals.saw(|seen| match (event.name.as_str(), status) {
+        ("STOP", _) => seen.stopped = seen.stopped.or(Some(now)),
+        ("RESUME", _) => seen.resumed = Some(now),
+        ("MIGRATION", "setup" | "active") => seen.migrating = true,
+        ("MIGRATION", "pre-switchover") => seen.drained = seen.drained.or(Some(now)),
+        ("MIGRATION", "device") => seen.frozen = true,
+        ("MIGRATION", "completed") => seen.completed = Some(now),
+        ("MIGRATION", "failed" | "cancelled") => seen.failed = true,
+        _ => {}
+    });
 }
 
 /// Waits a little for something to read; also true when nothing came, so that the caller looks whether it is

@@ -15,12 +15,14 @@ mod devices;
 pub mod inject;
 pub mod injector;
 pub mod monitor;
+mod narrow;
 pub mod process;
 pub mod ram;
 pub mod throttle;
 
 pub use commands::{MigrationStatus, RunState, Version};
 pub use monitor::{Event, Monitor, MonitorError};
+pub use narrow::{Narrow, NarrowError};
 pub use process::{Process, ProcessError, Vma};
 pub use ram::{discover, tracked_ranges, DiscoverError, Ineligible, RamBlock};
 pub use throttle::Throttle;

@@ -1,7 +1,8 @@
 //! A QMP client: one connection to a QEMU's private monitor.
 //!
 //! Blocking, with a deadline on every wait. Replies are matched to commands by id, so the late answer of a command
-//! that was given up is not taken for the next one's. Events that arrive meanwhile are queued.
+//! that was given up is not taken for the next one's. Events that arrive meanwhile are queued, or told to a listener at
+//! once.
 //!
 //! Reference: docs/interop/qmp-spec.rst of QEMU.
 
@@ -92,6 +93,15 @@ impl MonitorError {
     }
 }
 
+/// Who hears of each event the moment it is read.
+struct Listener(Box<dyn FnMut(&Event) + Send>);
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener")
+    }
+}
+
 /// A connection to a QMP monitor, ready for commands.
 #[derive(Debug)]
 pub struct Monitor {
@@ -102,6 +112,7 @@ pub struct Monitor {
     /// How much of `input` has been searched for the end of the line.
     searched: usize,
     events: VecDeque<Event>,
+    listener: Option<Listener>,
     lost_events: u64,
     last_id: u64,
     greeting: Value,
@@ -126,6 +137,7 @@ impl Monitor {
             input: Vec::new(),
             searched: 0,
             events: VecDeque::new(),
+            listener: None,
             lost_events: 0,
             last_id: 0,
             greeting: Value::Null,
@@ -238,34 +250,63 @@ impl Monitor {
         self.next_event(Instant::now())
     }
 
+    /// From now on events are told to `listener` as soon as they are read, also while a command waits for its answer,
+    /// and are not queued.
+    pub fn listen(&mut self, listener: impl FnMut(&Event) + Send + 'static) {
+        self.listener = Some(Listener(Box::new(listener)));
+        while let Some(event) = self.events.pop_front() {
+            self.tell(event);
+        }
+    }
+
+    /// Reads what has arrived already, at most so many messages; does not wait.
+    ///
+    /// # Errors
+    /// As [`poll_event`](Self::poll_event).
+    pub fn hear(&mut self, most: usize) -> Result<(), MonitorError> {
+        for _ in 0..most {
+            match self.receive("an event", Instant::now()) {
+                Ok(message) => self.set_aside(message),
+                Err(MonitorError::Timeout { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, event: Event) {
+        match &mut self.listener {
+            Some(Listener(listener)) => listener(&event),
+            None => self.queue(event),
+        }
+    }
+
     /// Events thrown away because nobody fetched them: repetitions of the most frequent first.
     pub fn lost_events(&self) -> u64 {
         self.lost_events
     }
 
-    /// Queues an event; drops what is not one. When the queue is full, an older event of the same name goes, so
-    /// that a flood of one kind does not wash out the one STOP that matters; else the oldest.
+    /// Tells or queues an event; drops what is not one.
     fn set_aside(&mut self, mut message: Value) {
         let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) else {
             tracing::debug!("dropped QEMU's late answer to an earlier command");
             return;
         };
-        if self.events.len() >= MAX_EVENTS {
-            let victim = self
-                .events
-                .iter()
-                .position(|event| event.name == name)
-                .unwrap_or(0);
-            self.events.remove(victim);
-            self.lost_events += 1;
-        }
         let stamp = |key| message["timestamp"].get(key).and_then(Value::as_u64).unwrap_or(0);
         let at = Duration::from_secs(stamp("seconds")) + Duration::from_micros(stamp("microseconds"));
-        self.events.push_back(Event {
-            name,
-            data: message["data"].take(),
-            at,
-        });
+        let data = message["data"].take();
+        self.tell(Event { name, data, at });
+    }
+
+    /// When the queue is full, an older event of the same name goes, so that a flood of one kind does not wash out the one
+    /// STOP that matters; else the oldest.
+    fn queue(&mut self, event: Event) {
+        if self.events.len() >= MAX_EVENTS {
+            let victim = self.events.iter().position(|old| old.name == event.name);
+            self.events.remove(victim.unwrap_or(0));
+            self.lost_events += 1;
+        }
+        self.events.push_back(event);
     }
 
     fn send(&mut self, command: &str, mut bytes: &[u8], deadline: Instant) -> Result<(), MonitorError> {

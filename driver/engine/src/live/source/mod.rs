@@ -252,6 +252,7 @@ impl Inspected {
             ready: Ready {
                 session: self.offer.session,
                 watch: self.watch,
+                process: self.process,
                 precopy,
                 brake,
                 device_state: links.device_state,

@@ -4,15 +4,17 @@ use super::links::{last_words, out_of_turn};
 use super::{save, Place, CLEAR, UNTIL_PERFORM};
 use crate::live::brake::Brake;
 use crate::live::messages::{downtime, Answer, Ask, SourcePause};
-use crate::live::precopy::{Precopy, Spent};
+use crate::live::precopy::{Last, Precopy, Spent};
 use crate::live::relay::{self, Door};
-use crate::live::signals::Seen;
-use crate::live::verify;
+use crate::live::signals::{End, Seen};
+use crate::live::verify::Digests;
 use crate::live::watch::{deadline, Watch};
 use crate::live::Error;
+use crate::qemu::{Narrow, Process};
 use crate::report::{self, millis, Outcome, Recorder, Stage};
 use crate::wire::{message, Connection};
 use ferry_contract::control::{Options, Reply, Request};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -26,6 +28,8 @@ const STEP: Duration = Duration::from_millis(10);
 /// Between rounds once QEMU's migration has begun: it has nothing to send but device state, and comes to its
 /// switch-over within milliseconds.
 const IMMINENT: Duration = Duration::from_millis(100);
+/// For libvirt to let QEMU go on once the guest stands still; where it copies disks, it ends that first.
+const CONTINUE: Duration = Duration::from_secs(15 * 60);
 /// While libvirt copies disks, for which a guest may take hours: rounds rest for this many times as long as they work,
 const REST: u32 = 4;
 /// but not longer, so that the rest is small when libvirt is done.
@@ -41,6 +45,7 @@ pub(super) struct Converged {
 pub(super) struct Ready {
     pub(super) session: Uuid,
     pub(super) watch: Arc<Watch>,
+    pub(super) process: Process,
     pub(super) precopy: Precopy,
     pub(super) brake: Option<Brake>,
     pub(super) device_state: Connection,
@@ -79,23 +84,85 @@ impl Ready {
         control: &mut Connection,
     ) -> Result<(SourcePause, Spent), Error> {
         let Self {
+            session,
             mut precopy,
-            mut brake,
+            brake,
             watch,
-            ..
+            process,
+            device_state,
+            return_path,
         } = self;
-        precopy.sweep()?;
-        let door = Door::open(&place.settings.runtime_directory, self.session)?;
+        let mut switchover = Switchover {
+            place,
+            watch: &watch,
+            process: &process,
+            precopy: &mut precopy,
+        };
+        let outcome = switchover
+            .begin(session, device_state, return_path)
+            .and_then(|door| {
+                switchover.until_drained(options, brake, recorder)?;
+                let copied = switchover.last_copy(&door, recorder)?;
+                switchover.commit(copied, control, recorder)
+            });
+        if let Err(error) = &outcome {
+            // QEMU's stream ends now, and the guest goes on: what is dropped next takes 50 ms a GiB.
+            place.signals.end(match error {
+                Error::Wire(error) => End::Lost(error.to_string()),
+                Error::Cancelled => End::Cancelled,
+                error => End::Failed(error.to_string()),
+            });
+        }
+        outcome.map(|pause| (pause, precopy.spent()))
+    }
+}
+
+/// From libvirt's Perform to the commitment.
+struct Switchover<'a> {
+    place: &'a Place<'a>,
+    watch: &'a Arc<Watch>,
+    process: &'a Process,
+    precopy: &'a mut Precopy,
+}
+
+/// All of the guest's memory is on its way, and its QEMU's devices stand still.
+struct Copied {
+    last: Last,
+    memory: Option<Digests>,
+    /// How long it took until block I/O had drained,
+    stop: Duration,
+    /// and when that was.
+    drained: Instant,
+}
+
+impl Switchover<'_> {
+    /// Tells libvirt where to let QEMU migrate to.
+    fn begin(
+        &mut self,
+        session: Uuid,
+        device_state: Connection,
+        return_path: Connection,
+    ) -> Result<PathBuf, Error> {
+        let Self { place, watch, .. } = self;
+        self.precopy.sweep()?;
+        let door = Door::open(&place.settings.runtime_directory, session)?;
         let socket = door.path().to_owned();
-        relay::from_source(
-            door,
-            Arc::clone(&watch),
-            place.signals,
-            self.device_state,
-            self.return_path,
-        )?;
+        relay::from_source(door, Arc::clone(watch), place.signals, device_state, return_path)?;
         watch.ignore_shared()?;
-        place.control.reply(Reply::Switchover { socket });
+        place.control.reply(Reply::Switchover {
+            socket: socket.clone(),
+        });
+        Ok(socket)
+    }
+
+    /// Copies on until the guest stands still and its block I/O has drained.
+    fn until_drained(
+        &mut self,
+        options: &Options,
+        mut brake: Option<Brake>,
+        recorder: &mut Recorder,
+    ) -> Result<(), Error> {
+        let (place, precopy) = (self.place, &mut *self.precopy);
         let mut step = STEP;
         loop {
             let begun = place.signals.seen().migrating;
@@ -103,7 +170,7 @@ impl Ready {
             let early = options.storage && !begun;
             if begun {
                 // QEMU is about to stop the vCPUs, which is not to wait for them to be let go.
-                brake = None;
+                drop(brake.take());
                 // A drain asked for now would be answered only once they have stopped, and hold up the last copy.
                 step = IMMINENT;
             }
@@ -112,16 +179,14 @@ impl Ready {
             let seen = place.signals.seen();
             match waited {
                 Some(true) if seen.failed => return Err(Error::Libvirt),
-                Some(true) if seen.drained.is_some() => break,
+                Some(true) if seen.drained.is_some() => return Ok(()),
                 // It has just begun.
                 Some(true) => {}
                 // libvirt's Perform is over, and QEMU never came to its switch-over.
                 Some(false) => return Err(Error::Libvirt),
                 None => {
                     let began = Instant::now();
-                    if early {
-                        precopy.sweep_again()?;
-                    }
+                    precopy.sweep_again()?;
                     let scan = precopy.scan()?;
                     // From the switch-over on QEMU may not answer before its device state is out.
                     if precopy.pending() > 0 && place.signals.seen().drained.is_none() {
@@ -129,47 +194,80 @@ impl Ready {
                     }
                     step = match early {
                         true => (began.elapsed() * REST).clamp(STEP, LONGEST_STEP),
-                        false => STEP,
+                        // A scan makes the guest fault again on all it uses, so that it rests as long as it worked.
+                        false => began.elapsed().clamp(STEP, IMMINENT),
                     };
                 }
             }
         }
-        drop(brake);
+    }
+
+    /// The last copy, in two steps. When block I/O has drained (pre-switchover), QEMU lets go of its big lock until libvirt
+    /// lets it go on, and its main loop may still complete what the guest asked of devices that are no disks: virtio-gpu,
+    /// pvscsi's and USB's completions write to guest memory then. With the lock back (device) nothing writes any more; so
+    /// what is scanned from there on, while QEMU cannot finish writing its device state, is as old as that state.
+    /// (QEMU 10.0, `migration_switchover_prepare`; its own RAM's last bitmap is taken there, `ram_save_complete`.)
+    fn last_copy(&mut self, door: &Path, recorder: &mut Recorder) -> Result<Copied, Error> {
+        let signals = self.place.signals;
+        let narrow = Narrow::new(self.process, door)?;
         recorder.enter(Stage::StopAndCopy);
-        let seen = place.signals.seen();
+        let seen = signals.seen();
         let drained = seen.drained.unwrap_or_else(Instant::now);
-        let last = precopy.last()?;
-        recorder.enter(Stage::Commitment);
-        let files = last.blocks.iter().map(|block| &block.file);
-        let memory = place
-            .settings
-            .verify_memory
-            .then(|| verify::digest(files))
-            .transpose()?;
+        self.precopy.settle()?;
+        match signals.wait_for_qemu(deadline(CONTINUE), |seen| seen.frozen || seen.failed)? {
+            Some(true) if signals.seen().frozen => {}
+            Some(_) => return Err(Error::Libvirt),
+            None => {
+                return Err(Error::Elsewhere(format!(
+                    "libvirt did not let QEMU go on within {} s of the guest's stop",
+                    CONTINUE.as_secs()
+                )))
+            }
+        }
+        let last = self.precopy.last()?;
+        // Before that QEMU's lock must not go, as its main loop would run again.
+        let memory = match self.place.settings.verify_memory {
+            true => Some(self.precopy.digest()?),
+            false => None,
+        };
+        signals.copied();
+        drop(narrow);
         if memory.is_some() {
             recorder.note("every byte of the guest's memory is compared on both hosts (verify_memory)");
         }
+        Ok(Copied {
+            last,
+            memory,
+            stop: drained - seen.stopped.unwrap_or(drained).min(drained),
+            drained,
+        })
+    }
+
+    /// The destination compares what it has with what was sent.
+    fn commit(
+        &self,
+        copied: Copied,
+        control: &mut Connection,
+        recorder: &mut Recorder,
+    ) -> Result<SourcePause, Error> {
+        recorder.enter(Stage::Commitment);
+        let Last { totals, pages, bytes } = copied.last;
+        recorder.totals(report::Totals::from_streams(&totals));
         control.set_deadline(Some(deadline(COMMIT)))?;
-        match message::ask(
-            control,
-            &Ask::Commit {
-                totals: last.totals.clone(),
-                memory,
-            },
-        )? {
+        let memory = copied.memory;
+        let commit = Ask::Commit { totals, memory };
+        match message::ask(control, &commit)? {
             Answer::Committed => {}
             Answer::Refused { cause, host } => return Err(Error::Refused { cause, host }),
             other => return Err(out_of_turn(&other)),
         }
-        place.signals.commit();
-        let pause = SourcePause {
-            stop_ms: millis(drained - seen.stopped.unwrap_or(drained).min(drained)),
-            last_copy_ms: millis(drained.elapsed()),
-            pages: last.pages,
-            bytes: last.sent.data,
-        };
-        recorder.totals(report::Totals::from_streams(&last.totals));
-        Ok((pause, last.spent))
+        self.place.signals.commit();
+        Ok(SourcePause {
+            stop_ms: millis(copied.stop),
+            last_copy_ms: millis(copied.drained.elapsed()),
+            pages,
+            bytes,
+        })
     }
 }
 
