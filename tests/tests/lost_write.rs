@@ -5,19 +5,28 @@
 //! between each scan and its copy (driver/engine/src/live, mechanism). Here a disk takes up to one and a half seconds to
 //! answer, so that at every scan reads are in flight, and the guest compares what it read with what it wrote, at once and again
 //! for as long as it lives. With the drain taken out of the engine (`Watch::drain` returning at once) this test fails.
+//!
+//! And a write that no disk makes: between the end of block I/O and the moment libvirt lets QEMU go on, QEMU's main loop
+//! still completes what the guest asked of virtio-gpu, pvscsi or USB. With the last copy taken at pre-switchover (no
+//! `Precopy::settle`, no wait for the event "device") it is lost.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
+use ferry_guest::page::Page;
+use ferry_tests::fault::signal;
 use ferry_tests::guest::Rate;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
-use ferry_tests::scene::{usual, Scene, PATIENCE};
+use ferry_tests::scene::{said, usual, Scene, PATIENCE};
 use ferry_tests::timeline::Role;
 use ferry_tests::wait::wait_until;
+use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
 
 /// The disk and the part of it that the guest reads and writes.
 const DISK_MIB: u64 = 8;
@@ -25,6 +34,10 @@ const DISK_MIB: u64 = 8;
 const SLOW: (u64, u64) = (100, 1500);
 /// Moves, to and fro.
 const MOVES: usize = 6;
+/// Moves in which libvirt's daemon is to be stopped before it lets QEMU go on.
+const ATTEMPTS: usize = 6;
+/// Where the guest has memory that it has not used.
+const UNTOUCHED: u64 = 200 << 20;
 
 /// A server of the slow disk on one host; it ends with the lab.
 struct SlowDisk(Child);
@@ -97,7 +110,48 @@ fn no_write_of_a_slow_disk_is_lost() -> Result<()> {
             drain > SLOW.0 as f64,
             "no drain took longer than {drain} ms: no read was in flight, and nothing was tested"
         );
+        a_write_before_qemu_goes_on(&scene, one, two).context("a write that no disk makes")?;
         lab.assert_clean(1)?;
         lab.assert_clean(2)
     })
+}
+
+/// QEMU changes memory while it waits for libvirt, the guest's disk having drained.
+fn a_write_before_qemu_goes_on(scene: &Scene, one: &Host, two: &Host) -> Result<()> {
+    for (from, to) in [(one, two), (two, one)].iter().cycle().take(ATTEMPTS) {
+        let [stopped, committed] = ["stage: stop-and-copy", "stage: commitment"];
+        let before = [said(from, stopped), said(from, committed)];
+        let daemon = from.processes_named("libvirtd")?.pop().context("no daemon")?;
+        let moving = from.begin_migration(scene.name(), to, &[])?;
+        // The disk takes its time to drain, in which the daemon can be stopped.
+        let state = || {
+            Ok(from
+                .state(scene.name())?
+                .is_some_and(|state| state.starts_with("paused")))
+        };
+        wait_until("the guest to stand still", PATIENCE, state)?;
+        signal(&daemon, SIGSTOP)?;
+        let ram = from.ram_file(scene.name())?;
+        let untouched = ram.hole(UNTOUCHED)?;
+        let mut page = Page::ZEROED;
+        page.bytes_mut()[77] = 1;
+        let wrote = wait_until("the last copy", PATIENCE, || Ok(said(from, stopped) > before[0]))
+            // An engine that does not wait for QEMU commits meanwhile.
+            .map(|()| sleep(Duration::from_millis(500)))
+            .and_then(|()| ram.overwrite_as(&from.qemu(scene.name())?, untouched, &page));
+        let too_late = said(from, committed) > before[1];
+        signal(&daemon, SIGCONT)?;
+        wrote?;
+        moving.succeeds()?;
+        scene.lives_on(to)?;
+        if !too_late {
+            let there = to.ram_file(scene.name())?.page(untouched)?;
+            ensure!(
+                there.bytes() == page.bytes(),
+                "what QEMU wrote is not at the destination"
+            );
+            return Ok(());
+        }
+    }
+    bail!("in {ATTEMPTS} moves the engine never waited for libvirt to let QEMU go on")
 }

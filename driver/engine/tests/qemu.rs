@@ -6,15 +6,17 @@ mod common;
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use common::qemu::{find_ram, holds_all_written, scan, track, Qemu, SHARED_FILE, SIZE};
 use common::{await_some, await_that, deadline, report, Child};
 use ferry_engine::memory::{PageSet, TrackError, WriteTracker, PAGE};
 use ferry_engine::qemu::{
-    discover, inject, tracked_ranges, DiscoverError, Ineligible, MigrationStatus, Monitor, MonitorError,
-    Process, Version,
+    discover, inject, tracked_ranges, writes_device_state, DiscoverError, Ineligible, MigrationStatus,
+    Monitor, MonitorError, Narrow, Process, Version,
 };
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -338,6 +340,71 @@ fn serve_vhost_user(listener: &std::os::unix::net::UnixListener) {
             let _ = stream.write_all(&answer);
         }
     }
+}
+
+/// A QEMU that writes device state keeps its big lock for as long as its narrowed stream is not read: its devices cannot
+/// change memory meanwhile, and its monitor does not answer.
+#[test]
+fn a_narrow_stream_keeps_qemu_from_going_on() {
+    let Some(qemu) = Qemu::with_shared_file("tcg") else {
+        return;
+    };
+    let path = qemu.directory.path().join("door");
+    let door = UnixListener::bind(&path).expect("a socket");
+    let process = Process::open(qemu.child.id() as i32).expect("QEMU");
+    let mut monitor = qemu.monitor();
+    let (seen, states) = mpsc::channel();
+    monitor.listen(move |event| {
+        if let Some(state) = event.data.get("status").and_then(|state| state.as_str()) {
+            let _ = seen.send(state.to_owned());
+        }
+    });
+    monitor
+        .set_ignore_shared(true, deadline())
+        .expect("x-ignore-shared");
+    for capability in ["events", "pause-before-switchover"] {
+        let on = json!({ "capabilities": [{ "capability": capability, "state": true }] });
+        monitor
+            .execute("migrate-set-capabilities", on, deadline())
+            .expect(capability);
+    }
+    monitor.execute("cont", json!({}), deadline()).expect("cont");
+    let to = json!({ "uri": format!("unix:{}", path.display()) });
+    monitor.execute("migrate", to, deadline()).expect("migrate");
+    let mut stream = door.accept().expect("QEMU").0;
+    let until = |monitor: &mut Monitor, wanted: &str| {
+        await_that(wanted, || {
+            monitor.hear(64).expect("the monitor");
+            states.try_iter().any(|state| state == wanted)
+        })
+    };
+
+    // What it says before it stops is read, all of it: it is silent from then on.
+    until(&mut monitor, "pre-switchover");
+    let mut early = stream.try_clone().expect("the stream");
+    early.set_nonblocking(true).expect("the stream");
+    let mut sink = vec![0; 1 << 20];
+    while early.read(&mut sink).is_ok() {}
+    let narrow = Narrow::new(&process, &path).expect("narrowed");
+    let go_on = json!({ "state": "pre-switchover" });
+    monitor
+        .execute("migrate-continue", go_on, deadline())
+        .expect("migrate-continue");
+    until(&mut monitor, "device");
+    await_that("device state to be written", || {
+        writes_device_state(&stream).expect("the stream")
+    });
+    let silent = monitor.query_status(Instant::now() + Duration::from_millis(500));
+    assert!(matches!(silent, Err(MonitorError::Timeout { .. })), "{silent:?}");
+
+    drop(narrow);
+    early.set_nonblocking(false).expect("the stream");
+    let reading = std::thread::spawn(move || std::io::copy(&mut stream, &mut std::io::sink()));
+    until(&mut monitor, "completed");
+    let state = monitor.query_status(deadline()).expect("query-status");
+    assert_eq!(state.status, "postmigrate");
+    drop((early, door, qemu));
+    reading.join().expect("a thread").expect("the stream");
 }
 
 #[test]

@@ -3,13 +3,15 @@
 //! libvirt keeps it as `/var/lib/libvirt/qemu/ram/ID-NAME/pc.ram`; with less than 3 GiB, offsets in the file are the guest's
 //! physical addresses. Judge a guest only while its vCPUs are stopped.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure, Context, Result};
 use ferry_guest::page::{Page, PAGE_SIZE};
 use nix::unistd::{lseek, Whence};
+
+use crate::host::Process;
 
 const MIB: u64 = 1 << 20;
 
@@ -70,6 +72,26 @@ impl RamFile {
         self.file
             .write_all_at(page.bytes(), offset)
             .with_context(|| format!("cannot write {} at {offset:#x}", self.path.display()))
+    }
+
+    /// Writes one page as the guest's QEMU would: through its mapping of the file.
+    ///
+    /// # Errors
+    /// If it maps no such file, or cannot be written to.
+    pub fn overwrite_as(&self, qemu: &Process, offset: u64, page: &Page) -> Result<()> {
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let maps = fs::read_to_string(qemu.proc().join("maps")).context("cannot read QEMU's maps")?;
+        let mapping = maps
+            .lines()
+            .find(|line| line.ends_with(&format!("/{name}")) && line.contains(" rw-s "));
+        let start = mapping
+            .and_then(|line| line.split('-').next())
+            .context("no mapping of the RAM file")?;
+        let at = u64::from_str_radix(start, 16)? + offset;
+        let memory = File::options().write(true).open(qemu.proc().join("mem"));
+        memory
+            .and_then(|memory| memory.write_all_at(page.bytes(), at))
+            .context("cannot write QEMU's memory")
     }
 
     /// Bytes of it that take memory.

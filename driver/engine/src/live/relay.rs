@@ -11,6 +11,7 @@
 use super::signals::{End, Signals};
 use super::watch::Watch;
 use super::Error;
+use crate::qemu::writes_device_state;
 use crate::wire::chunk::{self, Kind};
 use crate::wire::Connection;
 use nix::errno::Errno;
@@ -33,6 +34,8 @@ const CHUNK: usize = 64 << 10;
 const WITHHELD: usize = 1024;
 /// How often, a millisecond apart, a thread that has the monitor is given the time to note what QEMU has said on it.
 const HEARING: u32 = 100;
+/// Between two looks whether QEMU writes device state: the guest stands still meanwhile.
+const LOOK: Duration = Duration::from_micros(100);
 
 /// The socket libvirt's Perform connects to; its path goes with it.
 pub struct Door {
@@ -129,7 +132,7 @@ pub fn from_source(
         let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
         run("return-path", &inner, move || to_qemu(back, &other))?;
         let (heard, held) = (Arc::clone(&watch), Arc::clone(&inner));
-        let before = move || before_device_state(&heard, &held);
+        let before = move |qemu: &UnixStream| before_device_state(qemu, &heard, &held);
         from_qemu(qemu, out, &inner, before, |switched| {
             // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
             match switched || inner.seen().drained.is_some() || !watch.before_switchover()? {
@@ -141,22 +144,27 @@ pub fn from_source(
 }
 
 /// Called when there is something to be read from the source's QEMU: returns when it may be.
-fn before_device_state(watch: &Watch, signals: &Signals) -> Result<(), Error> {
+fn before_device_state(qemu: &UnixStream, watch: &Watch, signals: &Signals) -> Result<(), Error> {
     if signals.is_copied() {
         return Ok(());
     }
-    // What QEMU has said on its monitor before it wrote this has arrived there too: that it is about to switch over. A
-    // monitor that is gone is for others to notice.
+    // What QEMU has said on its monitor before it wrote this has arrived there too: that libvirt has let it go on. A monitor
+    // that is gone is for others to notice.
     for _ in 0..HEARING {
-        if signals.seen().drained.is_some() || watch.hear().unwrap_or(true) {
+        if signals.seen().switched || watch.hear().unwrap_or(true) {
             break;
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    match signals.seen().drained {
-        Some(_) => signals.wait_until_copied(),
-        None => Ok(()),
+    if !signals.seen().switched {
+        return Ok(());
     }
+    while !writes_device_state(qemu).map_err(Error::system("look at QEMU's stream"))? {
+        signals.check()?;
+        std::thread::sleep(LOOK);
+    }
+    signals.saw(|seen| seen.frozen = true);
+    signals.wait_until_copied()
 }
 
 /// The destination's relay: from the source's engine to the QEMU that waits at `incoming`, and back.
@@ -203,7 +211,7 @@ fn deliver(
     let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
     let inner = Arc::clone(signals);
     run("return-path", signals, move || {
-        from_qemu(other, back, &inner, || Ok(()), |_| Ok(Kind::Early))
+        from_qemu(other, back, &inner, |_| Ok(()), |_| Ok(Kind::Early))
     })?;
     loop {
         let (kind, bytes) = next;
@@ -234,7 +242,7 @@ fn from_qemu(
     qemu: UnixStream,
     mut to: Connection,
     signals: &Arc<Signals>,
-    before: impl Fn() -> Result<(), Error> + Send + 'static,
+    before: impl Fn(&UnixStream) -> Result<(), Error> + Send + 'static,
     mut kind: impl FnMut(bool) -> Result<Kind, Error>,
 ) -> Result<(), Error> {
     let (queue, chunks) = sync_channel(WITHHELD);
@@ -252,7 +260,7 @@ fn from_qemu(
 /// Reads until QEMU closes.
 fn read_all(
     mut qemu: UnixStream,
-    before: impl Fn() -> Result<(), Error>,
+    before: impl Fn(&UnixStream) -> Result<(), Error>,
     queue: &SyncSender<Vec<u8>>,
 ) -> Result<(), Error> {
     loop {
@@ -261,7 +269,7 @@ fn read_all(
             Err(Errno::EINTR) => continue,
             other => other.map_err(|error| Error::system("wait for QEMU's stream")(error.into()))?,
         };
-        before()?;
+        before(&qemu)?;
         let mut chunk = vec![0; CHUNK];
         let count = match qemu.read(&mut chunk) {
             Ok(count) => count,

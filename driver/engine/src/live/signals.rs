@@ -40,7 +40,9 @@ pub struct Seen {
     pub stopped: Option<Instant>,
     /// MIGRATION pre-switchover: block I/O is drained too.
     pub drained: Option<Instant>,
-    /// MIGRATION device: QEMU has its big lock again, and keeps it until all device state is written.
+    /// MIGRATION device: libvirt has let it go on.
+    pub switched: bool,
+    /// It writes device state: nothing of it changes guest memory until all of that is written.
     pub frozen: bool,
     /// MIGRATION completed.
     pub completed: Option<Instant>,

@@ -130,7 +130,7 @@ fn note(signals: &Signals, event: &Event) {
         ("RESUME", _) => seen.resumed = Some(now),
         ("MIGRATION", "setup" | "active") => seen.migrating = true,
         ("MIGRATION", "pre-switchover") => seen.drained = seen.drained.or(Some(now)),
-        ("MIGRATION", "device") => seen.frozen = true,
+        ("MIGRATION", "device") => seen.switched = true,
         ("MIGRATION", "completed") => seen.completed = Some(now),
         ("MIGRATION", "failed" | "cancelled") => seen.failed = true,
         _ => {}

@@ -22,7 +22,7 @@ pub mod throttle;
 
 pub use commands::{MigrationStatus, RunState, Version};
 pub use monitor::{Event, Monitor, MonitorError};
-pub use narrow::{Narrow, NarrowError};
+pub use narrow::{writes_device_state, Narrow, NarrowError};
 pub use process::{Process, ProcessError, Vma};
 pub use ram::{discover, tracked_ranges, DiscoverError, Ineligible, RamBlock};
 pub use throttle::Throttle;

@@ -204,9 +204,9 @@ impl Switchover<'_> {
 
     /// The last copy, in two steps. When block I/O has drained (pre-switchover), QEMU lets go of its big lock until libvirt
     /// lets it go on, and its main loop may still complete what the guest asked of devices that are no disks: virtio-gpu,
-    /// pvscsi's and USB's completions write to guest memory then. With the lock back (device) nothing writes any more; so
-    /// what is scanned from there on, while QEMU cannot finish writing its device state, is as old as that state.
-    /// (QEMU 10.0, `migration_switchover_prepare`; its own RAM's last bitmap is taken there, `ram_save_complete`.)
+    /// pvscsi's and USB's completions write to guest memory then. Once it writes device state nothing does any more, so
+    /// what is scanned from there on, while it cannot finish, is as old as that state. (QEMU 10.0,
+    /// `migration_completion_precopy`; the last bitmap of its own RAM is taken there, `ram_save_complete`.)
     fn last_copy(&mut self, door: &Path, recorder: &mut Recorder) -> Result<Copied, Error> {
         let signals = self.place.signals;
         let narrow = Narrow::new(self.process, door)?;
