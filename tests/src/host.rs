@@ -180,16 +180,6 @@ impl Host {
         domain_name(xml)
     }
 
-    /// Defines a persistent guest from its XML, starts it and returns its name.
-    ///
-    /// # Errors
-    /// What virsh said.
-    pub fn define_and_start(&self, xml: &str) -> Result<String> {
-        let name = self.define(xml)?;
-        self.virsh(&["start", &name])?;
-        Ok(name)
-    }
-
     /// Defines a persistent guest from its XML and returns its name.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ pub mod process;
 pub mod ram;
 pub mod throttle;
 
-pub use commands::{MigrationStatus, RunState, Version};
+pub use commands::{MigrationStatus, Version};
 pub use monitor::{Event, Monitor, MonitorError};
 pub use process::{Process, ProcessError, Vma};
 pub use ram::{discover, tracked_ranges, DiscoverError, Ineligible, RamBlock};

@@ -85,13 +85,6 @@ pub enum MonitorError {
     },
 }
 
-impl MonitorError {
-    /// Whether QEMU does not know the command at all.
-    pub fn is_unknown_command(&self) -> bool {
-        matches!(self, MonitorError::Refused { class, .. } if class == "CommandNotFound")
-    }
-}
-
 /// A connection to a QMP monitor, ready for commands.
 #[derive(Debug)]
 pub struct Monitor {
