@@ -2,6 +2,7 @@
 //! README, installer.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -385,6 +386,59 @@ fn manual_pages_are_sound() -> Result<()> {
         ensure!(output.status.success() && said.is_empty(), "{page}: {said}");
         ensure!(output.stdout.len() > 1000, "{page} is empty");
     }
+    Ok(())
+}
+
+#[test]
+fn what_a_person_starts_explains_itself() -> Result<()> {
+    // One that does not know --help begins its work: ended soon.
+    let said = |program: &str, argument: &str| {
+        Command::new("timeout")
+            .args(["--kill-after=5", "10"])
+            .arg(checkout().join(program))
+            .arg(argument)
+            .output()
+            .with_context(|| program.to_owned())
+    };
+    for program in ["tests/run", "tests/demo", "tests/bench", "tests/lab", "packaging/install"] {
+        let output = said(program, "--help")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(
+            output.status.success() && text.starts_with(&format!("Usage: {program}")),
+            "{program}: {} {text}",
+            output.status
+        );
+    }
+    for program in ["tests/run", "tests/lab", "packaging/install"] {
+        let output = said(program, "--no-such-option")?;
+        let status = output.status.code();
+        ensure!(
+            matches!(status, Some(1 | 2)) && output.stdout.is_empty(),
+            "{program}: {status:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn an_older_kernel_is_told_before_anything_is_built() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let uname = directory.path().join("uname");
+    fs::write(&uname, "#!/bin/sh\necho 6.1.0-41-amd64\n")?;
+    fs::set_permissions(&uname, fs::Permissions::from_mode(0o755))?;
+    let path = format!("{}:{}", directory.path().display(), std::env::var("PATH")?);
+    let output = Command::new("timeout")
+        .args(["--kill-after=5", "10"])
+        .arg(checkout().join("tests/demo"))
+        .env("PATH", path)
+        .output()
+        .context("tests/demo")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1) && said.contains("Linux 6.1.0-41-amd64") && output.stdout.is_empty(),
+        "{}: {said}",
+        output.status
+    );
     Ok(())
 }
 
