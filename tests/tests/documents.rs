@@ -371,6 +371,95 @@ fn readme_and_manual_know_every_key_and_its_default() -> Result<()> {
     Ok(())
 }
 
+/// What is written for people, in Markdown.
+const PAGES: [&str; 5] = [
+    "README.md",
+    "docs/cold.md",
+    "packaging/README.md",
+    "tests/guests/README.md",
+    "xml-schemas/README.md",
+];
+
+/// What stands between `begin` and `end`, each time.
+fn between<'a>(text: &'a str, begin: &str, end: char) -> Vec<&'a str> {
+    let parts = text.split(begin).skip(1);
+    parts.filter_map(|part| Some(part.split_once(end)?.0)).collect()
+}
+
+#[test]
+fn what_a_page_links_to_is_there() -> Result<()> {
+    for page in PAGES {
+        let (text, directory) = (text(page)?, checkout().join(page));
+        let directory = directory.parent().context("a directory")?;
+        for link in between(&text, "](", ')') {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            if file.starts_with("https:") {
+                continue;
+            }
+            let there = match file {
+                "" => checkout().join(page),
+                file => directory.join(file),
+            };
+            ensure!(there.exists(), "{page}: there is no {link}");
+            // As it is made of a heading's words.
+            let headings = match heading {
+                "" => continue,
+                _ => fs::read_to_string(&there)?,
+            };
+            let mut headings = headings.lines().filter(|line| line.starts_with('#'));
+            ensure!(
+                headings.any(|line| line
+                    .trim_start_matches('#')
+                    .trim()
+                    .to_lowercase()
+                    .replace(' ', "-")
+                    == heading),
+                "{page}: {link} has no such heading"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_command_that_shows_a_claim_finds_a_test() -> Result<()> {
+    // As tests/run and cargo's tests have their names, roughly: file::function.
+    let mut tests = Vec::new();
+    for part in ["driver", "hooks", "tests"] {
+        for file in files(&checkout().join(part))? {
+            let Some(module) = file.strip_suffix(".rs") else {
+                continue;
+            };
+            let module = module.replace('/', "::");
+            for after in text(&format!("{part}/{file}"))?.split("#[test]").skip(1) {
+                tests.extend(
+                    between(after, "fn ", '(')
+                        .first()
+                        .map(|name| format!("{module}::{name}")),
+                );
+            }
+        }
+    }
+    ensure!(tests.len() > 200, "only {} tests were found", tests.len());
+    let mut claims = 0;
+    for page in PAGES {
+        // A command may go over the end of a line.
+        let text = text(page)?.replace("\n  ", " ").replace('\n', " ");
+        for pattern in between(&text, "`tests/run ", '`') {
+            let plain = pattern
+                .chars()
+                .all(|letter| letter == '_' || letter.is_ascii_alphanumeric());
+            ensure!(
+                !plain || tests.iter().any(|test| test.contains(pattern)),
+                "{page}: no test has {pattern} in its name"
+            );
+            claims += usize::from(plain);
+        }
+    }
+    ensure!(claims > 50, "only {claims} commands were found");
+    Ok(())
+}
+
 #[test]
 fn manual_pages_are_sound() -> Result<()> {
     if !there_is("groff", "groff-base") {
