@@ -218,6 +218,17 @@ fn firmware_tpm_devices_and_pools() -> Result<()> {
         one.ends("full")?;
         let uuid = one.virsh(&["domuuid", "full"])?;
         let tpm = format!("/var/lib/libvirt/swtpm/{uuid}/tpm2/tpm2-00.permall");
+        let logs = [
+            "/var/log/libvirt/qemu/full.log",
+            "/var/log/swtpm/libvirt/qemu/full-swtpm.log",
+        ];
+        let told = digests(one, &logs)?;
+        // What another guest of its new name has left.
+        let another = "/var/log/libvirt/qemu/fuller.log";
+        shell(
+            two,
+            &format!("mkdir -p /var/log/libvirt/qemu; hostname >{another}"),
+        )?;
         let there = [&plain, DEVICE, "/srv/pool/volume.img", variables, &tpm];
         let digest = digests(one, &there)?;
         let owner = |host: &Host| {
@@ -249,6 +260,17 @@ fn firmware_tpm_devices_and_pools() -> Result<()> {
             "files differ: {here:?} are {arrived:?}, were {digest:?}"
         );
         ensure!(owner(two)? == owned, "{} was {owned}", owner(two)?);
+        // No guest of host2's has had a TPM yet: there is no directory for swtpm's.
+        let arrived = [
+            "/var/log/libvirt/qemu/fuller.log.from-1",
+            "/var/log/libvirt/qemu/fuller-swtpm.log",
+        ];
+        ensure!(digests(two, &arrived)? == told, "the logs have not come along");
+        ensure!(
+            two.run(&["cat", another])? == "host2",
+            "another guest's log was written over"
+        );
+        ensure!(!logs.iter().any(|log| one.has(log)), "logs stay on host1");
         ensure!(
             two.virsh(&["vol-list", "pool"])?.contains("volume.img"),
             "the pool was not refreshed"
