@@ -11,11 +11,12 @@ use std::time::Duration;
 use anyhow::{ensure, Context, Result};
 
 use crate::guest::image::Images;
+use crate::guest::{Config, Guest as LiveGuest};
 use crate::host::Host;
 use crate::lab::Lab;
 use crate::scene::PATIENCE;
 use crate::underway::Underway;
-use crate::wait::wait_until;
+use crate::wait::{wait_for, wait_until};
 
 /// Where most files of these guests are: a real file system, each host's own.
 pub const IMAGES: &str = "/var/lib/libvirt/images";
@@ -31,7 +32,7 @@ const PLACES: [&str; 8] = [
     "/srv",
 ];
 /// For a guest to boot, on a machine that has other things to do.
-const BOOT: Duration = Duration::from_secs(60);
+const BOOT: Duration = Duration::from_secs(90);
 
 /// How `virsh migrate` is asked for a cold migration.
 pub const COLD: [&str; 3] = ["--offline", "--persistent", "--copy-storage-all"];
@@ -40,6 +41,7 @@ pub const COLD: [&str; 3] = ["--offline", "--persistent", "--copy-storage-all"];
 #[derive(Clone)]
 pub struct Guest {
     name: String,
+    memory_mib: u32,
     os: String,
     devices: String,
 }
@@ -49,6 +51,7 @@ impl Guest {
     pub fn new(name: &str) -> Self {
         Guest {
             name: name.to_owned(),
+            memory_mib: 64,
             os: String::new(),
             devices: String::new(),
         }
@@ -66,6 +69,23 @@ impl Guest {
              <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>{nvram}</nvram>"
         );
         self
+    }
+
+    /// Linux, which says what it finds in its disk's file system and in its TPM.
+    ///
+    /// # Errors
+    /// If it cannot be built or installed.
+    pub fn linux(mut self, lab: &Lab, config: &Config) -> Result<Self> {
+        let directory = lab.share().join("guests");
+        fs::create_dir_all(&directory)?;
+        Images::build()?.install(&directory)?;
+        let (place, words) = (LiveGuest::DIR, LiveGuest::command_line(config));
+        let _ = write!(
+            self.os,
+            "<kernel>{place}/vmlinuz</kernel><initrd>{place}/initrd</initrd><cmdline>{words}</cmdline>"
+        );
+        self.memory_mib = 256;
+        Ok(self)
     }
 
     /// One more device.
@@ -100,9 +120,14 @@ impl Guest {
 
     /// The domain XML.
     pub fn xml(&self) -> String {
-        let Guest { name, os, devices } = self;
+        let Guest {
+            name,
+            memory_mib,
+            os,
+            devices,
+        } = self;
         format!(
-            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>{memory_mib}</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='q35'>hvm</type>{os}<boot dev='hd'/></os><features><acpi/></features>\
              <devices>{devices}<controller type='usb' model='none'/>\
              <serial type='file'><source path='{}' append='on'><seclabel model='dac' relabel='no'/></source></serial>\
@@ -269,13 +294,24 @@ impl Host {
     /// # Errors
     /// If it does not.
     pub fn boots(&self, lab: &Lab, domain: &str) -> Result<()> {
+        self.boots_until(lab, domain, |said| said.contains('B').then_some(()))
+    }
+
+    /// Starts the guest, waits until `heard` has found something in what it says on its serial line, and ends it at once.
+    ///
+    /// # Errors
+    /// If it does not say that.
+    pub fn boots_until<T>(&self, lab: &Lab, domain: &str, heard: impl Fn(&str) -> Option<T>) -> Result<T> {
         let log = lab.share().join(format!("{domain}.serial"));
         serial(&log)?;
         self.virsh(&["start", domain])?;
-        wait_until(&format!("{domain} to boot on {}", self.name()), BOOT, || {
-            Ok(fs::read(&log)?.contains(&b'B'))
-        })?;
-        self.ends(domain)
+        let said = || -> Result<String> { Ok(String::from_utf8_lossy(&fs::read(&log)?).into_owned()) };
+        let found = wait_for(&format!("{domain} to boot on {}", self.name()), BOOT, || {
+            Ok(heard(&said()?))
+        });
+        let found = found.with_context(|| said().unwrap_or_default())?;
+        self.ends(domain)?;
+        Ok(found)
     }
 
     /// Ends a guest at once.

@@ -180,16 +180,6 @@ impl Host {
         domain_name(xml)
     }
 
-    /// Defines a persistent guest from its XML, starts it and returns its name.
-    ///
-    /// # Errors
-    /// What virsh said.
-    pub fn define_and_start(&self, xml: &str) -> Result<String> {
-        let name = self.define(xml)?;
-        self.virsh(&["start", &name])?;
-        Ok(name)
-    }
-
     /// Defines a persistent guest from its XML and returns its name.
     ///
     /// # Errors
@@ -425,6 +415,38 @@ impl Host {
             String::from_utf8_lossy(&output.stderr).trim()
         );
         Ok(())
+    }
+
+    /// From now on libvirtd ends itself after a second without a client and without a running guest, as its unit has it do
+    /// after two minutes (`--timeout 120`).
+    ///
+    /// # Errors
+    /// What virt-admin said.
+    pub fn libvirtd_ends_when_idle(&self) -> Result<()> {
+        self.run(&["virt-admin", "daemon-timeout", "1"]).map(drop)
+    }
+
+    /// Nobody calls libvirtd for some times as long as that, and it still answers: one that ends itself first closes its
+    /// sockets, and waits half a minute for its workers.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn libvirtd_stays(&self) -> Result<()> {
+        std::thread::sleep(Duration::from_secs(4));
+        let answered = self.virsh(&["list"]);
+        answered.context("libvirtd has ended itself, with work left to do")?;
+        Ok(())
+    }
+
+    /// libvirtd ends itself: nothing of ours keeps it. It is started anew.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn libvirtd_has_ended(&self) -> Result<()> {
+        wait_for("libvirtd to end itself", Duration::from_secs(60), || {
+            Ok(self.processes_named("libvirtd")?.is_empty().then_some(()))
+        })?;
+        self.restart_libvirtd(true)
     }
 
     /// Puts XML where the host can read it.

@@ -1,5 +1,8 @@
 //! `virt-ferry check` says beforehand which way a guest would go, and what to do about it.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+
 use anyhow::{ensure, Result};
 use ferry_tests::guest::Backing;
 use ferry_tests::host::Host;
@@ -23,7 +26,7 @@ fn each_guest_is_judged_as_its_migration_would_be() -> Result<()> {
             status == Some(0) && said.contains("able  yes  256 MiB"),
             "{status:?}: {said}"
         );
-        ensure!(said.matches("yes").count() == 5, "host1 is not ready: {said}");
+        ensure!(said.matches("yes").count() == 7, "host1 is not ready: {said}");
 
         let unable = Scene::start(lab, one, usual("unable").backing(Backing::Anonymous), 2)?;
         let (said, status) = check(one, &[])?;
@@ -45,12 +48,45 @@ fn each_guest_is_judged_as_its_migration_would_be() -> Result<()> {
         unable.move_to(one, two, &[])?;
         one.assert_moved_away(1)?;
 
+        // What it needs is missed where it is missing: the hook, a disk for journals, the plug-in that is installed.
+        let hook = one.path("/etc/libvirt/hooks/qemu.d/virt-ferry");
+        fs::set_permissions(&hook, Permissions::from_mode(0o644))?;
+        one.configure("state_directory = \"/run/virt-ferry\"\n")?;
+        let plugin = "/usr/lib/virt-ferry/libvirt_driver_ferry.so";
+        one.run(&["cp", plugin, &format!("{plugin}.new")])?;
+        one.run(&["mv", &format!("{plugin}.new"), plugin])?;
+        let (said, status) = check(one, &[])?;
+        let missed = ["qemu.d/virt-ferry", "/run/virt-ferry", "has been replaced since"];
+        ensure!(
+            status == Some(1)
+                && missed.iter().all(|what| said
+                    .lines()
+                    .any(|line| line.starts_with("  no ") && line.contains(what))),
+            "{status:?}: {said}"
+        );
+        fs::set_permissions(&hook, Permissions::from_mode(0o755))?;
+        one.configure("")?;
+        one.restart_libvirtd(false)?;
+        let (said, status) = check(one, &[])?;
+        ensure!(
+            status == Some(0) && said.matches("yes").count() == 6,
+            "{status:?}: {said}"
+        );
+
         one.configure("enabled = false\n")?;
         let (said, status) = check(one, &[])?;
         ensure!(
             status == Some(1) && said.contains("enabled = false"),
             "{status:?}: {said}"
         );
+        // A guest with nothing to recover, mistyped or not, is named.
+        let said = one.run(&["virt-ferry", "recover", "tpyo"])?;
+        ensure!(said.contains("no migration of guest tpyo is open"), "{said}");
+        for program in ["virt-ferry", "/usr/lib/virt-ferry/virt-ferry-engine"] {
+            let said = one.run(&[program, "--version"])?;
+            let name = program.rsplit('/').next().unwrap_or(program);
+            ensure!(said.starts_with(&format!("{name} ")), "{said}");
+        }
         lab.assert_clean(1)
     })
 }

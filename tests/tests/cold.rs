@@ -1,12 +1,17 @@
 //! Guests that are shut off move with everything they own, and arrive byte for byte.
 
 use std::fs;
+use std::io::Read;
 
 use anyhow::{ensure, Context, Result};
+use ferry_guest::files::name_of;
 use ferry_tests::cold::{same_files, serial, Content, Guest, IMAGES};
 use ferry_tests::fault::names;
+use ferry_tests::guest::Config;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
+use ferry_tests::scene::PATIENCE;
+use ferry_tests::wait::wait_for;
 
 /// The simplest guest: one sparse raw disk, there by libvirt's client, back by its daemon.
 #[test]
@@ -212,12 +217,20 @@ fn firmware_tpm_devices_and_pools() -> Result<()> {
             );
         guest.define(one)?;
         // Its first start makes variables and TPM state.
-        serial(&lab.share().join("full.serial"))?;
-        one.virsh(&["start", "full"])?;
-        one.wait_for_state("full", "running")?;
-        one.ends("full")?;
+        let starts = firmware_starts(lab, one, "full", variables, 0)?;
         let uuid = one.virsh(&["domuuid", "full"])?;
         let tpm = format!("/var/lib/libvirt/swtpm/{uuid}/tpm2/tpm2-00.permall");
+        let logs = [
+            "/var/log/libvirt/qemu/full.log",
+            "/var/log/swtpm/libvirt/qemu/full-swtpm.log",
+        ];
+        let told = digests(one, &logs)?;
+        // What another guest of its new name has left.
+        let another = "/var/log/libvirt/qemu/fuller.log";
+        shell(
+            two,
+            &format!("mkdir -p /var/log/libvirt/qemu; hostname >{another}"),
+        )?;
         let there = [&plain, DEVICE, "/srv/pool/volume.img", variables, &tpm];
         let digest = digests(one, &there)?;
         let owner = |host: &Host| {
@@ -249,19 +262,125 @@ fn firmware_tpm_devices_and_pools() -> Result<()> {
             "files differ: {here:?} are {arrived:?}, were {digest:?}"
         );
         ensure!(owner(two)? == owned, "{} was {owned}", owner(two)?);
+        // No guest of host2's has had a TPM yet: there is no directory for swtpm's.
+        let arrived = [
+            "/var/log/libvirt/qemu/fuller.log.from-1",
+            "/var/log/libvirt/qemu/fuller-swtpm.log",
+        ];
+        ensure!(digests(two, &arrived)? == told, "the logs have not come along");
+        ensure!(
+            two.run(&["cat", another])? == "host2",
+            "another guest's log was written over"
+        );
+        ensure!(!logs.iter().any(|log| one.has(log)), "logs stay on host1");
         ensure!(
             two.virsh(&["vol-list", "pool"])?.contains("volume.img"),
             "the pool was not refreshed"
         );
         ensure!(one.state("full")?.is_none() && !one.virsh(&["vol-list", "pool"])?.contains("volume.img"));
         same_files(&before, &one.guests_files()?)?;
-        serial(&lab.share().join("full.serial"))?;
-        two.virsh(&["start", "fuller"])?;
-        two.wait_for_state("fuller", "running")?;
-        two.ends("fuller")?;
+        // The firmware goes on where it was.
+        let again = firmware_starts(lab, two, "fuller", variables, starts)?;
+        ensure!(again == starts + 1, "{again} starts, after {starts}");
+        with_a_file_system_and_a_tpm(lab).context("a guest that looks at what it has")?;
         lab.assert_clean(1)?;
         lab.assert_clean(2)
     })
+}
+
+/// The guest itself finds its files as they were, and its TPM.
+fn with_a_file_system_and_a_tpm(lab: &Lab) -> Result<()> {
+    let (one, two) = (lab.host(1), lab.host(2));
+    let disk = format!("{IMAGES}/system.img");
+    file_system(one, &disk, 32)?;
+    let asked = Config {
+        files: Some("vda".into()),
+        tpm: true,
+        set: 1,
+        ..Config::default()
+    };
+    Guest::new("system")
+        .linux(lab, &asked)?
+        .disk("vda", "raw", &disk)
+        .device("<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
+        .define(one)?;
+    // Each start adds a file, and ends without a warning.
+    let first = one.boots_until(lab, "system", found)?;
+    ensure!(first.files == 1, "{first:?}");
+    one.move_cold("system", two, &["--undefinesource", "--p2p"])?;
+    let second = two.boots_until(lab, "system", found)?;
+    let next = Found {
+        files: 2,
+        resets: first.resets + 1,
+    };
+    ensure!(second == next, "{second:?}, after {first:?}");
+    // 1: what it had no time to put away was put in order.
+    shell(two, &format!("e2fsck -fp {disk} || test $? -eq 1")).map(drop)
+}
+
+/// An ext4 with one file that is named by its content's digest.
+fn file_system(host: &Host, disk: &str, mib: u64) -> Result<()> {
+    let mut content = vec![0; 8 << 20];
+    fs::File::open("/dev/urandom")?.read_exact(&mut content)?;
+    let tree = "/run/tree";
+    fs::create_dir_all(host.path(tree))?;
+    fs::write(host.path(tree).join(name_of(&content)), content)?;
+    shell(
+        host,
+        &format!("mkfs.ext4 -q -d {tree} {disk} {mib}M; rm -r {tree}"),
+    )
+    .map(drop)
+}
+
+/// What a guest found at its start.
+#[derive(Debug, PartialEq, Eq)]
+struct Found {
+    files: u32,
+    resets: u32,
+}
+
+fn found(said: &str) -> Option<Found> {
+    let number = |what: &str| {
+        // Firmware may have left something before it.
+        let (number, _) = said.split_once(what)?.1.split_once('\r')?;
+        number.parse().ok()
+    };
+    Some(Found {
+        files: number("ferry: files ok read=")?,
+        resets: number("ferry: tpm resets=")?,
+    })
+}
+
+/// Starts a UEFI guest until its firmware has counted that in its variables, and ends it; how often it has been started by now.
+fn firmware_starts(lab: &Lab, host: &Host, guest: &str, variables: &str, before: u32) -> Result<u32> {
+    serial(&lab.share().join("full.serial"))?;
+    host.virsh(&["start", guest])?;
+    let counted = wait_for("the firmware to count its start", PATIENCE, || {
+        Ok(starts(&fs::read(host.path(variables))?).filter(|starts| *starts > before))
+    })?;
+    host.ends(guest)?;
+    Ok(counted)
+}
+
+/// The higher half of UEFI's monotonic counter, which grows with each start: the variable MTC (edk2,
+/// `MonotonicCounterRuntimeDxe`, `AUTHENTICATED_VARIABLE_HEADER`).
+fn starts(variables: &[u8]) -> Option<u32> {
+    const NAME: &[u8] = b"M\0T\0C\0\0\0";
+    /// Before the name, and where in it the state is.
+    const HEADER: usize = 60;
+    const STATE: usize = 2;
+    /// The variable is whole, and none has taken its place.
+    const ADDED: u8 = 0x3f;
+    let mut places = variables
+        .windows(NAME.len())
+        .enumerate()
+        .filter(|(_, window)| *window == NAME);
+    let data = places.find_map(|(at, _)| {
+        let header = variables.get(at.checked_sub(HEADER)?..at)?;
+        let data = variables.get(at + NAME.len()..at + NAME.len() + 4)?;
+        (header[STATE] == ADDED).then_some(data)
+    });
+    Some(u32::from_le_bytes(data?.try_into().ok()?))
 }
 
 /// What the destination has is not copied, what both see is left alone, what others need stays, and without

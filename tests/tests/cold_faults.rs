@@ -443,9 +443,13 @@ fn the_source_is_lost_for_good() -> Result<()> {
         let mut files = two.guests_files()?;
         files.retain(|file| !file.starts_with("/var/lib/virt-ferry/"));
         same_files(&scene.nowhere[1], &files).context("host2")?;
+        // With that to be told, its daemon does not end itself; then it does.
+        two.libvirtd_ends_when_idle()?;
+        two.libvirtd_stays()?;
 
         one.restart_libvirtd(true)?;
         scene.settles()?;
+        two.libvirtd_has_ended()?;
         scene.is_at_the_source()?;
         one.boots(lab, "g")?;
         scene.moves_again()?;

@@ -98,6 +98,24 @@ fn what_the_guest_is_at() -> Result<()> {
         scene.refused(&ALL, &[&disk(), "host1"])?;
         drop(writer);
         scene.refused(&["--offline", "--copy-storage-all"], &["persistent"])?;
+        // Never in clear where TLS was asked for, and never on another way than was asked for.
+        let hosts = [one, lab.host(2)];
+        hosts
+            .iter()
+            .try_for_each(|host| host.configure("encryption = \"never\"\n"))?;
+        scene.refused(&[&ALL[..], &["--tls"]].concat(), &["--tls", "encrypted", "host1"])?;
+        hosts.iter().try_for_each(|host| host.configure(""))?;
+        let ways = [
+            ["--migrateuri", "tcp://192.168.77.12"],
+            ["--listen-address", "192.168.77.12"],
+            ["--disks-port", "49300"],
+        ];
+        for way in ways {
+            scene.refused(
+                &[&ALL[..], &way].concat(),
+                &["is not heeded", "migration_host", "host1"],
+            )?;
+        }
         scene.moves()
     })
 }

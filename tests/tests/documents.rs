@@ -2,6 +2,7 @@
 //! README, installer.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -370,6 +371,95 @@ fn readme_and_manual_know_every_key_and_its_default() -> Result<()> {
     Ok(())
 }
 
+/// What is written for people, in Markdown.
+const PAGES: [&str; 5] = [
+    "README.md",
+    "docs/cold.md",
+    "packaging/README.md",
+    "tests/guests/README.md",
+    "xml-schemas/README.md",
+];
+
+/// What stands between `begin` and `end`, each time.
+fn between<'a>(text: &'a str, begin: &str, end: char) -> Vec<&'a str> {
+    let parts = text.split(begin).skip(1);
+    parts.filter_map(|part| Some(part.split_once(end)?.0)).collect()
+}
+
+#[test]
+fn what_a_page_links_to_is_there() -> Result<()> {
+    for page in PAGES {
+        let (text, directory) = (text(page)?, checkout().join(page));
+        let directory = directory.parent().context("a directory")?;
+        for link in between(&text, "](", ')') {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            if file.starts_with("https:") {
+                continue;
+            }
+            let there = match file {
+                "" => checkout().join(page),
+                file => directory.join(file),
+            };
+            ensure!(there.exists(), "{page}: there is no {link}");
+            // As it is made of a heading's words.
+            let headings = match heading {
+                "" => continue,
+                _ => fs::read_to_string(&there)?,
+            };
+            let mut headings = headings.lines().filter(|line| line.starts_with('#'));
+            ensure!(
+                headings.any(|line| line
+                    .trim_start_matches('#')
+                    .trim()
+                    .to_lowercase()
+                    .replace(' ', "-")
+                    == heading),
+                "{page}: {link} has no such heading"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_command_that_shows_a_claim_finds_a_test() -> Result<()> {
+    // As tests/run and cargo's tests have their names, roughly: file::function.
+    let mut tests = Vec::new();
+    for part in ["driver", "hooks", "tests"] {
+        for file in files(&checkout().join(part))? {
+            let Some(module) = file.strip_suffix(".rs") else {
+                continue;
+            };
+            let module = module.replace('/', "::");
+            for after in text(&format!("{part}/{file}"))?.split("#[test]").skip(1) {
+                tests.extend(
+                    between(after, "fn ", '(')
+                        .first()
+                        .map(|name| format!("{module}::{name}")),
+                );
+            }
+        }
+    }
+    ensure!(tests.len() > 200, "only {} tests were found", tests.len());
+    let mut claims = 0;
+    for page in PAGES {
+        // A command may go over the end of a line.
+        let text = text(page)?.replace("\n  ", " ").replace('\n', " ");
+        for pattern in between(&text, "`tests/run ", '`') {
+            let plain = pattern
+                .chars()
+                .all(|letter| letter == '_' || letter.is_ascii_alphanumeric());
+            ensure!(
+                !plain || tests.iter().any(|test| test.contains(pattern)),
+                "{page}: no test has {pattern} in its name"
+            );
+            claims += usize::from(plain);
+        }
+    }
+    ensure!(claims > 50, "only {claims} commands were found");
+    Ok(())
+}
+
 #[test]
 fn manual_pages_are_sound() -> Result<()> {
     if !there_is("groff", "groff-base") {
@@ -385,6 +475,65 @@ fn manual_pages_are_sound() -> Result<()> {
         ensure!(output.status.success() && said.is_empty(), "{page}: {said}");
         ensure!(output.stdout.len() > 1000, "{page} is empty");
     }
+    Ok(())
+}
+
+#[test]
+fn what_a_person_starts_explains_itself() -> Result<()> {
+    // One that does not know --help begins its work: ended soon.
+    let said = |program: &str, argument: &str| {
+        Command::new("timeout")
+            .args(["--kill-after=5", "10"])
+            .arg(checkout().join(program))
+            .arg(argument)
+            .output()
+            .with_context(|| program.to_owned())
+    };
+    for program in [
+        "tests/run",
+        "tests/demo",
+        "tests/bench",
+        "tests/lab",
+        "packaging/install",
+    ] {
+        let output = said(program, "--help")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(
+            output.status.success() && text.starts_with(&format!("Usage: {program}")),
+            "{program}: {} {text}",
+            output.status
+        );
+    }
+    for program in ["tests/run", "tests/lab", "packaging/install"] {
+        let output = said(program, "--no-such-option")?;
+        let status = output.status.code();
+        ensure!(
+            matches!(status, Some(1 | 2)) && output.stdout.is_empty(),
+            "{program}: {status:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn an_older_kernel_is_told_before_anything_is_built() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let uname = directory.path().join("uname");
+    fs::write(&uname, "#!/bin/sh\necho 6.1.0-41-amd64\n")?;
+    fs::set_permissions(&uname, fs::Permissions::from_mode(0o755))?;
+    let path = format!("{}:{}", directory.path().display(), std::env::var("PATH")?);
+    let output = Command::new("timeout")
+        .args(["--kill-after=5", "10"])
+        .arg(checkout().join("tests/demo"))
+        .env("PATH", path)
+        .output()
+        .context("tests/demo")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1) && said.contains("Linux 6.1.0-41-amd64") && output.stdout.is_empty(),
+        "{}: {said}",
+        output.status
+    );
     Ok(())
 }
 
@@ -405,19 +554,207 @@ fn files(directory: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// A host to install on: a directory, and one of what was built.
+struct Installed {
+    directory: tempfile::TempDir,
+}
+
+impl Installed {
+    fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let built = directory.path().join("built");
+        fs::create_dir(&built)?;
+        for name in [
+            "libvirt_driver_ferry.so",
+            "virt-ferry-engine",
+            "virt-ferry",
+            "virt-ferry-hook",
+        ] {
+            fs::write(built.join(name), name)?;
+        }
+        Ok(Self { directory })
+    }
+
+    fn root(&self) -> PathBuf {
+        self.directory.path().join("root")
+    }
+
+    /// The installer, run with these programs in front.
+    fn installer(&self, front: &[&str], more: &[&str]) -> Command {
+        let mut words: Vec<_> = front.iter().map(|word| PathBuf::from(*word)).collect();
+        words.push(checkout().join("packaging/install"));
+        let mut command = Command::new(&words[0]);
+        command
+            .args(&words[1..])
+            .arg("--destdir")
+            .arg(self.root())
+            .arg("--from")
+            .arg(self.directory.path().join("built"))
+            .args(more);
+        command
+    }
+
+    /// What it says.
+    fn run(&self, more: &[&str]) -> Result<String> {
+        let output = self.installer(&[], more).output().context("packaging/install")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() && said.is_empty(), "{more:?}: {said}");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// A file of the host.
+    fn write(&self, path: &str, text: &str) -> Result<PathBuf> {
+        let file = self.root().join(path);
+        fs::create_dir_all(file.parent().context("a path")?)?;
+        fs::write(&file, text)?;
+        Ok(file)
+    }
+}
+
+#[test]
+fn it_is_not_uninstalled_below_those_who_need_it() -> Result<()> {
+    let host = Installed::new()?;
+    host.run(&[])?;
+    let unit = host
+        .root()
+        .join("usr/lib/systemd/system/var-lib-libvirt-qemu-ram.mount");
+    let hook = host.root().join("etc/libvirt/hooks/qemu.d/virt-ferry");
+
+    // A guest between two hosts: nothing goes, least of all its fence; wherever journals are.
+    for (configuration, journal) in [
+        ("", "var/lib/virt-ferry/cold/1.json"),
+        (
+            "state_directory = \"/srv/journals\"\n",
+            "srv/journals/cold/2.json",
+        ),
+    ] {
+        host.write("etc/virt-ferry/virt-ferry.toml", configuration)?;
+        let journal = host.write(journal, "{}")?;
+        let before = files(&host.root())?;
+        let output = host.installer(&[], &["--uninstall"]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            !output.status.success()
+                && said.contains("virt-ferry recover")
+                && said.contains(&journal.display().to_string()),
+            "{said}"
+        );
+        ensure!(files(&host.root())? == before, "something went");
+        fs::remove_file(journal)?;
+    }
+
+    // Guests with memory in files, defined or running: they are named, and the tmpfs stays.
+    let memory = "<domain>\n  <memoryBacking>\n    <source type='file'/>\n  </memoryBacking>\n</domain>\n";
+    let defined = host.write("etc/libvirt/qemu/web.xml", memory)?;
+    let runs = host.write("run/libvirt/qemu/mail.xml", memory)?;
+    host.write(
+        "etc/libvirt/qemu/db.xml",
+        "<domain><source file='/a'/></domain>\n",
+    )?;
+    let said = host.run(&["--uninstall"])?;
+    ensure!(
+        said.contains("\n  mail\n  web\n") && !said.contains("db") && unit.exists() && !hook.exists(),
+        "{said}"
+    );
+    fs::remove_file(defined)?;
+    fs::remove_file(runs)?;
+
+    // A mounted one stays as well.
+    fs::create_dir_all(host.root().join("var/lib/libvirt/qemu/ram"))?;
+    let mount = format!(
+        "mount -t tmpfs ram {}/var/lib/libvirt/qemu/ram && exec \"$@\"",
+        host.root().display()
+    );
+    let front = ["unshare", "--mount", "sh", "-c", &mount, "sh"];
+    let output = host.installer(&front, &["--uninstall"]).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success() && said.contains("is mounted") && unit.exists(),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+
+    // Nobody needs it: it goes, and the link by which it was enabled.
+    let wants = host
+        .root()
+        .join("etc/systemd/system/libvirtd.service.wants/var-lib-libvirt-qemu-ram.mount");
+    fs::create_dir_all(wants.parent().context("a path")?)?;
+    std::os::unix::fs::symlink("/usr/lib/systemd/system/var-lib-libvirt-qemu-ram.mount", &wants)?;
+    host.run(&["--uninstall"])?;
+    ensure!(!unit.exists() && wants.symlink_metadata().is_err(), "it is left");
+    Ok(())
+}
+
+#[test]
+fn there_is_a_hook_at_each_moment_of_an_upgrade() -> Result<()> {
+    let host = Installed::new()?;
+    host.run(&[])?;
+    // The program that brings the new one into place finds the old one there.
+    let (programs, seen) = (
+        host.directory.path().join("bin"),
+        host.directory.path().join("seen"),
+    );
+    fs::create_dir(&programs)?;
+    let mv = programs.join("mv");
+    let script = "#!/bin/sh\nfor target; do :; done\ntest -x \"$target\" && echo \"$target\" >>SEEN\nPATH=${PATH#*:} exec mv \"$@\"\n";
+    fs::write(&mv, script.replace("SEEN", &seen.display().to_string()))?;
+    fs::set_permissions(&mv, fs::Permissions::from_mode(0o755))?;
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH")?);
+    let output = host.installer(&[], &[]).env("PATH", path).output()?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let seen = fs::read_to_string(&seen).unwrap_or_default();
+    for program in [
+        "etc/libvirt/hooks/qemu.d/virt-ferry",
+        "usr/lib/virt-ferry/libvirt_driver_ferry.so",
+        "usr/lib/virt-ferry/virt-ferry-engine",
+    ] {
+        ensure!(
+            seen.lines().any(|line| line.ends_with(program)),
+            "{program}: {seen}"
+        );
+    }
+    // libvirt runs all there is in that directory.
+    let hooks = files(&host.root().join("etc/libvirt/hooks"))?;
+    ensure!(hooks == ["qemu.d/virt-ferry"], "{hooks:?}");
+    Ok(())
+}
+
+#[test]
+fn a_package_can_let_apparmor_start_the_engine() -> Result<()> {
+    let host = Installed::new()?;
+    // A package is made where there are no profiles; its scripts run where there are.
+    host.run(&["--prefix", "/usr"])?;
+    ensure!(!host.root().join("etc/apparmor.d").exists());
+    host.write("etc/apparmor.d/usr.sbin.virtqemud", "profile virtqemud {}\n")?;
+    let rule = host.root().join("etc/apparmor.d/local/usr.sbin.virtqemud");
+    for (word, there) in [("add", true), ("add", true), ("remove", false)] {
+        let output = Command::new(host.root().join("usr/lib/virt-ferry/apparmor"))
+            .arg(word)
+            .env("DESTDIR", host.root())
+            .output()
+            .context("apparmor")?;
+        ensure!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let rules = fs::read_to_string(&rule).unwrap_or_default();
+        let once = rules
+            .matches("/usr/lib/virt-ferry/virt-ferry-engine PUx,")
+            .count();
+        ensure!(once == usize::from(there), "{word}: {rules}");
+    }
+    Ok(())
+}
+
 #[test]
 fn what_the_installer_brings_it_takes_away() -> Result<()> {
-    let directory = tempfile::tempdir()?;
-    let (built, root) = (directory.path().join("built"), directory.path().join("root"));
-    fs::create_dir(&built)?;
-    for name in [
-        "libvirt_driver_ferry.so",
-        "virt-ferry-engine",
-        "virt-ferry",
-        "virt-ferry-hook",
-    ] {
-        fs::write(built.join(name), name)?;
-    }
+    let host = Installed::new()?;
+    let (root, run) = (host.root(), |more: &[&str]| host.run(more));
     let local = root.join("etc/apparmor.d/local/usr.sbin.libvirtd");
     fs::create_dir_all(local.parent().context("a path")?)?;
     fs::write(
@@ -427,19 +764,6 @@ fn what_the_installer_brings_it_takes_away() -> Result<()> {
     fs::write(&local, "# theirs\n")?;
     let before = files(&root)?;
 
-    let run = |more: &[&str]| -> Result<String> {
-        let output = Command::new(checkout().join("packaging/install"))
-            .arg("--destdir")
-            .arg(&root)
-            .arg("--from")
-            .arg(&built)
-            .args(more)
-            .output()
-            .context("packaging/install")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success() && said.is_empty(), "{more:?}: {said}");
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    };
     // Twice: an upgrade.
     run(&[])?;
     run(&[])?;

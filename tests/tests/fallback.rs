@@ -156,10 +156,11 @@ fn options_that_are_not_taken() -> Result<()> {
         let (one, two) = (lab.host(1), lab.host(2));
         let scene = Scene::start(lab, one, usual("options"), 1)?;
         // Not --postcopy: QEMU's own needs vm.unprivileged_userfaultfd, which is off where it runs as libvirt's user.
-        let cases: [(&[&str], &str); 3] = [
+        let cases: [(&[&str], &str); 4] = [
             (&["--p2p", "--tunnelled"], "tunnelled"),
             (&["--parallel", "--compressed", "--comp-methods", "zlib"], "zlib"),
             (&["--p2p", "--compressed", "--comp-methods", "xbzrle"], "xbzrle"),
+            (&["--rdma-pin-all"], "rdma-pin-all"),
         ];
         let mut places = [(one, two), (two, one)].into_iter().cycle();
         for (options, why) in cases {
@@ -169,7 +170,7 @@ fn options_that_are_not_taken() -> Result<()> {
         nothing_of_ours(lab)?;
 
         // None of it has left anything that keeps virt-ferry from the next move.
-        scene.move_to(two, one, &[])?;
-        two.assert_moved_away(1)
+        scene.move_to(one, two, &[])?;
+        one.assert_moved_away(1)
     })
 }

@@ -90,3 +90,23 @@ fn no_guest_is_given_more_than_there_is() -> Result<()> {
         scene.lives_on(one)
     })
 }
+
+/// What README.md warns of: libvirt takes the definition as it is, and asks nobody where the file will be.
+#[test]
+fn without_the_tmpfs_memory_is_a_file_on_a_disk() -> Result<()> {
+    const MEMORY: &str = "/var/lib/libvirt/qemu/ram";
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        two.run(&["umount", MEMORY])?;
+        let scene = Scene::start(lab, one, usual("given").backing(Backing::Unsaid), 1)?;
+        scene.move_to(one, two, &[])?;
+        one.assert_moved_away(0)?;
+        let file = two.run(&["sh", "-c", &format!("ls {MEMORY}/*-given/pc.ram")])?;
+        let kind = two.run(&["findmnt", "-n", "-o", "FSTYPE", "-T", file.trim()])?;
+        ensure!(kind.trim() != "tmpfs", "{file}: {kind}");
+        let output = two.exec(&["virt-ferry", "check"])?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        ensure!(said.contains("are not on a tmpfs"), "{said}");
+        Ok(())
+    })
+}

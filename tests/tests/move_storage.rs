@@ -494,17 +494,20 @@ fn it_is_disturbed_while_it_copies() -> Result<()> {
         one.restart_libvirtd(true)?;
         scene.settles()?;
         scene.is_at(0).context("after the daemon's death")?;
-        // The command dies: it was the daemon that moved the disks.
+        // The command dies: it is the daemon that moves the disks, and that does not end itself before they are there.
         let moving = begun()?;
+        one.libvirtd_ends_when_idle()?;
         moving.signal(SIGKILL)?;
-        signal(&engine(one)?, SIGCONT)?;
         moving.fails()?;
+        one.libvirtd_stays()?;
+        signal(&engine(one)?, SIGCONT)?;
         wait_until("the move to end", PATIENCE, || {
             Ok(one.journal_state(&scene.uuid)?.is_none())
         })?;
         wait_until("the engine to end", PATIENCE, || {
             Ok(one.processes_named("virt-ferry-engine")?.is_empty())
         })?;
+        one.libvirtd_has_ended()?;
         scene.is_at(1).context("after the command's death")?;
         scene.comes_back()
     })

@@ -121,6 +121,8 @@ fn names_definitions_and_addresses_are_as_asked() -> Result<()> {
                 "tcp://192.168.77.212",
                 "--listen-address",
                 "192.168.77.212",
+                "--graphicsuri",
+                "vnc://192.168.77.212:5900",
             ],
         )?;
         moving.wait_for_job("memory to be on its way", |job| {
@@ -309,8 +311,15 @@ fn disks_go_along() -> Result<()> {
         let scene = Scene::start(lab, one, guest, 1)?;
         let blocks = scene.remote().status(PATIENCE)?.disk;
         let options: [&[&str]; 3] = [
-            &["--copy-storage-all"],
-            &["--p2p", "--copy-storage-all", "--migrate-disks", "vda"],
+            &["--copy-storage-all", "--copy-storage-synchronous-writes"],
+            &[
+                "--p2p",
+                "--copy-storage-all",
+                "--migrate-disks",
+                "vda",
+                "--disks-uri",
+                "tcp://192.168.77.11:49301",
+            ],
             &["--copy-storage-all", "--disks-port", "49300"],
         ];
         for (turn, options) in options.into_iter().enumerate() {

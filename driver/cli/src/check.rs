@@ -33,7 +33,7 @@ impl fmt::Display for Finding {
 
 /// What guests need of this host.
 pub fn host() -> Vec<Finding> {
-    vec![configuration(), plugin(), kernel(), memory()]
+    vec![configuration(), plugin(), kernel(), memory(), hook(), journals()]
 }
 
 fn configuration() -> Finding {
@@ -54,16 +54,39 @@ fn plugin() -> Finding {
         // Its helpers are forked from it and have its name for a moment, but not for long.
         if DAEMONS.contains(&name.trim()) {
             let maps = std::fs::read_to_string(entry.path().join("maps")).unwrap_or_default();
-            running.push((name.trim().to_owned(), maps.contains(PLUGIN)));
+            running.push((loaded(&maps), name.trim().to_owned()));
         }
     }
-    match running.iter().find(|(_, loaded)| *loaded).or(running.first()) {
-        Some((daemon, true)) => Finding::Yes(format!("{daemon} has loaded {PLUGIN}")),
-        Some((daemon, false)) => Finding::No(format!(
+    // Where both daemons run, the one that has got furthest counts.
+    match running.iter().max() {
+        Some((Loaded::Current, daemon)) => Finding::Yes(format!("{daemon} has loaded {PLUGIN}")),
+        Some((Loaded::Replaced, daemon)) => Finding::No(format!(
+            "{daemon} has loaded a {PLUGIN} that has been replaced since: systemctl restart {daemon}, when no migration is \
+             under way"
+        )),
+        Some((Loaded::No, daemon)) => Finding::No(format!(
             "{daemon} has not loaded {PLUGIN}: restart it once virt-ferry is installed (systemctl restart {daemon})"
         )),
         None => Finding::No("neither libvirtd nor virtqemud runs: start it".into()),
     }
+}
+
+/// What a daemon has of the plug-in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Loaded {
+    No,
+    /// One whose file is not there any more: an upgrade has put another in its place, or it was uninstalled.
+    Replaced,
+    Current,
+}
+
+/// From its /proc/PID/maps (proc_pid_maps(5)).
+fn loaded(maps: &str) -> Loaded {
+    let mut files = maps.lines().filter_map(|line| Some(line.split_once(PLUGIN)?.1));
+    files.next().map_or(Loaded::No, |rest| match rest {
+        "" => Loaded::Current,
+        _ => Loaded::Replaced,
+    })
 }
 
 fn kernel() -> Finding {
@@ -86,6 +109,32 @@ fn memory() -> Finding {
             "guests' memory files, {shown}, are not on a tmpfs: systemctl enable --now var-lib-libvirt-qemu-ram.mount, or \
              set memory_backing_dir in qemu.conf, before guests are started"
         )),
+    }
+}
+
+fn hook() -> Finding {
+    match ferry_host::hook() {
+        Ok(()) => Finding::Yes(format!(
+            "{} keeps guests from being started while they are between two hosts",
+            ferry_host::HOOK
+        )),
+        Err(why) => Finding::No(why),
+    }
+}
+
+fn journals() -> Finding {
+    match ferry_host::state_directory() {
+        Ok(directory) if ferry_host::tmpfs(&directory).is_some() => Finding::No(format!(
+            "the journals of guests that move while they are shut off, {}, are on a tmpfs, which no crash of the host leaves: set \
+             state_directory in {} to a directory on a disk",
+            directory.display(),
+            ferry_contract::config::PATH
+        )),
+        Ok(directory) => Finding::Yes(format!(
+            "the journals of guests that move while they are shut off, {}, are on no tmpfs",
+            directory.display()
+        )),
+        Err(why) => Finding::No(why),
     }
 }
 
@@ -172,6 +221,17 @@ mod tests {
         assert_eq!(size(300 << 20), "300 MiB");
         assert_eq!(size(3 << 29), "1.5 GiB");
         assert_eq!(size(64 << 30), "64 GiB");
+    }
+
+    #[test]
+    fn a_plugin_that_has_been_replaced_is_not_the_one_that_is_there() {
+        let line =
+            "7f0a4c000000-7f0a4c100000 r-xp 00000000 fe:00 77  /usr/lib/virt-ferry/libvirt_driver_ferry.so";
+        let other = "7f0a4d000000-7f0a4d100000 r-xp 00000000 fe:00 78  /usr/lib/libvirt.so.0\n";
+        assert_eq!(loaded(&format!("{other}{line}\n{other}")), Loaded::Current);
+        assert_eq!(loaded(&format!("{other}{line} (deleted)\n")), Loaded::Replaced);
+        assert_eq!(loaded(other), Loaded::No);
+        assert!(Loaded::Current > Loaded::Replaced && Loaded::Replaced > Loaded::No);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 /// Migration of libvirt's guests with a memory path of its own, and of guests that are shut off with all their files.
 #[derive(Parser)]
 #[command(
+    name = "virt-ferry",
     version,
     about,
     after_help = "Examples:\n  virt-ferry check\n  virt-ferry check web db && echo both can be moved\n  virt-ferry move-storage web --to /srv/fast --dry-run"
@@ -33,18 +34,19 @@ enum Command {
         #[arg(short, long, default_value = "qemu:///system")]
         connect: String,
     },
-    /// Bring interrupted cold migrations to an end, and say how each stands
+    /// Bring interrupted cold migrations (of guests that are shut off) to an end, and say how each stands
     ///
     /// The daemon does so by itself, for about an hour; this makes it try at once. A guest that is between two hosts starts on
-    /// neither until both have agreed: run it on both. Ends with 0 if nothing is left, 1 if something is.
+    /// neither until both have agreed: run it on both. Ends with 0 if nothing is left, 1 if something is, 2 if that cannot be
+    /// known.
     Recover {
         /// Guests, by name; without any, all of this host's
         guests: Vec<String>,
         /// Give one guest's move up where the other host will not answer any more; only if it cannot have the guest
         #[arg(long, value_name = "GUEST", conflicts_with = "guests")]
         abort: Option<String>,
-        /// Take one guest for this host's without asking HOST, which is lost for good with all its storage; should it come
-        /// back, the guest must not be started there
+        /// Take these guests for this host's without asking HOST, which is lost for good with all its storage; should it come
+        /// back, they must not be started there
         #[arg(long, value_name = "HOST", requires = "guests", conflicts_with = "abort")]
         lost: Option<String>,
         /// libvirt's URI

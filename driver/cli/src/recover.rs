@@ -34,8 +34,18 @@ pub fn run(uri: &str, guests: &[String]) -> Result<bool> {
         open.retain(|open| guests.is_empty() || guests.contains(&open.guest));
         Ok(open)
     };
-    if concerned()?.is_empty() {
-        println!("no migration is open on this host");
+    let open = concerned()?;
+    // A name that was mistyped must not look as if it were settled.
+    for guest in guests
+        .iter()
+        .filter(|guest| open.iter().all(|open| open.guest != **guest))
+    {
+        println!("{}", none_of(guest));
+    }
+    if open.is_empty() {
+        if guests.is_empty() {
+            println!("no migration is open on this host");
+        }
         return Ok(true);
     }
     let libvirt = Connect::open(Some(uri)).with_context(|| format!("cannot ask libvirt at {uri}"))?;
@@ -85,9 +95,13 @@ fn of_guest(guest: &str) -> Result<Option<Open>> {
     Ok(open()?.into_iter().find(|open| open.guest == guest))
 }
 
+fn none_of(guest: &str) -> String {
+    format!("no migration of guest {guest} is open on this host")
+}
+
 fn by_hand(uri: &str, guest: &str, word: impl Fn(&Open) -> Option<Word>) -> Result<bool> {
     let word = of_guest(guest)?.as_ref().and_then(word);
-    let word = word.with_context(|| format!("no migration of guest {guest} is open on this host"))?;
+    let word = word.with_context(|| none_of(guest))?;
     let libvirt = Connect::open(Some(uri)).with_context(|| format!("cannot ask libvirt at {uri}"))?;
     // It waits for the attempt, and then refuses the word as above, or says why it cannot be done.
     let said = libvirt.define_domain_xml(&word.to_string());

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 /// Moves the memory of one guest, for libvirt's plug-in.
 #[derive(Parser)]
 #[command(
+    name = "virt-ferry-engine",
     version,
     about,
     after_help = "Examples:\n  virt-ferry-engine report /var/log/virt-ferry/guest-….json --svg move.svg\n  virt-ferry-engine rescue /var/lib/libvirt/qemu/domain-1-guest/virt-ferry-monitor.sock"

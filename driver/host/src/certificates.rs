@@ -21,6 +21,15 @@ pub fn certificates() -> Result<Certificates, String> {
     found(&Conf::of_qemu(), |directory| directory.exists())
 }
 
+/// Whether this host allows no migration without libvirt's certificates.
+pub fn tls_is_forced() -> bool {
+    is_forced(&Conf::of_qemu())
+}
+
+fn is_forced(conf: &Conf) -> bool {
+    conf.flag("migrate_tls_force") == Some(true)
+}
+
 fn found(conf: &Conf, exists: impl Fn(&Path) -> bool) -> Result<Certificates, String> {
     let named = conf.string("migrate_tls_x509_cert_dir");
     let own_password = conf.string("migrate_tls_x509_secret_uuid");
@@ -32,7 +41,7 @@ fn found(conf: &Conf, exists: impl Fn(&Path) -> bool) -> Result<Certificates, St
                 .into(),
         );
     }
-    if conf.flag("migrate_tls_force") == Some(true) {
+    if is_forced(conf) {
         return Err("libvirt is to protect QEMU's own stream itself (migrate_tls_force in qemu.conf)".into());
     }
     let directory = match named {

@@ -3,7 +3,7 @@
 mod certificates;
 mod conf;
 
-pub use certificates::certificates;
+pub use certificates::{certificates, tls_is_forced};
 
 use conf::Conf;
 use ferry_contract::config::{Config, PATH};

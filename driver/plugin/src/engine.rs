@@ -4,6 +4,7 @@
 //! engine that has said nothing for [`SILENCE`] is taken for stuck and killed, which closes its sockets and so
 //! fails the migration on this host; QEMU and libvirt then do what they do when a network fails.
 
+use crate::awake::{self, Awake};
 use crate::mark;
 use crate::turns::Moving;
 use ferry_contract::config::Config;
@@ -31,6 +32,8 @@ const RESCUE: Duration = Duration::from_secs(10);
 /// A running engine.
 pub struct Engine {
     shared: Arc<Shared>,
+    /// It works also for a client that has gone.
+    _awake: Awake,
 }
 
 struct Shared {
@@ -102,7 +105,10 @@ impl Engine {
             .spawn(move || listen(&listener, BufReader::new(reader), child));
         // Without the thread the socket closes, and the engine ends by itself.
         started.map_err(failed)?;
-        Ok(Self { shared })
+        Ok(Self {
+            shared,
+            _awake: awake::stay(),
+        })
     }
 
     /// Asks and waits for the answer. `limit` bounds the whole wait; without it the wait ends when the engine

@@ -2,8 +2,9 @@
 //! (`guest_memory = "shared"`).
 //!
 //! libvirt gives such a guest anonymous memory, which only its own QEMU sees. Where the host's directory for guests'
-//! memory files is on a tmpfs, the same memory in a shared file of that tmpfs costs the guest nothing, and can be
-//! mapped by the engine. So what is defined, created or arrives without a choice gets
+//! memory files is on a tmpfs, the same memory can be in a shared file of that tmpfs, and mapped by the engine. What it
+//! loses is KSM, which merges anonymous memory only, and transparent huge pages, unless the tmpfs is mounted with them
+//! (huge=within_size). So what is defined, created or arrives without a choice gets
 //! `<source type='file'/><access mode='shared'/>`; whoever writes any choice keeps it, `<source type='anonymous'/>`
 //! among them.
 

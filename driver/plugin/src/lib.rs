@@ -17,6 +17,7 @@
 //! Rules of this house: catch every panic at the border, bound every wait, hold no lock while waiting, fall
 //! through when in doubt. The plug-in decides and delegates; it never copies a page.
 
+mod awake;
 mod cold;
 mod engine;
 mod guest_memory;

@@ -1,8 +1,8 @@
 //! The writable working set: pages written in round after round wait for the last one.
 //!
-//! Sending a page that is written again before the round is over is wasted work (Clark et al., NSDI
-//! 2005, "Rapid Page Dirtying"). A [`WorkingSet`] keeps, for one RAM block, which pages the destination does not have yet (*pending*) and for
-//! how many successive rounds each has been written (its *streak*). Both live in bitmaps of `u64` words, page 0 in
+//! Sending a page that is written again before the round is over is wasted work (Clark et al., NSDI 2005, "Rapid Page
+//! Dirtying"). A [`WorkingSet`] keeps, for one RAM block, which pages the destination does not have yet (*pending*) and
+//! for how many successive rounds each has been written (its *streak*). Both live in bitmaps of `u64` words, page 0 in
 //! bit 0 of word 0; the streak is a two-bit saturating counter in two bit planes, so that a round costs a few
 //! operations per 64 pages and 3 bits of memory a page (96 MiB for a guest of 1 TiB).
 //!

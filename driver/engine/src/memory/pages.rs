@@ -52,11 +52,6 @@ impl PageSet {
         &self.words
     }
 
-    /// Bytes the set covers, a multiple of [`PAGE`].
-    pub fn capacity(&self) -> u64 {
-        self.pages * PAGE
-    }
-
     /// Adds every page that `range` touches. What lies past the end of the block is ignored.
     pub fn insert(&mut self, range: Range<u64>) {
         self.each_word(range, |word, mask| *word |= mask);
@@ -71,12 +66,6 @@ impl PageSet {
     pub fn contains(&self, offset: u64) -> bool {
         let page = offset / PAGE;
         page < self.pages && self.words[(page / BITS) as usize] >> (page % BITS) & 1 == 1
-    }
-
-    /// Whether `range` has a page in the set.
-    pub fn intersects(&self, range: Range<u64>) -> bool {
-        self.next_set(range.start / PAGE)
-            .is_some_and(|page| page * PAGE < range.end)
     }
 
     /// Adds every page of `other`, a set of the same block.
@@ -223,7 +212,6 @@ mod tests {
     #[test]
     fn ranges_touch_whole_pages_and_stop_at_the_end_of_the_block() {
         let mut set = PageSet::new(10 * PAGE + 1);
-        assert_eq!(set.capacity(), 11 * PAGE);
         set.insert(PAGE + 1..PAGE + 2);
         set.insert(10 * PAGE..u64::MAX);
         set.insert(5 * PAGE..5 * PAGE);
@@ -231,7 +219,6 @@ mod tests {
         assert_eq!(pages(&set), [1..2, 10..11]);
         assert!(set.contains(PAGE) && set.contains(2 * PAGE - 1) && !set.contains(2 * PAGE));
         assert!(!set.contains(u64::MAX));
-        assert!(set.intersects(0..2 * PAGE) && !set.intersects(2 * PAGE..10 * PAGE));
         set.remove(0..2 * PAGE);
         assert!(set.runs().eq(std::iter::once(10 * PAGE..11 * PAGE)));
         assert_eq!((set.count(), set.bytes(), set.is_empty()), (1, PAGE, false));

@@ -68,21 +68,6 @@ impl MigrationStatus {
             other => MigrationStatus::Other(other.to_owned()),
         }
     }
-
-    /// Whether the migration is over, or never was: capabilities may be changed.
-    pub fn is_idle(&self) -> bool {
-        use MigrationStatus::{Cancelled, Completed, Failed, None};
-        matches!(self, None | Completed | Failed | Cancelled)
-    }
-}
-
-/// What `query-status` says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunState {
-    /// Whether the vCPUs run.
-    pub running: bool,
-    /// Such as "running", "paused", "inmigrate", "finish-migrate", "postmigrate".
-    pub status: String,
 }
 
 /// QEMU's capability that keeps shared, named RAM files out of its stream.
@@ -186,20 +171,5 @@ impl Monitor {
             i32::try_from(thread).ok().filter(|thread| *thread > 0)
         });
         Ok(threads.collect())
-    }
-
-    /// Whether the guest runs, and what it is up to.
-    ///
-    /// # Errors
-    /// As [`Monitor::execute`].
-    pub fn query_status(&mut self, deadline: Instant) -> Result<RunState, MonitorError> {
-        let answer = self.execute("query-status", json!({}), deadline)?;
-        match (answer["running"].as_bool(), answer["status"].as_str()) {
-            (Some(running), Some(status)) => Ok(RunState {
-                running,
-                status: status.to_owned(),
-            }),
-            _ => Err(self.protocol("query-status without a status")),
-        }
     }
 }

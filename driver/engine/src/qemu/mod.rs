@@ -20,7 +20,7 @@ pub mod process;
 pub mod ram;
 pub mod throttle;
 
-pub use commands::{MigrationStatus, RunState, Version};
+pub use commands::{MigrationStatus, Version};
 pub use monitor::{Event, Monitor, MonitorError};
 pub use narrow::{writes_device_state, Narrow, NarrowError};
 pub use process::{Process, ProcessError, Vma};

@@ -86,13 +86,6 @@ pub enum MonitorError {
     },
 }
 
-impl MonitorError {
-    /// Whether QEMU does not know the command at all.
-    pub fn is_unknown_command(&self) -> bool {
-        matches!(self, MonitorError::Refused { class, .. } if class == "CommandNotFound")
-    }
-}
-
 /// Who hears of each event the moment it is read.
 struct Listener(Box<dyn FnMut(&Event) + Send>);
 

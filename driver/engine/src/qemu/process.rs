@@ -165,11 +165,6 @@ impl Vma {
         self.permissions[3] == b's'
     }
 
-    /// Whether the process may write.
-    pub fn is_writable(&self) -> bool {
-        self.permissions[1] == b'w'
-    }
-
     /// Whether the process may execute.
     pub fn is_executable(&self) -> bool {
         self.permissions[2] == b'x'
@@ -223,7 +218,7 @@ mod tests {
             Vma::parse("7f00-7f10 rw-s 00002000 00:1a 1234                       /dev/shm/a  b (deleted)");
         let vma = vma.expect("a valid line");
         assert_eq!(vma.addresses, 0x7f00..0x7f10);
-        assert!(vma.is_shared() && vma.is_writable() && !vma.is_executable());
+        assert!(vma.is_shared() && !vma.is_executable());
         assert_eq!((vma.offset, vma.file), (0x2000, (libc::makedev(0, 0x1a), 1234)));
         assert_eq!(vma.name, "/dev/shm/a  b (deleted)");
         let anonymous = Vma::parse("7f00-7f10 ---p 00000000 00:00 0 ").expect("a valid line");

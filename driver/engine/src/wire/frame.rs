@@ -399,8 +399,8 @@ impl Checker {
     }
 }
 
-/// Parses `bytes` as a whole stream to a guest of `layout`, as a receiver would: the fuzz target. Says how many frames
-/// are whole and good; an incomplete one at the end is left out.
+/// Parses `bytes` as a whole stream to a guest of `layout`, as a receiver would, whatever they are. Says how many
+/// frames are whole and good; an incomplete one at the end is left out.
 ///
 /// # Errors
 /// What is wrong with the first bad one.

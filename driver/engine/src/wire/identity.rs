@@ -1,9 +1,11 @@
 //! Who may speak in a session: certificate, token, protection.
 //!
-//! Where no migration asks for libvirt's own certificates ([`Certified`]), each engine makes a self-signed certificate for one migration, in memory only, and hands its DER to the other
-//! host in libvirt's migration cookie. That exchange, over libvirt's own authenticated connection, is the root of
-//! trust: each side then accepts exactly the peer's certificate, byte for byte. Names, expiry and clocks play
-//! no part. The token, from the same cookie, says which session a connection is for.
+//! Where a migration does not ask for libvirt's own certificates ([`Certified`]), each engine makes a self-signed
+//! certificate for it, and hands its DER to the other host in libvirt's migration cookie. That exchange, over libvirt's own
+//! authenticated connection, is the root of trust: each side then accepts exactly the peer's certificate, byte for byte.
+//! Names, expiry and clocks play no part. The token, from the same cookie, says which session a connection is for.
+//! Certificate, key and token are in memory only, but for those of a guest that moves while it is shut off: its journal
+//! keeps them until it is over, so that both hosts find each other again after a crash.
 
 use std::fmt;
 use std::net::IpAddr;

@@ -16,7 +16,7 @@
 //! | [`identity`] | who may speak: one session's certificate, token and protection |
 //! | [`certified`] | libvirt's own certificates in its place, where a migration asks for them |
 //! | [`connection`] | one authenticated connection; [`listener`] is the door it comes in by |
-//! | [`frame`] | the frames of a data stream: layout, parser, checks (the fuzz target) |
+//! | [`frame`] | the frames of a data stream: layout, parser, checks |
 //! | [`data`] | sending and receiving guest memory with a window and a digest |
 //! | [`message`] | control messages |
 //! | [`chunk`] | QEMU's own stream, relayed |

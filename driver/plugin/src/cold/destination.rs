@@ -54,6 +54,7 @@ pub fn prepare(
         }
         Err(error) => return Err(here(error)),
     };
+    super::options::check(params, flags, host::tls_is_forced()).map_err(here)?;
     host::hook().map_err(here)?;
     let _held = recovery::hold(offer.inventory.guest.uuid)?;
     let arrival = Arrival::plan(connection, params, flags, offer, config)?;

@@ -24,6 +24,7 @@ mod image;
 mod inventory;
 pub mod job;
 mod machine;
+mod options;
 pub mod p2p;
 mod plan;
 mod pools;

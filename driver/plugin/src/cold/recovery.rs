@@ -7,6 +7,7 @@
 use super::destination::{complete, own_it, unregister, withdraw};
 use super::source::{leave, Left};
 use super::{here, sessions, storage, unexpected};
+use crate::awake;
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
@@ -320,6 +321,8 @@ fn attend(uri: String) {
 }
 
 fn attendance(uri: &str) {
+    // Also between attempts, when nobody calls: for about an hour.
+    let _awake = awake::stay();
     let [mut pause, longest] = PAUSES;
     let mut attempts = 0;
     while attempts < ATTEMPTS {

@@ -31,6 +31,7 @@ pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error
     let (Some(config), Some(guest)) = (ours, domain.guest()) else {
         return phase::begin(domain, params, flags);
     };
+    super::options::check(params, flags, host::tls_is_forced()).map_err(here)?;
     let _held = recovery::hold(guest.uuid)?;
     let departure = Departure {
         domain,

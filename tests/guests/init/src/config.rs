@@ -11,6 +11,8 @@
 //! | `ferry.beat=IP:PORT` | where the heartbeat goes | the subnet's broadcast, port 7700 |
 //! | `ferry.beat_us=N` | time between two heartbeats in µs, 0: none | 1000 |
 //! | `ferry.disk=NAME:MIB:PER_SECOND` | O_DIRECT load on a virtio disk: blocks of 4 KiB written, and as many read | none |
+//! | `ferry.files=NAME` | the ext4 on this disk is checked at the start, and a file added | none |
+//! | `ferry.tpm=1` | says how often the TPM has been reset | 0 |
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -195,6 +197,10 @@ pub struct Config {
     pub beat_us: u64,
     /// Load on a disk.
     pub disk: Option<Disk>,
+    /// The disk whose file system is checked.
+    pub files: Option<String>,
+    /// There is a TPM to be asked.
+    pub tpm: bool,
 }
 
 impl Default for Config {
@@ -209,6 +215,8 @@ impl Default for Config {
             beat: None,
             beat_us: 1000,
             disk: None,
+            files: None,
+            tpm: false,
         }
     }
 }
@@ -242,6 +250,8 @@ impl Config {
                 }
                 "beat_us" => config.beat_us = number()?,
                 "disk" => config.disk = Some(value.parse()?),
+                "files" => config.files = Some(value.to_owned()),
+                "tpm" => config.tpm = number()? != 0,
                 other => return Err(format!("ferry.{other}: unknown")),
             }
         }
@@ -275,6 +285,12 @@ impl fmt::Display for Config {
         if let Some(disk) = &self.disk {
             write!(f, " ferry.disk={disk}")?;
         }
+        if let Some(files) = &self.files {
+            write!(f, " ferry.files={files}")?;
+        }
+        if self.tpm {
+            write!(f, " ferry.tpm=1")?;
+        }
         Ok(())
     }
 }
@@ -299,6 +315,8 @@ mod tests {
                 mib: 64,
                 rate: Rate::MAX,
             }),
+            files: Some("vdb".to_owned()),
+            tpm: true,
         };
         assert_eq!(
             Config::parse(&format!("console=ttyS0 {config} quiet")),

@@ -28,7 +28,7 @@ const WORKERS: u64 = 4;
 const LANDINGS: usize = 256;
 /// Blocks stamped by one request at the start.
 const BATCH: u64 = 128;
-/// How long the driver may take to find its disk.
+/// How long a driver may take to find its device.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A page the disk was read into, and what lies in it.
@@ -49,6 +49,19 @@ pub struct Landing {
     report: Arc<Report>,
 }
 
+/// Waits for a device of this name; its path.
+pub fn wait_for(name: &str) -> Result<String, String> {
+    let path = format!("/dev/{name}");
+    let deadline = Instant::now() + PATIENCE;
+    while fs::metadata(&path).is_err() {
+        if Instant::now() > deadline {
+            return Err(format!("there is no {path}, which the command line names"));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(path)
+}
+
 /// A thread that panicked ends the guest, so there is nobody to be protected from a poisoned lock.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -57,14 +70,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Landing {
     /// Waits for the disk and opens it past the guest's page cache.
     pub fn open(disk: &Disk, report: Arc<Report>) -> Result<Self, String> {
-        let path = format!("/dev/{}", disk.name);
-        let deadline = Instant::now() + PATIENCE;
-        while fs::metadata(&path).is_err() {
-            if Instant::now() > deadline {
-                return Err(format!("ferry.disk is set, but there is no {path}"));
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
+        let path = wait_for(&disk.name)?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -9,8 +9,9 @@
 //!   command: UDP and serial <──────────────────────────  check, rate, set, quit
 //! ```
 //!
-//! `page`, `line` and `config` do no I/O and are the contract between the two sides.
+//! `page`, `line`, `files` and `config` do no I/O and are the contract between the two sides.
 
 pub mod config;
+pub mod files;
 pub mod line;
 pub mod page;

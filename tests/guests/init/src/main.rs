@@ -12,6 +12,7 @@ mod disk;
 mod load;
 mod net;
 mod report;
+mod system;
 
 use std::sync::Arc;
 use std::thread;
@@ -46,6 +47,12 @@ fn start(report: &Arc<Report>) -> Result<Guest, String> {
     let config = Config::parse(&boot::command_line()?)?;
     command::silence_echo()?;
     boot::load_modules()?;
+    if let Some(disk) = &config.files {
+        report::say(format_args!("files ok read={}", system::check_files(disk)?));
+    }
+    if config.tpm {
+        report::say(format_args!("tpm resets={}", system::tpm_resets()?));
+    }
     if let Some(address) = config.ip {
         net::bring_up("eth0", address)?;
     }

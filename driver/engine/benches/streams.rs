@@ -1,7 +1,7 @@
 //! How fast a data stream is here: plain and encrypted, one stream and two, large frames and scattered pages.
 //!
 //! ```text
-//! cargo run --release -p ferry-engine --example wire_throughput [rounds] [MiB]
+//! cargo bench -p ferry-engine --bench streams [-- rounds [MiB]]
 //! ```
 //! The receiver writes into warm memory. Each line gives the median and the best of the rounds, in GB/s (10^9), and
 //! the least processor time both sides took together, in seconds a GB: that one holds on a busy machine too.
@@ -126,7 +126,8 @@ fn run(encrypted: bool, guests: &[Vec<u8>], memories: &mut [Memory], frame: usiz
 }
 
 fn main() -> Result<()> {
-    let mut arguments = std::env::args().skip(1);
+    // cargo adds its own --bench.
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
     let rounds: usize = arguments.next().map_or(Ok(5), |text| text.parse())?;
     let mib: usize = arguments.next().map_or(Ok(1024), |text| text.parse())?;
     println!(
