@@ -3,7 +3,9 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{ensure, Result};
@@ -212,6 +214,44 @@ fn killing_its_init_ends_a_lab() -> Result<()> {
         let pid = i32::try_from(lab.switch().init()).expect("a process number");
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL).expect("kill");
     })
+}
+
+/// Ctrl-C goes to all of the terminal's foreground processes, here a group of their own, while the lab comes up.
+#[test]
+fn ctrl_c_ends_all_of_a_lab() -> Result<()> {
+    let name = format!("ctrl-c-{}", std::process::id());
+    let directory = Path::new("/var/lib/virt-ferry-lab").join(&name);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("lab");
+    let mut holder = Command::new("bash")
+        .args(["-c", "sleep infinity | \"$0\" up --while-stdin --plugin none"])
+        .arg(&script)
+        .env("FERRY_LAB", &name)
+        .process_group(0)
+        .stdout(Stdio::null())
+        .spawn()?;
+    let group = i32::try_from(holder.id())?;
+    let up = wait_until("the lab to be up", Duration::from_secs(90), || {
+        let inits = ["host1.init", "host2.init"].map(|init| directory.join(init));
+        Ok(inits
+            .iter()
+            .all(|init| init.metadata().is_ok_and(|found| found.len() > 0)))
+    });
+    let inits = ["init", "host1.init", "host2.init"].map(|init| fs::read_to_string(directory.join(init)));
+    nix::sys::signal::killpg(nix::unistd::Pid::from_raw(group), nix::sys::signal::SIGINT)?;
+    holder.wait()?;
+    up?;
+    // The kernel ends whatever lives below an init with it.
+    let inits: Vec<u32> = inits
+        .into_iter()
+        .map(|init| {
+            let init = init?;
+            Ok(init.split_whitespace().next().unwrap_or_default().parse()?)
+        })
+        .collect::<Result<_>>()?;
+    wait_until("all of the lab to end", Duration::from_secs(20), || {
+        Ok(all_gone(&inits))
+    })?;
+    Ok(fs::remove_dir_all(&directory)?)
 }
 
 #[test]

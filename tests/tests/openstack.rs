@@ -1,5 +1,5 @@
-//! Peer-to-peer as OpenStack Nova drives it, by libvirt-python: the guest moves, Nova sees sensible progress
-//! meanwhile, and finds the guest defined where it looks for it afterwards.
+//! Peer-to-peer as OpenStack Nova and oVirt's VDSM drive it, by libvirt-python: the guest moves, they see sensible progress
+//! meanwhile, and find the guest defined where they look for it afterwards.
 
 use anyhow::{ensure, Context, Result};
 use ferry_tests::guest::{Guest, Rate};
@@ -38,6 +38,40 @@ const NOVAS_FIELDS: [&str; 16] = [
     "disk_remaining",
 ];
 
+/// What VDSM's Progress takes; it looks at the operation first.
+const VDSMS_FIELDS: [&str; 11] = [
+    "type",
+    "operation",
+    "time_elapsed",
+    "data_total",
+    "data_processed",
+    "data_remaining",
+    "memory_total",
+    "memory_processed",
+    "memory_remaining",
+    "memory_bps",
+    "memory_iteration",
+];
+
+/// A client of libvirt's: its name, its part as a script, and the figures it takes from jobStats.
+struct Client<'a> {
+    name: &'a str,
+    script: &'a str,
+    fields: &'a [&'a str],
+}
+
+const NOVA: Client = Client {
+    name: "nova",
+    script: include_str!("openstack/nova.py"),
+    fields: &NOVAS_FIELDS,
+};
+
+const VDSM: Client = Client {
+    name: "vdsm",
+    script: include_str!("openstack/vdsm.py"),
+    fields: &VDSMS_FIELDS,
+};
+
 /// One look at the job.
 struct Poll(Map<String, Value>);
 
@@ -52,16 +86,23 @@ impl Poll {
     }
 }
 
-/// Runs Nova's part on `from`, which must succeed; returns what it saw while the guest moved.
-fn nova(lab: &Lab, from: &Host, guest: &str, to: &Host) -> Result<Vec<Poll>> {
-    std::fs::write(lab.share().join("nova.py"), include_str!("openstack/nova.py"))?;
+/// Runs the client's part on `from`, which must succeed; returns what it saw while the guest moved.
+fn moved_by(client: &Client, lab: &Lab, from: &Host, guest: &str, to: &Host) -> Result<Vec<Poll>> {
+    let name = client.name;
+    let script = format!("{name}.py");
+    std::fs::write(lab.share().join(&script), client.script)?;
+    let (script, uri) = (format!("/lab/{script}"), to.uri());
     let migrate_uri = format!("tcp://{}", to.name());
-    let said = from.run(&["/usr/bin/python3", "/lab/nova.py", guest, &to.uri(), &migrate_uri])?;
+    let mut command = vec!["/usr/bin/python3", &script, guest, &uri, &migrate_uri];
+    if name == VDSM.name {
+        command.push(to.name());
+    }
+    let said = from.run(&command)?;
     let mut said: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
     ensure!(said["error"].is_null(), "migrateToURI3: {}", said["error"]);
     ensure!(
         said["after"]["type"].as_u64() == Some(COMPLETED),
-        "Nova would not see that the guest has moved: {}",
+        "{name} would not see that the guest has moved: {}",
         said["after"]
     );
     let Value::Array(polls) = said["polls"].take() else {
@@ -76,7 +117,7 @@ fn nova(lab: &Lab, from: &Host, guest: &str, to: &Host) -> Result<Vec<Poll>> {
         .collect())
 }
 
-fn judge(polls: &[Poll]) -> Result<()> {
+fn judge(client: &Client, polls: &[Poll]) -> Result<()> {
     let copying: Vec<&Poll> = polls.iter().filter(|poll| poll.is_copying()).collect();
     ensure!(
         copying.len() >= 5,
@@ -85,8 +126,8 @@ fn judge(polls: &[Poll]) -> Result<()> {
         polls.len()
     );
     for poll in &copying {
-        for field in NOVAS_FIELDS {
-            ensure!(poll.0.contains_key(field), "no {field} in {:?}", poll.0);
+        for field in client.fields {
+            ensure!(poll.0.contains_key(*field), "no {field} in {:?}", poll.0);
         }
         for kind in ["memory", "data"] {
             let [total, processed, remaining] =
@@ -128,7 +169,7 @@ fn judge(polls: &[Poll]) -> Result<()> {
 }
 
 #[test]
-fn nova_moves_a_guest_and_sees_it_move() -> Result<()> {
+fn nova_and_vdsm_move_a_guest_and_see_it_move() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let (one, two) = (lab.host(1), lab.host(2));
         let guest = Guest::linux("nova")
@@ -139,11 +180,11 @@ fn nova_moves_a_guest_and_sees_it_move() -> Result<()> {
         let scene = Scene::start(lab, one, guest, 1)?;
         one.make_persistent(scene.name())?;
         let slow = Slow::to(lab, two, MBIT)?;
-        let polls = nova(lab, one, scene.name(), two)?;
+        let polls = moved_by(&NOVA, lab, one, scene.name(), two)?;
         drop(slow);
         scene.lives_on(two)?;
         one.assert_moved_away(1)?;
-        judge(&polls)?;
+        judge(&NOVA, &polls)?;
         ensure!(
             one.state(scene.name())?.is_none(),
             "the guest is still defined on host1"
@@ -152,6 +193,17 @@ fn nova_moves_a_guest_and_sees_it_move() -> Result<()> {
             two.is_persistent(scene.name())?,
             "the guest is not defined on host2"
         );
+
+        // Its own bandwidth is VDSM's limit.
+        let polls = moved_by(&VDSM, lab, two, scene.name(), one)?;
+        scene.lives_on(one)?;
+        two.assert_moved_away(1)?;
+        judge(&VDSM, &polls)?;
+        ensure!(
+            one.is_persistent(scene.name())?,
+            "the guest is not defined on host1"
+        );
+        two.virsh(&["undefine", scene.name()])?;
         lab.assert_clean(1)?;
         lab.assert_clean(2)
     })
