@@ -1,9 +1,11 @@
-//! This host: its configuration, names and directories.
+//! This host: its configuration, names, directories and programs.
 
 mod certificates;
 mod conf;
+mod program;
 
 pub use certificates::certificates;
+pub use program::{run, wait};
 
 use conf::Conf;
 use ferry_contract::config::{Config, PATH};

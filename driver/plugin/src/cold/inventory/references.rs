@@ -14,9 +14,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// And what it knows of those that run, each with its definition.
+/// Where libvirt keeps the state of guests that run, each with its definition.
 const RUNNING: &str = "/run/libvirt/qemu";
-
 /// For looking at the images of all other guests.
 const OTHERS: Duration = Duration::from_secs(120);
 
