@@ -153,6 +153,11 @@ pub fn path(state_directory: &Path, guest: Uuid) -> PathBuf {
     state_directory.join(DIRECTORY).join(format!("{guest}.json"))
 }
 
+/// Whose journal a file is, by its name; `None` for what is no journal.
+pub fn guest(path: &Path) -> Option<Uuid> {
+    path.file_name()?.to_str()?.strip_suffix(".json")?.parse().ok()
+}
+
 /// A journal that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
@@ -241,6 +246,17 @@ mod tests {
             .is_some()
         };
         assert!([Pulling, Ready, Committing, Placed].map(fenced) == [true; 4] && !fenced(Owned));
+    }
+
+    #[test]
+    fn a_journal_is_its_guests_by_name() {
+        let uuid = Uuid::from_u128(5);
+        let path = path(Path::new("/state"), uuid);
+        assert_eq!(guest(&path), Some(uuid));
+        for other in ["/state/cold/x.json", "/state/cold", "/"].map(PathBuf::from) {
+            assert_eq!(guest(&other), None, "{other:?}");
+        }
+        assert_eq!(guest(&path.with_extension("json.part")), None);
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! What migrations of this host count on, by their journals: it is in no definition yet, or not in this host's.
 
 use super::{named, plain};
-use ferry_contract::cold::journal::{self, Journal, Role};
+use ferry_contract::cold::journal::{self, Role};
 use ferry_contract::cold::Part;
+use ferry_host as host;
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
@@ -27,22 +27,15 @@ pub fn counted_on(
     let mut paths = HashSet::new();
     for entry in entries {
         let path = entry.map_err(|error| failed(directory, &error))?.path();
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str()?.strip_suffix(".json"));
-        let other = name.and_then(|name| name.parse::<Uuid>().ok());
-        let Some(other) = other else { continue };
-        let file = match File::open(&path) {
-            Ok(file) => file,
+        let Some(other) = journal::guest(&path) else {
+            continue;
+        };
+        let journal = match host::journal(&path) {
+            Ok(journal) => journal,
             // It has come to its end since.
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             Err(error) => return Err(failed(&path, &error)),
         };
-        let mut text = Vec::new();
-        file.take(journal::MAX_LENGTH)
-            .read_to_end(&mut text)
-            .map_err(|error| failed(&path, &error))?;
-        let journal = Journal::parse(&text).map_err(|error| failed(&path, &error))?;
         if other == guest {
             let parts = journal.inventory.files.iter().map(|file| &file.part);
             let bases = journal.entries.iter().zip(parts).filter(|(entry, part)| {
