@@ -5,7 +5,7 @@ mod common;
 use common::await_some;
 use common::cold::{allocated, disk, is_root, noise, ofd_read_lock, sha256, writer, Engine, Scene, MIB};
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Definition, Medium, Options, Part};
+use ferry_contract::cold::{Definition, Deleted, Medium, Options, Part};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Encryption;
 use std::fs::{self, File, OpenOptions};
@@ -18,29 +18,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 /// Finish and Confirm, as the plug-ins do them with --undefinesource.
-fn conclude(
-    scene: &Scene,
-    mut source: Engine,
-    mut destination: Engine,
-    in_use: &[PathBuf],
-) -> ferry_contract::cold::Deleted {
+fn conclude(scene: &Scene, mut source: Engine, mut destination: Engine, in_use: &[PathBuf]) -> Deleted {
     assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
     assert_eq!(scene.journal(Role::Source).unwrap().state, State::Committed);
-    assert_eq!(
-        destination.ask(&Request::ColdOwned),
-        Reply::ColdOwned { told: true }
-    );
+    destination.own();
     assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
-    let deleted = source.ask(&Request::ColdDelete {
-        keep: false,
-        in_use: in_use.to_vec(),
-    });
+    let deleted = source.delete(false, in_use);
     source.end();
     destination.end();
-    match deleted {
-        Reply::ColdDeleted(deleted) => deleted,
-        other => panic!("{other:?}"),
-    }
+    deleted
 }
 
 #[test]
@@ -80,10 +66,7 @@ fn everything_moves_as_it_was() {
 
     let files = [&raw, &pages, &nothing, &tpm.join("tpm2/tpm2-00.permall")];
     let before: Vec<_> = files.map(|path| (sha256(path), allocated(path))).into();
-    let mut source = Engine::start("cold-source");
-    let Reply::ColdOffer(offer) = source.ask(&scene.serve()) else {
-        panic!()
-    };
+    let (source, offer) = scene.begin();
     let fence = scene.journal(Role::Source).unwrap().fence();
     assert!(fence.unwrap().contains("is being moved"));
     let mut destination = Engine::start("cold-destination");
@@ -217,9 +200,8 @@ fn everything_in_the_way_is_told_at_once_and_nothing_stays() {
         target: "sda".into(),
         path: "/iso/not-there.iso".into(),
     }];
-    let (mut source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    let failure = destination.refusal(&scene.pull(&offer));
+    let (mut source, mut destination) = scene.pulling();
+    let failure = destination.failure();
     assert_eq!(failure.host, "host2");
     for word in [
         "taken.raw exists",
@@ -308,14 +290,7 @@ fn bases_that_are_the_same_stay_and_others_are_refused() {
     scene.items[0].part = layer(0, "top");
     scene.items[1].part = layer(1, "base");
     let there = scene.destination().join("base.qcow2");
-    let attempt = |scene: &Scene| {
-        let (source, offer) = scene.begin();
-        let mut destination = Engine::start("cold-destination");
-        let failure = destination.refusal(&scene.pull(&offer));
-        source.end_aborted();
-        failure.cause
-    };
-    let missing = attempt(&scene);
+    let missing = scene.refused().cause;
     assert!(
         missing.contains("base.qcow2 of disk vda is not on this host"),
         "{missing}"
@@ -327,7 +302,7 @@ fn bases_that_are_the_same_stay_and_others_are_refused() {
         .unwrap()
         .write_all_at(b"X", 9 * MIB)
         .unwrap();
-    let other = attempt(&scene);
+    let other = scene.refused().cause;
     assert!(other.contains("base.qcow2 is not the same as"), "{other}");
     assert!(there.exists());
     fs::copy(&base, &there).unwrap();
@@ -440,17 +415,9 @@ fn a_byte_flipped_on_the_way_is_noticed_and_named() {
 
 #[test]
 fn a_byte_flipped_on_the_disk_is_noticed_and_named() {
-    let mut scene = Scene {
-        options: Options {
-            bandwidth: 2 * MIB,
-            ..Options::default()
-        },
-        ..Scene::default()
-    };
+    let mut scene = Scene::limited(2 * MIB);
     scene.image("first.raw", 16, 15);
-    let (mut source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    destination.tell(&scene.pull(&offer));
+    let (mut source, mut destination) = scene.pulling();
     // A chunk is read back when it is whole, which takes some seconds at this rate.
     let file = await_some("a block to be written", || {
         let path = fs::read_dir(scene.destination()).unwrap().next()?.unwrap().path();
@@ -463,16 +430,12 @@ fn a_byte_flipped_on_the_disk_is_noticed_and_named() {
     file.read_exact_at(&mut byte, 5000).unwrap();
     file.write_all_at(&[byte[0] ^ 0x10], 5000).unwrap();
     source.tell(&Request::Limit { bandwidth: 0 });
-    match destination.hear() {
-        Some(Reply::Failed(failure)) => {
-            assert!(
-                failure.cause.contains("first.raw is damaged: at 0"),
-                "{}",
-                failure.cause
-            )
-        }
-        other => panic!("{other:?}"),
-    }
+    let failure = destination.failure();
+    assert!(
+        failure.cause.contains("first.raw is damaged: at 0"),
+        "{}",
+        failure.cause
+    );
     source.end_aborted();
     scene.assert_not_there();
     scene.assert_clean();
@@ -581,23 +544,13 @@ fn what_another_process_uses_is_not_deleted() {
 #[test]
 fn a_cancelled_move_leaves_nothing() {
     for at_source in [true, false] {
-        let mut scene = Scene {
-            options: Options {
-                bandwidth: MIB,
-                ..Options::default()
-            },
-            ..Scene::default()
-        };
+        let mut scene = Scene::limited(MIB);
         let path = scene.image("disk.raw", 64, 32);
-        let (mut source, offer) = scene.begin();
-        let mut destination = Engine::start("cold-destination");
-        destination.tell(&scene.pull(&offer));
+        let (mut source, mut destination) = scene.pulling();
         scene.await_state(Role::Destination, State::Pulling);
         let cancelled = if at_source { &mut source } else { &mut destination };
         cancelled.tell(&Request::Cancel);
-        let Some(Reply::Failed(failure)) = destination.hear() else {
-            panic!()
-        };
+        let failure = destination.failure();
         // Whichever host it was cancelled on, both say so.
         assert_eq!(failure.kind, FailureKind::Cancelled, "{failure}");
         assert_eq!(failure.host, if at_source { "host1" } else { "host2" });
@@ -642,30 +595,23 @@ fn without_room_nothing_begins_and_room_that_goes_is_told() {
     let mut scene = Scene::default();
     let path = scene.image("disk.raw", 64, 40);
     let small = Small::mount(scene.destination(), 32);
-    let (source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    let failure = destination.refusal(&scene.pull(&offer));
+    let failure = scene.refused();
     assert!(
         failure.cause.contains("free, the guest's files there need"),
         "{}",
         failure.cause
     );
-    source.end_aborted();
     scene.assert_not_there();
     drop(small);
 
     let _small = Small::mount(scene.destination(), 48);
     scene.options.bandwidth = 4 * MIB;
-    let (mut source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    destination.tell(&scene.pull(&offer));
+    let (mut source, mut destination) = scene.pulling();
     scene.await_state(Role::Destination, State::Pulling);
     let filler = scene.destination().join("filler");
     fs::write(&filler, vec![1; 30 << 20]).unwrap();
     source.tell(&Request::Limit { bandwidth: 0 });
-    let Some(Reply::Failed(failure)) = destination.hear() else {
-        panic!()
-    };
+    let failure = destination.failure();
     assert!(
         failure.cause.contains("disk.raw") && failure.cause.contains("No space left"),
         "{}",
@@ -753,15 +699,12 @@ fn a_device_that_both_hosts_see_is_not_touched() {
     };
     scene.own(&here.0, disk(0));
     scene.elsewhere = vec![(here.0.clone(), there.0.clone())];
-    let (source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    let failure = destination.refusal(&scene.pull(&offer));
+    let failure = scene.refused();
     assert!(
         failure.cause.contains("may be the same storage"),
         "{}",
         failure.cause
     );
-    source.end_aborted();
     assert!(fs::read(&file).unwrap() == content, "the device was written to");
     scene.assert_clean();
 }

@@ -68,16 +68,43 @@ impl Guest {
         self.check();
     }
 
+    /// libvirt registers it at the destination, and the source hears it.
+    fn arrive(&mut self, mut destination: Engine) {
+        self.define();
+        destination.own();
+        self.check();
+        destination.end();
+    }
+
+    /// So it is after a crash of the destination.
+    fn arrive_recovered(&mut self) {
+        let mut recovery = self.scene.recovery(Role::Destination, Wish::Settle);
+        assert_eq!(recovered(&mut recovery), Recovered::Define);
+        self.arrive(recovery);
+    }
+
     /// The source's plug-in has heard that it has left.
-    fn leave(&mut self, source: &mut Engine) {
+    fn leave(&mut self, mut source: Engine) {
         self.check();
         self.at_source = false;
-        let deleted = source.ask(&Request::ColdDelete {
-            keep: false,
-            in_use: Vec::new(),
-        });
-        assert!(matches!(deleted, Reply::ColdDeleted(deleted) if deleted.deleted == [self.disk.clone()]));
+        assert_eq!(
+            source.delete(false, &[]).deleted.as_slice(),
+            std::slice::from_ref(&self.disk)
+        );
         self.check();
+        source.end();
+    }
+
+    /// Confirm.
+    fn confirm(&mut self, mut source: Engine) {
+        assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+        self.leave(source);
+    }
+
+    /// What a recovery at the source finds out: it has left.
+    fn leave_recovered(&mut self, mut recovery: Engine) {
+        assert_eq!(recovered(&mut recovery), Recovered::Leaves);
+        self.leave(recovery);
     }
 
     /// It has moved, and nothing is left.
@@ -98,19 +125,11 @@ impl Guest {
     }
 
     /// Finish and Confirm.
-    fn finish(&mut self, mut source: Engine, mut destination: Engine) {
+    fn finish(&mut self, source: Engine, mut destination: Engine) {
         self.check();
         assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
-        self.define();
-        assert_eq!(
-            destination.ask(&Request::ColdOwned),
-            Reply::ColdOwned { told: true }
-        );
-        self.check();
-        assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
-        self.leave(&mut source);
-        source.end();
-        destination.end();
+        self.arrive(destination);
+        self.confirm(source);
     }
 }
 
@@ -118,9 +137,7 @@ impl Guest {
 fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there() {
     let mut guest = Guest::new();
     guest.scene.options.bandwidth = 4 * MIB;
-    let (mut source, offer) = guest.scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    destination.tell(&guest.scene.pull(&offer));
+    let (source, destination) = guest.scene.pulling();
     common::await_that("some blocks", || {
         let mut parts = std::fs::read_dir(guest.scene.destination()).unwrap();
         parts
@@ -131,8 +148,7 @@ fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there()
     guest.check();
     // Neither host may start it as long as the source's engine serves it.
     assert_eq!(guest.owners(), (false, false));
-    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
-    source.end();
+    source.end_aborted();
 
     guest.scene.options = Options::default();
     let (source, destination) = guest.scene.pulled();
@@ -149,10 +165,9 @@ fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there()
 #[test]
 fn what_a_crash_left_and_nobody_wants_is_removed() {
     let guest = Guest::new();
-    let (mut source, destination) = guest.scene.pulled();
+    let (source, destination) = guest.scene.pulled();
     destination.crash();
-    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
-    source.end();
+    source.end_aborted();
     assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
     guest.scene.assert_not_there();
     assert_eq!(guest.scene.journal(Role::Destination), None);
@@ -165,14 +180,11 @@ fn what_a_crash_left_and_nobody_wants_is_removed() {
 fn the_source_dies_while_it_serves() {
     let mut guest = Guest::new();
     guest.scene.options.bandwidth = MIB;
-    let (source, offer) = guest.scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    destination.tell(&guest.scene.pull(&offer));
+    let (source, mut destination) = guest.scene.pulling();
     guest.scene.await_state(Role::Destination, State::Pulling);
     source.crash();
     assert_eq!(guest.owners(), (false, false));
-    destination.tell(&Request::Cancel);
-    assert!(matches!(destination.hear(), Some(Reply::Failed(_))));
+    destination.refusal(&Request::Cancel);
     destination.end();
     assert_eq!(guest.scene.recover(Role::Source), Recovered::Stays);
     guest.scene.options.bandwidth = 0;
@@ -205,21 +217,15 @@ fn committing(guest: &Guest) -> (Engine, Engine) {
 #[test]
 fn the_destination_dies_while_it_asks_and_the_source_lets_go() {
     let mut guest = Guest::new();
-    let (mut source, destination) = committing(&guest);
+    let (source, destination) = committing(&guest);
     // What it asked is in the source's socket, or on its way.
     std::thread::sleep(std::time::Duration::from_millis(300));
     destination.crash();
     source.signal(Signal::SIGCONT);
     guest.scene.await_state(Role::Source, State::Committed);
     assert_eq!(guest.owners(), (false, false));
-    let mut recovery = guest.scene.recovery(Role::Destination, Wish::Settle);
-    assert_eq!(recovered(&mut recovery), Recovered::Define);
-    guest.define();
-    assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
-    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
-    guest.leave(&mut source);
-    source.end();
-    recovery.end();
+    guest.arrive_recovered();
+    guest.confirm(source);
     guest.assert_moved();
 }
 
@@ -268,17 +274,11 @@ fn the_destination_is_lost_and_the_operator_takes_the_guest_back() {
 #[test]
 fn the_destination_dies_with_the_files_in_place() {
     let mut guest = Guest::new();
-    let (mut source, destination) = guest.scene.placed();
+    let (source, destination) = guest.scene.placed();
     destination.crash();
     assert_eq!(guest.owners(), (false, false));
-    let mut recovery = guest.scene.recovery(Role::Destination, Wish::Settle);
-    assert_eq!(recovered(&mut recovery), Recovered::Define);
-    guest.define();
-    assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
-    recovery.end();
-    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
-    guest.leave(&mut source);
-    source.end();
+    guest.arrive_recovered();
+    guest.confirm(source);
     guest.assert_moved();
 }
 
@@ -289,27 +289,19 @@ fn both_die_with_the_files_in_place() {
     source.crash();
     destination.crash();
     assert_eq!(guest.owners(), (false, false));
-    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
-    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
-    assert_eq!(recovered(&mut there), Recovered::Define);
-    guest.define();
-    assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
-    assert_eq!(recovered(&mut here), Recovered::Leaves);
-    guest.leave(&mut here);
-    here.end();
-    there.end();
+    let here = guest.scene.recovery(Role::Source, Wish::Settle);
+    guest.arrive_recovered();
+    guest.leave_recovered(here);
     guest.assert_moved();
 }
 
 #[test]
 fn libvirt_cannot_register_it_and_the_source_has_it_again() {
     let guest = Guest::new();
-    let (mut source, mut destination) = guest.scene.placed();
-    assert_eq!(destination.ask(&Request::ColdAbort), Reply::ColdAborted);
-    destination.end();
+    let (mut source, destination) = guest.scene.placed();
+    destination.end_aborted();
     assert!(source.refusal(&Request::ColdConfirm).cause.contains("stays here"));
-    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
-    source.end();
+    source.end_aborted();
     guest.scene.assert_not_there();
     guest.scene.assert_clean();
     guest.assert_stays_and_moves_again();
@@ -318,44 +310,29 @@ fn libvirt_cannot_register_it_and_the_source_has_it_again() {
 #[test]
 fn the_source_dies_before_it_hears_that_the_guest_is_there() {
     let mut guest = Guest::new();
-    let (source, mut destination) = guest.scene.placed();
+    let (source, destination) = guest.scene.placed();
     source.crash();
-    guest.define();
-    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
-    assert_eq!(
-        destination.ask(&Request::ColdOwned),
-        Reply::ColdOwned { told: true }
-    );
-    destination.end();
-    assert_eq!(recovered(&mut here), Recovered::Leaves);
-    guest.leave(&mut here);
-    here.end();
+    let here = guest.scene.recovery(Role::Source, Wish::Settle);
+    guest.arrive(destination);
+    guest.leave_recovered(here);
     guest.assert_moved();
 }
 
 #[test]
 fn the_source_dies_after_it_has_heard() {
     let mut guest = Guest::new();
-    let (source, mut destination) = guest.scene.placed();
-    guest.define();
-    assert_eq!(
-        destination.ask(&Request::ColdOwned),
-        Reply::ColdOwned { told: true }
-    );
-    destination.end();
+    let (source, destination) = guest.scene.placed();
+    guest.arrive(destination);
     source.crash();
     assert_eq!(guest.owners(), (false, true));
-    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
-    assert_eq!(recovered(&mut here), Recovered::Leaves);
-    guest.leave(&mut here);
-    here.end();
+    guest.leave_recovered(guest.scene.recovery(Role::Source, Wish::Settle));
     guest.assert_moved();
 }
 
 #[test]
 fn the_destination_dies_before_it_has_told() {
     let mut guest = Guest::new();
-    let (mut source, mut destination) = guest.scene.placed();
+    let (source, mut destination) = guest.scene.placed();
     guest.define();
     source.signal(Signal::SIGSTOP);
     destination.tell(&Request::ColdOwned);
@@ -364,9 +341,7 @@ fn the_destination_dies_before_it_has_told() {
     assert_eq!(guest.owners(), (false, true));
     source.signal(Signal::SIGCONT);
     assert_eq!(guest.scene.recover(Role::Destination), Recovered::Arrived);
-    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
-    guest.leave(&mut source);
-    source.end();
+    guest.confirm(source);
     guest.assert_moved();
 }
 
@@ -390,31 +365,21 @@ fn the_plug_ins_die_and_the_engines_put_things_in_order() {
         guest.scene.journal(Role::Destination).unwrap().state,
         State::Placed
     );
-    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
-    assert_eq!(recovered(&mut there), Recovered::Define);
-    guest.define();
-    assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
-    there.end();
+    guest.arrive_recovered();
     source.hang_up();
-    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
-    assert_eq!(recovered(&mut here), Recovered::Leaves);
-    guest.leave(&mut here);
-    here.end();
+    guest.leave_recovered(guest.scene.recovery(Role::Source, Wish::Settle));
     guest.assert_moved();
 }
 
 #[test]
 fn one_engine_at_a_time_works_on_a_journal() {
-    let guest = Guest::new();
+    let mut guest = Guest::new();
     let (source, destination) = guest.scene.pulled();
     let mut others = [Role::Source, Role::Destination].map(|role| guest.scene.recovery(role, Wish::GiveUp));
     for other in &mut others {
-        match other.hear() {
-            Some(Reply::Failed(failure)) => assert!(failure.cause.contains("still works on"), "{failure}"),
-            reply => panic!("{reply:?}"),
-        }
+        let failure = other.failure();
+        assert!(failure.cause.contains("still works on"), "{failure}");
     }
-    let mut guest = guest;
     guest.finish(source, destination);
     guest.assert_moved();
 }
@@ -436,42 +401,28 @@ fn what_a_later_session_has_put_in_place_is_not_undone_with_an_earlier_one() {
 #[test]
 fn the_source_dies_while_it_deletes() {
     let mut guest = Guest::new();
-    let (mut source, mut destination) = guest.scene.placed();
-    guest.define();
-    assert_eq!(
-        destination.ask(&Request::ColdOwned),
-        Reply::ColdOwned { told: true }
-    );
-    destination.end();
+    let (source, destination) = guest.scene.placed();
+    guest.arrive(destination);
     guest.at_source = false;
     // A journal that cannot be removed is there after the deletion, as after a crash between the two.
     let path = guest.scene.journal_path(Role::Source);
     let journal = std::fs::read(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
     std::fs::create_dir(&path).unwrap();
-    guest.leave(&mut source);
-    source.end();
+    guest.leave(source);
     assert!(!guest.disk.exists());
     std::fs::remove_dir(&path).unwrap();
     std::fs::write(&path, journal).unwrap();
     assert_eq!(guest.owners(), (false, true));
-    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
-    assert_eq!(recovered(&mut here), Recovered::Leaves);
-    guest.leave(&mut here);
-    here.end();
+    guest.leave_recovered(guest.scene.recovery(Role::Source, Wish::Settle));
     guest.assert_moved();
 }
 
 #[test]
 fn a_recovery_deletes_no_file_that_was_changed_since() {
     let mut guest = Guest::new();
-    let (source, mut destination) = guest.scene.placed();
-    guest.define();
-    assert_eq!(
-        destination.ask(&Request::ColdOwned),
-        Reply::ColdOwned { told: true }
-    );
-    destination.end();
+    let (source, destination) = guest.scene.placed();
+    guest.arrive(destination);
     source.crash();
     std::fs::OpenOptions::new()
         .append(true)
@@ -480,16 +431,8 @@ fn a_recovery_deletes_no_file_that_was_changed_since() {
         .unwrap();
     let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Leaves);
-    let deleted = here.ask(&Request::ColdDelete {
-        keep: false,
-        in_use: Vec::new(),
-    });
-    match deleted {
-        Reply::ColdDeleted(deleted) => {
-            assert!(deleted.kept[0].reason.contains("changed after"), "{deleted:?}")
-        }
-        other => panic!("{other:?}"),
-    }
+    let deleted = here.delete(false, &[]);
+    assert!(deleted.kept[0].reason.contains("changed after"), "{deleted:?}");
     here.end();
     assert!(guest.disk.exists());
     guest.scene.assert_clean();
@@ -520,22 +463,15 @@ fn a_source_whose_other_host_is_lost_keeps_the_guest() {
     std::fs::remove_file(guest.scene.journal_path(Role::Destination)).unwrap();
     for changed in [false, true] {
         let (source, mut destination) = guest.scene.placed();
-        assert_eq!(
-            destination.ask(&Request::ColdOwned),
-            Reply::ColdOwned { told: true }
-        );
+        destination.own();
         destination.end();
         source.crash();
         if changed {
             let disk = std::fs::File::options().write(true).open(&guest.disk).unwrap();
             disk.set_len(1).unwrap();
             let mut engine = guest.scene.recovery(Role::Source, Wish::Own);
-            match engine.hear() {
-                Some(Reply::Failed(failure)) => {
-                    assert!(failure.cause.contains("not what they were"), "{failure}")
-                }
-                reply => panic!("{reply:?}"),
-            }
+            let failure = engine.failure();
+            assert!(failure.cause.contains("not what they were"), "{failure}");
             assert!(guest.disk.exists());
             return;
         }
@@ -558,14 +494,12 @@ fn a_destination_whose_other_host_is_lost_takes_what_is_whole() {
         };
         destination.crash();
         source.crash();
-        let (mut engine, found) = own(&guest, Role::Destination);
+        let (engine, found) = own(&guest, Role::Destination);
         assert_eq!(found, Recovered::Define);
         assert_eq!(sha256(&guest.there()), guest.digest);
         // As if the host had burnt down.
         guest.at_source = false;
-        guest.define();
-        assert_eq!(engine.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
-        engine.end();
+        guest.arrive(engine);
         assert_eq!(guest.owners(), (false, true));
         assert!(guest.scene.journal(Role::Destination).is_none());
     }
@@ -588,15 +522,11 @@ fn a_destination_whose_other_host_is_lost_takes_what_is_whole() {
 fn what_has_come_in_part_is_nobodys() {
     let mut guest = Guest::new();
     guest.scene.options.bandwidth = 4 * MIB;
-    let (source, offer) = guest.scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    destination.tell(&guest.scene.pull(&offer));
+    let (source, destination) = guest.scene.pulling();
     guest.scene.await_state(Role::Destination, State::Pulling);
     destination.crash();
     source.crash();
     let mut engine = guest.scene.recovery(Role::Destination, Wish::Own);
-    match engine.hear() {
-        Some(Reply::Failed(failure)) => assert!(failure.cause.contains("not all of"), "{failure}"),
-        reply => panic!("{reply:?}"),
-    }
+    let failure = engine.failure();
+    assert!(failure.cause.contains("not all of"), "{failure}");
 }

@@ -3,7 +3,7 @@
 use super::{await_some, PATIENCE};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
 use ferry_contract::cold::storage::Relocate;
-use ferry_contract::cold::{Item, Options, Part, Plan, Pull, Recovered, Serve, Wish};
+use ferry_contract::cold::{Deleted, Item, Options, Part, Plan, Pull, Recovered, Serve, Wish};
 use ferry_contract::control::{Failure, Message, Reply, Request, Settings, Statistics};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::{Encryption, Guest};
@@ -84,9 +84,32 @@ impl Engine {
     }
 
     pub fn refusal(&mut self, request: &Request) -> Failure {
-        match self.ask(request) {
-            Reply::Failed(failure) => failure,
-            other => panic!("{request:?} was answered by {other:?}"),
+        self.tell(request);
+        self.failure()
+    }
+
+    /// The answer is a failure: this one.
+    pub fn failure(&mut self) -> Failure {
+        match self.hear() {
+            Some(Reply::Failed(failure)) => failure,
+            other => panic!("no failure, but {other:?}"),
+        }
+    }
+
+    /// The guest has its new files, and a source hears that it has left.
+    pub fn own(&mut self) {
+        assert_eq!(self.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    }
+
+    /// The old files go, but those that other guests use; none where they are to be kept.
+    pub fn delete(&mut self, keep: bool, in_use: &[PathBuf]) -> Deleted {
+        let delete = Request::ColdDelete {
+            keep,
+            in_use: in_use.to_vec(),
+        };
+        match self.ask(&delete) {
+            Reply::ColdDeleted(deleted) => deleted,
+            other => panic!("{other:?}"),
         }
     }
 
@@ -283,6 +306,13 @@ impl Scene {
         }))
     }
 
+    /// A scene whose source sends so many bytes a second.
+    pub fn limited(bandwidth: u64) -> Self {
+        let mut scene = Self::default();
+        scene.options.bandwidth = bandwidth;
+        scene
+    }
+
     /// A source that serves, and what it offers.
     pub fn begin(&self) -> (Engine, ColdOffer) {
         let mut source = Engine::start("cold-source");
@@ -292,12 +322,26 @@ impl Scene {
         }
     }
 
-    /// Both engines, and everything pulled.
-    pub fn pulled(&self) -> (Engine, Engine) {
+    /// A source that serves, and a destination that pulls from it.
+    pub fn pulling(&self) -> (Engine, Engine) {
         let (source, offer) = self.begin();
         let mut destination = Engine::start("cold-destination");
-        let pulled = destination.ask(&self.pull(&offer));
-        assert_eq!(pulled, Reply::ColdPulled);
+        destination.tell(&self.pull(&offer));
+        (source, destination)
+    }
+
+    /// A destination that cannot pull says why, and the source has the guest again.
+    pub fn refused(&self) -> Failure {
+        let (source, mut destination) = self.pulling();
+        let failure = destination.failure();
+        source.end_aborted();
+        failure
+    }
+
+    /// Both engines, and everything pulled.
+    pub fn pulled(&self) -> (Engine, Engine) {
+        let (source, mut destination) = self.pulling();
+        assert_eq!(destination.hear(), Some(Reply::ColdPulled));
         (source, destination)
     }
 
