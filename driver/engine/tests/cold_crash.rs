@@ -68,43 +68,16 @@ impl Guest {
         self.check();
     }
 
-    /// libvirt registers it at the destination, and the source hears it.
-    fn arrive(&mut self, mut destination: Engine) {
-        self.define();
-        destination.own();
-        self.check();
-        destination.end();
-    }
-
-    /// So it is after a crash of the destination.
-    fn arrive_recovered(&mut self) {
-        let mut recovery = self.scene.recovery(Role::Destination, Wish::Settle);
-        assert_eq!(recovered(&mut recovery), Recovered::Define);
-        self.arrive(recovery);
-    }
-
     /// The source's plug-in has heard that it has left.
-    fn leave(&mut self, mut source: Engine) {
+    fn leave(&mut self, source: &mut Engine) {
         self.check();
         self.at_source = false;
-        assert_eq!(
-            source.delete(false, &[]).deleted.as_slice(),
-            std::slice::from_ref(&self.disk)
-        );
+        let deleted = source.ask(&Request::ColdDelete {
+            keep: false,
+            in_use: Vec::new(),
+        });
+        assert!(matches!(deleted, Reply::ColdDeleted(deleted) if deleted.deleted == [self.disk.clone()]));
         self.check();
-        source.end();
-    }
-
-    /// Confirm.
-    fn confirm(&mut self, mut source: Engine) {
-        assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
-        self.leave(source);
-    }
-
-    /// What a recovery at the source finds out: it has left.
-    fn leave_recovered(&mut self, mut recovery: Engine) {
-        assert_eq!(recovered(&mut recovery), Recovered::Leaves);
-        self.leave(recovery);
     }
 
     /// It has moved, and nothing is left.
@@ -125,11 +98,19 @@ impl Guest {
     }
 
     /// Finish and Confirm.
-    fn finish(&mut self, source: Engine, mut destination: Engine) {
+    fn finish(&mut self, mut source: Engine, mut destination: Engine) {
         self.check();
         assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
-        self.arrive(destination);
-        self.confirm(source);
+        self.define();
+        assert_eq!(
+            destination.ask(&Request::ColdOwned),
+            Reply::ColdOwned { told: true }
+        );
+        self.check();
+        assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+        self.leave(&mut source);
+        source.end();
+        destination.end();
     }
 }
 
@@ -137,7 +118,9 @@ impl Guest {
 fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there() {
     let mut guest = Guest::new();
     guest.scene.options.bandwidth = 4 * MIB;
-    let (source, destination) = guest.scene.pulling();
+    let (mut source, offer) = guest.scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&guest.scene.pull(&offer));
     common::await_that("some blocks", || {
         let mut parts = std::fs::read_dir(guest.scene.destination()).unwrap();
         parts
@@ -148,7 +131,8 @@ fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there()
     guest.check();
     // Neither host may start it as long as the source's engine serves it.
     assert_eq!(guest.owners(), (false, false));
-    source.end_aborted();
+    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+    source.end();
 
     guest.scene.options = Options::default();
     let (source, destination) = guest.scene.pulled();
@@ -165,9 +149,10 @@ fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there()
 #[test]
 fn what_a_crash_left_and_nobody_wants_is_removed() {
     let guest = Guest::new();
-    let (source, destination) = guest.scene.pulled();
+    let (mut source, destination) = guest.scene.pulled();
     destination.crash();
-    source.end_aborted();
+    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+    source.end();
     assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
     guest.scene.assert_not_there();
     assert_eq!(guest.scene.journal(Role::Destination), None);
@@ -180,11 +165,14 @@ fn what_a_crash_left_and_nobody_wants_is_removed() {
 fn the_source_dies_while_it_serves() {
     let mut guest = Guest::new();
     guest.scene.options.bandwidth = MIB;
-    let (source, mut destination) = guest.scene.pulling();
+    let (source, offer) = guest.scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&guest.scene.pull(&offer));
     guest.scene.await_state(Role::Destination, State::Pulling);
     source.crash();
     assert_eq!(guest.owners(), (false, false));
-    destination.refusal(&Request::Cancel);
+    destination.tell(&Request::Cancel);
+    assert!(matches!(destination.hear(), Some(Reply::Failed(_))));
     destination.end();
     assert_eq!(guest.scene.recover(Role::Source), Recovered::Stays);
     guest.scene.options.bandwidth = 0;
@@ -217,15 +205,21 @@ fn committing(guest: &Guest) -> (Engine, Engine) {
 #[test]
 fn the_destination_dies_while_it_asks_and_the_source_lets_go() {
     let mut guest = Guest::new();
-    let (source, destination) = committing(&guest);
+    let (mut source, destination) = committing(&guest);
     // What it asked is in the source's socket, or on its way.
     std::thread::sleep(std::time::Duration::from_millis(300));
     destination.crash();
     source.signal(Signal::SIGCONT);
     guest.scene.await_state(Role::Source, State::Committed);
     assert_eq!(guest.owners(), (false, false));
-    guest.arrive_recovered();
-    guest.confirm(source);
+    let mut recovery = guest.scene.recovery(Role::Destination, Wish::Settle);
+    assert_eq!(recovered(&mut recovery), Recovered::Define);
+    guest.define();
+    assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+    guest.leave(&mut source);
+    source.end();
+    recovery.end();
     guest.assert_moved();
 }
 
@@ -274,11 +268,17 @@ fn the_destination_is_lost_and_the_operator_takes_the_guest_back() {
 #[test]
 fn the_destination_dies_with_the_files_in_place() {
     let mut guest = Guest::new();
-    let (source, destination) = guest.scene.placed();
+    let (mut source, destination) = guest.scene.placed();
     destination.crash();
     assert_eq!(guest.owners(), (false, false));
-    guest.arrive_recovered();
-    guest.confirm(source);
+    let mut recovery = guest.scene.recovery(Role::Destination, Wish::Settle);
+    assert_eq!(recovered(&mut recovery), Recovered::Define);
+    guest.define();
+    assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    recovery.end();
+    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+    guest.leave(&mut source);
+    source.end();
     guest.assert_moved();
 }
 
@@ -289,19 +289,27 @@ fn both_die_with_the_files_in_place() {
     source.crash();
     destination.crash();
     assert_eq!(guest.owners(), (false, false));
-    let here = guest.scene.recovery(Role::Source, Wish::Settle);
-    guest.arrive_recovered();
-    guest.leave_recovered(here);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
+    assert_eq!(recovered(&mut there), Recovered::Define);
+    guest.define();
+    assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    there.end();
     guest.assert_moved();
 }
 
 #[test]
 fn libvirt_cannot_register_it_and_the_source_has_it_again() {
     let guest = Guest::new();
-    let (mut source, destination) = guest.scene.placed();
-    destination.end_aborted();
+    let (mut source, mut destination) = guest.scene.placed();
+    assert_eq!(destination.ask(&Request::ColdAbort), Reply::ColdAborted);
+    destination.end();
     assert!(source.refusal(&Request::ColdConfirm).cause.contains("stays here"));
-    source.end_aborted();
+    assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
+    source.end();
     guest.scene.assert_not_there();
     guest.scene.assert_clean();
     guest.assert_stays_and_moves_again();
@@ -310,29 +318,44 @@ fn libvirt_cannot_register_it_and_the_source_has_it_again() {
 #[test]
 fn the_source_dies_before_it_hears_that_the_guest_is_there() {
     let mut guest = Guest::new();
-    let (source, destination) = guest.scene.placed();
+    let (source, mut destination) = guest.scene.placed();
     source.crash();
-    let here = guest.scene.recovery(Role::Source, Wish::Settle);
-    guest.arrive(destination);
-    guest.leave_recovered(here);
+    guest.define();
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
     guest.assert_moved();
 }
 
 #[test]
 fn the_source_dies_after_it_has_heard() {
     let mut guest = Guest::new();
-    let (source, destination) = guest.scene.placed();
-    guest.arrive(destination);
+    let (source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
     source.crash();
     assert_eq!(guest.owners(), (false, true));
-    guest.leave_recovered(guest.scene.recovery(Role::Source, Wish::Settle));
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
     guest.assert_moved();
 }
 
 #[test]
 fn the_destination_dies_before_it_has_told() {
     let mut guest = Guest::new();
-    let (source, mut destination) = guest.scene.placed();
+    let (mut source, mut destination) = guest.scene.placed();
     guest.define();
     source.signal(Signal::SIGSTOP);
     destination.tell(&Request::ColdOwned);
@@ -341,7 +364,9 @@ fn the_destination_dies_before_it_has_told() {
     assert_eq!(guest.owners(), (false, true));
     source.signal(Signal::SIGCONT);
     assert_eq!(guest.scene.recover(Role::Destination), Recovered::Arrived);
-    guest.confirm(source);
+    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+    guest.leave(&mut source);
+    source.end();
     guest.assert_moved();
 }
 
@@ -365,21 +390,31 @@ fn the_plug_ins_die_and_the_engines_put_things_in_order() {
         guest.scene.journal(Role::Destination).unwrap().state,
         State::Placed
     );
-    guest.arrive_recovered();
+    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
+    assert_eq!(recovered(&mut there), Recovered::Define);
+    guest.define();
+    assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    there.end();
     source.hang_up();
-    guest.leave_recovered(guest.scene.recovery(Role::Source, Wish::Settle));
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
     guest.assert_moved();
 }
 
 #[test]
 fn one_engine_at_a_time_works_on_a_journal() {
-    let mut guest = Guest::new();
+    let guest = Guest::new();
     let (source, destination) = guest.scene.pulled();
     let mut others = [Role::Source, Role::Destination].map(|role| guest.scene.recovery(role, Wish::GiveUp));
     for other in &mut others {
-        let failure = other.failure();
-        assert!(failure.cause.contains("still works on"), "{failure}");
+        match other.hear() {
+            Some(Reply::Failed(failure)) => assert!(failure.cause.contains("still works on"), "{failure}"),
+            reply => panic!("{reply:?}"),
+        }
     }
+    let mut guest = guest;
     guest.finish(source, destination);
     guest.assert_moved();
 }
@@ -401,28 +436,42 @@ fn what_a_later_session_has_put_in_place_is_not_undone_with_an_earlier_one() {
 #[test]
 fn the_source_dies_while_it_deletes() {
     let mut guest = Guest::new();
-    let (source, destination) = guest.scene.placed();
-    guest.arrive(destination);
+    let (mut source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
     guest.at_source = false;
     // A journal that cannot be removed is there after the deletion, as after a crash between the two.
     let path = guest.scene.journal_path(Role::Source);
     let journal = std::fs::read(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
     std::fs::create_dir(&path).unwrap();
-    guest.leave(source);
+    guest.leave(&mut source);
+    source.end();
     assert!(!guest.disk.exists());
     std::fs::remove_dir(&path).unwrap();
     std::fs::write(&path, journal).unwrap();
     assert_eq!(guest.owners(), (false, true));
-    guest.leave_recovered(guest.scene.recovery(Role::Source, Wish::Settle));
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
     guest.assert_moved();
 }
 
 #[test]
 fn a_recovery_deletes_no_file_that_was_changed_since() {
     let mut guest = Guest::new();
-    let (source, destination) = guest.scene.placed();
-    guest.arrive(destination);
+    let (source, mut destination) = guest.scene.placed();
+    guest.define();
+    assert_eq!(
+        destination.ask(&Request::ColdOwned),
+        Reply::ColdOwned { told: true }
+    );
+    destination.end();
     source.crash();
     std::fs::OpenOptions::new()
         .append(true)
@@ -431,8 +480,16 @@ fn a_recovery_deletes_no_file_that_was_changed_since() {
         .unwrap();
     let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Leaves);
-    let deleted = here.delete(false, &[]);
-    assert!(deleted.kept[0].reason.contains("changed after"), "{deleted:?}");
+    let deleted = here.ask(&Request::ColdDelete {
+        keep: false,
+        in_use: Vec::new(),
+    });
+    match deleted {
+        Reply::ColdDeleted(deleted) => {
+            assert!(deleted.kept[0].reason.contains("changed after"), "{deleted:?}")
+        }
+        other => panic!("{other:?}"),
+    }
     here.end();
     assert!(guest.disk.exists());
     guest.scene.assert_clean();
@@ -463,15 +520,22 @@ fn a_source_whose_other_host_is_lost_keeps_the_guest() {
     std::fs::remove_file(guest.scene.journal_path(Role::Destination)).unwrap();
     for changed in [false, true] {
         let (source, mut destination) = guest.scene.placed();
-        destination.own();
+        assert_eq!(
+            destination.ask(&Request::ColdOwned),
+            Reply::ColdOwned { told: true }
+        );
         destination.end();
         source.crash();
         if changed {
             let disk = std::fs::File::options().write(true).open(&guest.disk).unwrap();
             disk.set_len(1).unwrap();
             let mut engine = guest.scene.recovery(Role::Source, Wish::Own);
-            let failure = engine.failure();
-            assert!(failure.cause.contains("not what they were"), "{failure}");
+            match engine.hear() {
+                Some(Reply::Failed(failure)) => {
+                    assert!(failure.cause.contains("not what they were"), "{failure}")
+                }
+                reply => panic!("{reply:?}"),
+            }
             assert!(guest.disk.exists());
             return;
         }
@@ -494,12 +558,14 @@ fn a_destination_whose_other_host_is_lost_takes_what_is_whole() {
         };
         destination.crash();
         source.crash();
-        let (engine, found) = own(&guest, Role::Destination);
+        let (mut engine, found) = own(&guest, Role::Destination);
         assert_eq!(found, Recovered::Define);
         assert_eq!(sha256(&guest.there()), guest.digest);
         // As if the host had burnt down.
         guest.at_source = false;
-        guest.arrive(engine);
+        guest.define();
+        assert_eq!(engine.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+        engine.end();
         assert_eq!(guest.owners(), (false, true));
         assert!(guest.scene.journal(Role::Destination).is_none());
     }
@@ -522,11 +588,15 @@ fn a_destination_whose_other_host_is_lost_takes_what_is_whole() {
 fn what_has_come_in_part_is_nobodys() {
     let mut guest = Guest::new();
     guest.scene.options.bandwidth = 4 * MIB;
-    let (source, destination) = guest.scene.pulling();
+    let (source, offer) = guest.scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&guest.scene.pull(&offer));
     guest.scene.await_state(Role::Destination, State::Pulling);
     destination.crash();
     source.crash();
     let mut engine = guest.scene.recovery(Role::Destination, Wish::Own);
-    let failure = engine.failure();
-    assert!(failure.cause.contains("not all of"), "{failure}");
+    match engine.hear() {
+        Some(Reply::Failed(failure)) => assert!(failure.cause.contains("not all of"), "{failure}"),
+        reply => panic!("{reply:?}"),
+    }
 }

@@ -20,6 +20,11 @@ struct Disks {
     digests: Vec<String>,
 }
 
+const DELETE: Request = Request::ColdDelete {
+    keep: false,
+    in_use: Vec::new(),
+};
+
 impl Disks {
     fn new(data: u64) -> Self {
         let mut scene = Scene::default();
@@ -80,15 +85,15 @@ fn files_move_and_stay_sparse() {
     let journal = disks.journal().unwrap();
     assert!(journal.state == State::Placed && journal.fence().is_some());
     // Nothing is deleted before the definition names the copies.
-    let delete = Request::ColdDelete {
-        keep: false,
-        in_use: Vec::new(),
-    };
-    assert_eq!(engine.refusal(&delete).kind, FailureKind::Failed);
-    engine.own();
+    assert_eq!(engine.refusal(&DELETE).kind, FailureKind::Failed);
+    assert_eq!(engine.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
     assert_eq!(disks.journal().unwrap().fence(), None);
-    let deleted = engine.delete(false, &[]);
-    assert_eq!((deleted.deleted, deleted.kept), (disks.old.clone(), Vec::new()));
+    match engine.ask(&DELETE) {
+        Reply::ColdDeleted(deleted) => {
+            assert_eq!((deleted.deleted, deleted.kept), (disks.old.clone(), Vec::new()))
+        }
+        other => panic!("{other:?}"),
+    }
     engine.end();
     disks.are_new();
     for (path, size) in disks.new_places().iter().zip(sizes) {
@@ -101,10 +106,12 @@ fn files_that_are_needed_or_to_stay_are_not_deleted() {
     for (keep, in_use) in [(true, false), (false, true)] {
         let disks = Disks::new(2);
         let mut engine = disks.placed();
-        engine.own();
-        let in_use: &[_] = if in_use { &disks.old } else { &[] };
-        let deleted = engine.delete(keep, in_use);
-        assert_eq!((deleted.deleted.len(), deleted.kept.len()), (0, 2));
+        engine.ask(&Request::ColdOwned);
+        let in_use = disks.old.iter().filter(|_| in_use).cloned().collect();
+        match engine.ask(&Request::ColdDelete { keep, in_use }) {
+            Reply::ColdDeleted(deleted) => assert_eq!((deleted.deleted.len(), deleted.kept.len()), (0, 2)),
+            other => panic!("{other:?}"),
+        }
         engine.end();
         disks.are_whole(&disks.old);
         disks.are_whole(&disks.new_places());
@@ -153,7 +160,10 @@ fn it_ends_while_it_copies() {
     };
     let mut engine = begun();
     engine.tell(&Request::Cancel);
-    assert_eq!(engine.failure().kind, FailureKind::Cancelled);
+    match engine.hear() {
+        Some(Reply::Failed(failure)) => assert_eq!(failure.kind, FailureKind::Cancelled),
+        other => panic!("{other:?}"),
+    }
     engine.end();
     disks.are_old();
     // Its plug-in's daemon dies.
@@ -197,7 +207,7 @@ fn it_dies_after_the_definition_was_changed() {
     assert_eq!(disks.journal().unwrap().state, State::Placed);
     let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
-    recovery.own();
+    assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
     recovery.crash();
     let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Leaves);
@@ -205,8 +215,10 @@ fn it_dies_after_the_definition_was_changed() {
     assert_eq!(recovery.refusal(&Request::ColdAbort).kind, FailureKind::Failed);
     // An old file that was changed meanwhile is somebody's.
     fs::write(&disks.old[1], "changed").unwrap();
-    let deleted = recovery.delete(false, &[]);
-    assert_eq!((deleted.deleted.len(), deleted.kept.len()), (1, 1));
+    match recovery.ask(&DELETE) {
+        Reply::ColdDeleted(deleted) => assert_eq!((deleted.deleted.len(), deleted.kept.len()), (1, 1)),
+        other => panic!("{other:?}"),
+    }
     recovery.end();
     assert_eq!(disks.journal(), None);
     disks.are_whole(&disks.new_places());
