@@ -26,7 +26,7 @@ const OTHERS: Duration = Duration::from_secs(120);
 /// If a guest or a journal cannot be looked at: then nothing is certain.
 pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, String> {
     let failed = |error: libvirt::Error| format!("the host's other guests cannot be looked at: {error}");
-    let mut used = Used::none(connection);
+    let mut used = Used::new(connection);
     // Before the list: a guest whose journal has gone by then is in it.
     let journals = host::state_directory()?.join(journal::DIRECTORY);
     used.paths
@@ -64,7 +64,7 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
 /// # Errors
 /// If it cannot be looked at: then nothing is certain.
 pub fn of(domain: Domain) -> Result<Vec<PathBuf>, String> {
-    let mut used = Used::none(domain.connection());
+    let mut used = Used::new(domain.connection());
     used.by(domain)?;
     Ok(used.paths.into_iter().collect())
 }
@@ -118,7 +118,7 @@ struct Used {
 }
 
 impl Used {
-    fn none(connection: Connection) -> Self {
+    fn new(connection: Connection) -> Self {
         Self {
             connection,
             deadline: Instant::now() + OTHERS,
