@@ -186,6 +186,7 @@ fn it_ends_while_it_copies() {
 fn it_dies_before_the_definition_is_changed() {
     let disks = Disks::new(4);
     disks.placed().crash();
+    disks.scene.reboot(Role::Within);
     let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
     // The definition still names the old files.
@@ -205,6 +206,7 @@ fn it_dies_after_the_definition_was_changed() {
     // A daemon that dies leaves it to the recovery.
     disks.placed().hang_up();
     assert_eq!(disks.journal().unwrap().state, State::Placed);
+    disks.scene.reboot(Role::Within);
     let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
     assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });

@@ -8,6 +8,7 @@
 
 use super::files::{self, Reader};
 use super::hash::manifest;
+use super::identity::is_ours;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, Looked};
 use super::place::{self, is_device, Target};
@@ -436,8 +437,9 @@ impl Arriving<'_, '_> {
         kept.note(|journal| {
             for file in &files {
                 let entry = journal.entries.get_mut(file.number as usize);
-                if let (Some(entry), Some(target)) = (entry, &file.target) {
-                    entry.identity = target.identity();
+                let identity = file.target.as_ref().and_then(Target::identity);
+                if let (Some(entry), Some(identity)) = (entry, identity) {
+                    identity.note(entry);
                 }
             }
         })?;
@@ -477,6 +479,7 @@ impl Arriving<'_, '_> {
                     fate: *fate,
                     digest: None,
                     identity: None,
+                    lasting: None,
                     modified: None,
                 }
             })
@@ -603,7 +606,7 @@ fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf,
     let entries = earlier.into_iter().flat_map(|journal| &journal.entries);
     let useful = entries.filter_map(|entry| {
         let temporary = entry.temporary.as_ref()?;
-        let useful = places.contains(&entry.path) && place::is_ours(temporary, entry);
+        let useful = places.contains(&entry.path) && is_ours(temporary, entry);
         useful.then(|| (entry.path.clone(), temporary.clone()))
     });
     useful.collect()

@@ -1,5 +1,6 @@
 //! The source's files: looked at once, fenced against writers, and read.
 
+use super::identity::Identity;
 use super::messages::Looked;
 use super::{extents, users, Error};
 use ferry_contract::cold::{Digest, Directory, File as Owned, Item, Kind, Part, BLOCK, MAX_FILES};
@@ -40,8 +41,8 @@ pub struct Source {
     pub allocated: u64,
     /// Blocks that may hold data.
     pub runs: Vec<Range<u64>>,
-    /// (device, inode).
-    pub identity: (u64, u64),
+    /// Which file it is.
+    pub identity: Identity,
     /// See [`modified`].
     pub modified: i64,
     seen: Seen,
@@ -101,7 +102,7 @@ impl Source {
             size,
             allocated,
             runs,
-            identity: (metadata.dev(), metadata.ino()),
+            identity: Identity::of(&file).map_err(failed)?,
             modified: modified(&metadata),
             seen: Seen::of(&metadata),
             mode: metadata.mode() & 0o7777,
@@ -170,7 +171,7 @@ impl Source {
             Kind::Block => true,
         };
         let there = fs::metadata(&self.path).map_err(Error::file("look at", &self.path))?;
-        match same && (there.dev(), there.ino()) == self.identity {
+        match same && (there.dev(), there.ino()) == self.identity.number {
             true => Ok(()),
             false => Err(Error::Other(format!(
                 "{} was changed while it was copied; try again when nothing writes to it",
@@ -198,7 +199,7 @@ pub fn open(items: &[Item]) -> Result<(Vec<Source>, Vec<Directory>), Error> {
                 return Err(Error::Other(format!("the guest has more than {MAX_FILES} files")));
             }
             match Source::open(&path, &item.part) {
-                Ok(source) if known.insert(source.identity) => files.push(source),
+                Ok(source) if known.insert(source.identity.number) => files.push(source),
                 // One file under two names, or of two disks: it moves once, and the other name would be lost.
                 Ok(source) => problems.push(format!("{} belongs to the guest twice", source.path.display())),
                 Err(error) => problems.push(error.to_string()),

@@ -25,7 +25,7 @@
 //! | [`destination`], [`pull`] | the destination's sequence, and its connections |
 //! | [`within`], [`copy`], [`header`] | disks that go to another data store of the same host |
 //! | [`record`] | what is told of a migration afterwards |
-//! | [`journal`], [`recover`] | what survives a crash, and what is made of it |
+//! | [`journal`], [`recover`] | what survives a crash, and what is made of it; `identity` which files it speaks of |
 
 pub mod copy;
 pub mod destination;
@@ -35,6 +35,7 @@ pub mod files;
 pub mod frame;
 pub mod hash;
 pub mod header;
+mod identity;
 pub mod journal;
 pub mod messages;
 mod nonce;

@@ -1,19 +1,18 @@
 //! The destination's files: written under a temporary name beside the target, put in place whole, or gone again.
 
 use super::files::Reader;
+use super::identity::{is_ours, Identity};
 use super::journal::sync_parent;
 use super::messages::Looked;
 use super::{users, Error};
-use ferry_contract::cold::journal::{Entry, Fate, Journal, State};
+use ferry_contract::cold::journal::{Fate, Journal, State};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{
-    fchown, DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt,
-};
+use std::os::unix::fs::{fchown, DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
@@ -91,10 +90,9 @@ impl Target {
         })
     }
 
-    /// Its device and inode.
-    pub fn identity(&self) -> Option<(u64, u64)> {
-        let metadata = self.file.metadata().ok()?;
-        (self.kind == Kind::File).then(|| (metadata.dev(), metadata.ino()))
+    /// Which file it is.
+    pub fn identity(&self) -> Option<Identity> {
+        (self.kind == Kind::File).then(|| Identity::of(&self.file).ok())?
     }
 
     /// To read back what was written.
@@ -282,10 +280,13 @@ pub fn put_in_place(journal: &Journal) -> Result<(), Error> {
         let (Fate::Moves, Some(temporary)) = (entry.fate, &entry.temporary) else {
             continue;
         };
-        if is_ours(&entry.path, entry) && !temporary.exists() {
-            continue;
-        }
-        rename(temporary, &entry.path).map_err(Error::file("put in place", &entry.path))?;
+        let named = match is_ours(&entry.path, entry) {
+            // Also of two names, where a crash came between them.
+            true if is_ours(temporary, entry) => fs::remove_file(temporary),
+            true => Ok(()),
+            false => rename(temporary, &entry.path),
+        };
+        named.map_err(Error::file("put in place", &entry.path))?;
         parents.insert(entry.path.parent().unwrap_or(Path::new("/")).to_owned());
     }
     for parent in parents {
@@ -310,13 +311,6 @@ fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// Whether a block device is there.
 pub fn is_device(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
-}
-
-/// Whether the file at `path` is the one that this session wrote or served.
-pub fn is_ours(path: &Path, entry: &Entry) -> bool {
-    let found = fs::symlink_metadata(path).ok();
-    let found = found.map(|metadata| (metadata.dev(), metadata.ino()));
-    found.is_some() && found == entry.identity
 }
 
 /// Removes everything a session made on this host: temporary files, files in place, directories.
@@ -351,6 +345,7 @@ pub fn undo(journal: &Journal) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn temporary_names_fit_and_are_hidden() {

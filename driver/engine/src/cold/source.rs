@@ -8,12 +8,13 @@
 
 use super::files::{self, Source};
 use super::hash;
+use super::identity::is_ours;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::{self, Nonces};
 use super::record::Recorder;
 use super::serve::Shelf;
-use super::{place, Error};
+use super::Error;
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
 use crate::live::signals::Signals;
@@ -463,7 +464,8 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         size: file.size,
         fate: Fate::Moves,
         digest: None,
-        identity: Some(file.identity),
+        identity: Some(file.identity.number),
+        lasting: file.identity.lasting.clone(),
         modified: Some(file.modified),
     };
     Journal {
@@ -768,7 +770,7 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
                 outcome.deleted.push(entry.path.clone());
                 continue;
             }
-            _ if !place::is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
+            _ if !is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
             _ if is_changed(&real, entry) => "it was changed after it was copied".to_owned(),
             _ if files::is_held(&real) => "another process uses it".to_owned(),
             _ => match remove(&entry.path, &real) {
@@ -806,7 +808,7 @@ fn is_gone(path: &Path) -> bool {
 /// Whether a file that was to be deleted is still there, as it was when it was copied. What does not move is not looked at.
 pub fn is_whole(entry: &Entry) -> bool {
     let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
-    entry.fate != Fate::Moves || place::is_ours(&real, entry) && !is_changed(&real, entry)
+    entry.fate != Fate::Moves || is_ours(&real, entry) && !is_changed(&real, entry)
 }
 
 /// Whether it has another length or time than the file that was copied.

@@ -169,7 +169,9 @@ fn place_all(
     }
     kept.note(|journal| {
         for (entry, pair) in journal.entries.iter_mut().zip(&pairs) {
-            entry.identity = pair.to.identity();
+            if let Some(identity) = pair.to.identity() {
+                identity.note(entry);
+            }
         }
     })?;
     copy::all(&pairs, signals, meter)?;
@@ -338,7 +340,8 @@ fn journal_of(order: &Relocate, sources: &[Source]) -> Journal {
         size: source.size,
         fate: Fate::Moves,
         digest: None,
-        identity: Some(source.identity),
+        identity: Some(source.identity.number),
+        lasting: source.identity.lasting.clone(),
         modified: Some(source.modified),
     };
     let entry = |(source, place): (&Source, &PathBuf)| Entry {
@@ -346,6 +349,7 @@ fn journal_of(order: &Relocate, sources: &[Source]) -> Journal {
         temporary: Some(place::temporary(place, session)),
         kind: Kind::File,
         identity: None,
+        lasting: None,
         modified: None,
         ..former(source)
     };

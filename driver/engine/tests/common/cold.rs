@@ -317,6 +317,23 @@ impl Scene {
         journal::path(&self.state(role), self.guest.uuid)
     }
 
+    /// What a crash left is changed.
+    pub fn change_journal(&self, role: Role, change: impl FnOnce(&mut Journal)) {
+        let mut journal = self.journal(role).unwrap();
+        change(&mut journal);
+        fs::write(self.journal_path(role), serde_json::to_vec(&journal).unwrap()).unwrap();
+    }
+
+    /// The host was started anew, and its file systems have other numbers.
+    pub fn reboot(&self, role: Role) {
+        self.change_journal(role, |journal| {
+            for entry in journal.entries.iter_mut().chain(&mut journal.former) {
+                let (device, _) = entry.identity.as_mut().unwrap();
+                *device += 1;
+            }
+        });
+    }
+
     pub fn await_state(&self, role: Role, state: State) {
         await_some(&format!("{role:?} to be {state:?}"), || {
             self.journal(role).filter(|journal| journal.state == state)
