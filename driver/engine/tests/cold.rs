@@ -3,7 +3,10 @@
 mod common;
 
 use common::await_some;
-use common::cold::{allocated, disk, is_root, noise, ofd_read_lock, sha256, writer, Engine, Scene, MIB};
+use common::cold::{
+    acl, allocated, disk, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, Engine, Scene,
+    ACCESS, DEFAULT, MIB, NO_ID,
+};
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Definition, Medium, Options, Part};
 use ferry_contract::control::{FailureKind, Reply, Request};
@@ -69,12 +72,41 @@ fn everything_moves_as_it_was() {
     if is_root() {
         std::os::unix::fs::chown(&pages, Some(1), Some(2)).unwrap();
     }
+    // An unknown group of the others that may less than they; numbers without a name are no names.
+    let theirs = [
+        (1, 6, NO_ID),
+        (2, 4, 0),
+        (2, 7, 54321),
+        (4, 0, NO_ID),
+        (8, 7, 0),
+        (8, 0, 54321),
+        (16, 6, NO_ID),
+        (32, 4, NO_ID),
+    ];
+    set_acl(&pages, ACCESS, &list(&theirs));
     scene.own(&pages, disk(2));
+    // What its directory would let others do, the source's files do not.
+    let open = [
+        (1, 7, NO_ID),
+        (2, 7, 54321),
+        (4, 7, NO_ID),
+        (16, 7, NO_ID),
+        (32, 7, NO_ID),
+    ];
+    set_acl(&scene.destination(), DEFAULT, &list(&open));
     let tpm = scene.source().join("swtpm/uuid");
     fs::create_dir_all(tpm.join("tpm2")).unwrap();
     fs::set_permissions(tpm.join("tpm2"), fs::Permissions::from_mode(0o700)).unwrap();
     fs::write(tpm.join("tpm2/tpm2-00.permall"), noise(5, 6013)).unwrap();
     fs::write(tpm.join("tpm2/.lock"), "").unwrap();
+    let theirs = [
+        (1, 7, NO_ID),
+        (2, 7, 54321),
+        (4, 0, NO_ID),
+        (16, 7, NO_ID),
+        (32, 0, NO_ID),
+    ];
+    set_acl(&tpm, ACCESS, &list(&theirs));
     scene.own(&tpm, Part::Tpm);
     fs::create_dir(scene.destination().join("swtpm")).unwrap();
 
@@ -146,7 +178,17 @@ fn everything_moves_as_it_was() {
     );
     assert_eq!(allocated(&scene.destination().join("empty.raw")), 0);
     let found = fs::metadata(scene.destination().join("pages.raw")).unwrap();
-    assert_eq!(found.mode() & 0o7777, 0o640);
+    assert_eq!(found.mode() & 0o7777, 0o660);
+    let expected = [
+        (1, 6, NO_ID),
+        (2, 4, 0),
+        (4, 0, NO_ID),
+        (8, 7, 0),
+        (16, 6, NO_ID),
+        (32, 0, NO_ID),
+    ];
+    assert_eq!(acl(&scene.destination().join("pages.raw")), Some(list(&expected)));
+    assert_eq!(acl(&scene.destination().join("empty.raw")), None);
     if is_root() {
         assert_eq!((found.uid(), found.gid()), (1, 2));
     }
@@ -160,6 +202,10 @@ fn everything_moves_as_it_was() {
     }
     let made = fs::metadata(scene.destination().join("swtpm/uuid/tpm2")).unwrap();
     assert_eq!(made.mode() & 0o7777, 0o700);
+    // Its list stays behind, and its group may not what the mask said.
+    let made = scene.destination().join("swtpm/uuid");
+    assert_eq!(fs::metadata(&made).unwrap().mode() & 0o7777, 0o700);
+    assert_eq!(acl(&made), None);
     // The lock was swtpm's, not the guest's.
     assert!(tpm.join("tpm2/.lock").exists() && !scene.destination().join("swtpm/uuid/tpm2/.lock").exists());
     scene.assert_clean();

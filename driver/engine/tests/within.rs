@@ -3,7 +3,9 @@
 
 mod common;
 
-use common::cold::{allocated, recovered, sha256, writer, Engine, Scene, MIB};
+use common::cold::{
+    acl, allocated, list, recovered, set_acl, sha256, writer, Engine, Scene, ACCESS, MIB, NO_ID,
+};
 use ferry_contract::cold::journal::{Journal, Role, State};
 use ferry_contract::cold::storage::Rename;
 use ferry_contract::cold::{Recovered, Wish};
@@ -78,6 +80,15 @@ impl Disks {
 fn files_move_and_stay_sparse() {
     let disks = Disks::new(8);
     let sizes: Vec<_> = disks.old.iter().map(|path| allocated(path)).collect();
+    // Here a number is who it was.
+    let theirs = [
+        (1, 6, NO_ID),
+        (2, 6, 54321),
+        (4, 0, NO_ID),
+        (16, 6, NO_ID),
+        (32, 0, NO_ID),
+    ];
+    set_acl(&disks.old[1], ACCESS, &list(&theirs));
     let mut engine = disks.placed();
     assert_eq!(engine.statistics.remaining, 0);
     disks.are_whole(&disks.old);
@@ -99,6 +110,12 @@ fn files_move_and_stay_sparse() {
     for (path, size) in disks.new_places().iter().zip(sizes) {
         assert!(allocated(path) <= size, "{} of {size}", allocated(path));
     }
+    let lists = disks
+        .new_places()
+        .iter()
+        .map(|path| acl(path))
+        .collect::<Vec<_>>();
+    assert_eq!(lists, [None, Some(list(&theirs))]);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //!                                                   └── ColdAbort, the source says no ──▶ aborted ──told──▶ gone
 //! ```
 
+use super::acl::Acl;
 use super::files::{self, Reader};
 use super::hash::manifest;
 use super::identity::is_ours;
@@ -16,7 +17,7 @@ use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
-use super::{extents, Error};
+use super::{extents, users, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
 use crate::report::Outcome;
@@ -399,7 +400,8 @@ impl Arriving<'_, '_> {
             }
             let length = |(name, value): &(String, Vec<u8>)| name.len() + value.len();
             attributes += found.attributes.iter().map(length).sum::<usize>();
-            if attributes > MAX_ATTRIBUTES {
+            attributes += found.acl.as_ref().map_or(0, Acl::length);
+            if attributes > MAX_ATTRIBUTES || found.acl.as_ref().is_some_and(Acl::is_too_long) {
                 return Err(Error::Other("the source's files have too many attributes".into()));
             }
             looked.push(found);
@@ -576,7 +578,8 @@ fn transfer(
     let mut digests = vec![None; count];
     for file in pull.files {
         if let Some(target) = &file.target {
-            target.complete(&file.looked)?;
+            let acl = file.looked.acl.as_ref().map(|acl| acl_here(acl, &file.path));
+            target.complete(&file.looked, acl.as_ref())?;
         }
         let blocks = file.blocks.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(digest) = digests.get_mut(file.number as usize) {
@@ -584,6 +587,19 @@ fn transfer(
         }
     }
     Ok(digests)
+}
+
+/// A file's access control list, by this host's numbers.
+fn acl_here(acl: &Acl<String>, path: &Path) -> Acl<u32> {
+    let (acl, lost) = acl.here(users::named_user_id, users::named_group_id);
+    if !lost.is_empty() {
+        tracing::warn!(
+            path = %path.display(),
+            "not known on this host, and without the access that its list gave them: {}",
+            lost.join(", ")
+        );
+    }
+    acl
 }
 
 /// Why this device must not be written to: it may be the source's own, which both hosts have. Then filling it would empty it.

@@ -1,5 +1,6 @@
 //! The source's files: looked at once, fenced against writers, and read.
 
+use super::acl::Acl;
 use super::identity::Identity;
 use super::messages::Looked;
 use super::{extents, users, Error};
@@ -133,6 +134,7 @@ impl Source {
             owner: users::user_name(self.owner.0),
             group: users::group_name(self.owner.1),
             attributes: attributes(&self.reader.buffered),
+            acl: self.acl()?.map(Acl::named),
             name: self
                 .real
                 .file_name()
@@ -142,6 +144,15 @@ impl Source {
             has_nonce,
             sample: sample.transpose().map_err(Error::file("read", &self.path))?,
         })
+    }
+
+    /// Its access control list, where it has one; a device's is of its node, not of what is in it.
+    pub fn acl(&self) -> Result<Option<Acl<u32>>, Error> {
+        if self.kind == Kind::Block {
+            return Ok(None);
+        }
+        let failed = Error::file("read the access control list of", &self.path);
+        Acl::of(&self.reader.buffered).map_err(failed)
     }
 
     /// Fills `buffer` from the file.
@@ -225,7 +236,7 @@ fn expand(item: &Item, directories: &mut Vec<Directory>) -> Result<Vec<PathBuf>,
         let metadata = fs::metadata(&directory).map_err(failed)?;
         directories.push(Directory {
             path: directory.clone(),
-            mode: metadata.mode() & 0o7777,
+            mode: without_acl(&directory, metadata.mode() & 0o7777).map_err(failed)?,
             owner: users::user_name(metadata.uid()),
             group: users::group_name(metadata.gid()),
         });
@@ -248,6 +259,17 @@ fn expand(item: &Item, directories: &mut Vec<Directory>) -> Result<Vec<PathBuf>,
     }
     files.sort();
     Ok(files)
+}
+
+/// A directory's mode, without the access control list, which stays behind.
+fn without_acl(path: &Path, mode: u32) -> io::Result<u32> {
+    Ok(match Acl::of(&File::open(path)?)? {
+        Some(acl) => {
+            tracing::warn!(path = %path.display(), "the access control list of a directory is not copied: give it one there, if needed");
+            mode & !0o777 | acl.mode()
+        }
+        None => mode,
+    })
 }
 
 fn is_state(name: &std::ffi::OsStr) -> bool {

@@ -1,5 +1,6 @@
 //! The destination's files: written under a temporary name beside the target, put in place whole, or gone again.
 
+use super::acl::{self, Acl};
 use super::files::Reader;
 use super::identity::{is_ours, Identity};
 use super::journal::sync_parent;
@@ -158,11 +159,12 @@ impl Target {
         Ok(())
     }
 
-    /// Gives the file its owner, permissions and attributes, and makes all of it durable.
+    /// Gives the file its owner, permissions and attributes, and makes all of it durable. The list of `like` names people of
+    /// another host; `acl` is what it is here.
     ///
     /// # Errors
     /// The system refuses.
-    pub fn complete(&self, like: &Looked) -> Result<(), Error> {
+    pub fn complete(&self, like: &Looked, acl: Option<&Acl<u32>>) -> Result<(), Error> {
         if self.kind == Kind::File {
             let failed = Error::file("set the owner of", &self.path);
             let owner = (users::user_id(&like.owner), users::group_id(&like.group));
@@ -170,8 +172,7 @@ impl Target {
                 tracing::warn!(path = %self.path.display(), owner = like.owner, group = like.group, "no such owner here");
             }
             fchown(&self.file, owner.0, owner.1).map_err(failed)?;
-            let mode = fs::Permissions::from_mode(like.mode & PERMISSIONS);
-            self.file.set_permissions(mode).map_err(failed)?;
+            permit(&self.file, &self.path, like.mode, acl)?;
             for (name, value) in &like.attributes {
                 self.attribute(name, value);
             }
@@ -211,6 +212,28 @@ impl Target {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+}
+
+/// Lets exactly those use a new file or directory who may, also where its directory would let others. Until then it is
+/// its owner's alone.
+fn permit(file: &File, path: &Path, mode: u32, acl: Option<&Acl<u32>>) -> Result<(), Error> {
+    let failed = Error::file("set the permissions of", path);
+    let mode = match acl {
+        Some(acl) if acl.set(file).map_err(failed)? => return Ok(()),
+        Some(acl) => {
+            tracing::warn!(
+                path = %path.display(),
+                "this file system has no access control lists: its users and groups lose what the list gave them"
+            );
+            acl.mode()
+        }
+        None => {
+            acl::remove(file).map_err(failed)?;
+            mode & PERMISSIONS
+        }
+    };
+    let mode = fs::Permissions::from_mode(mode);
+    file.set_permissions(mode).map_err(failed)
 }
 
 /// The directories of the guest's own that must be made first, top down, as (here, like this one of the source).
@@ -263,8 +286,7 @@ pub fn make_directory(path: &Path, like: Option<&Directory>) -> Result<bool, Err
             users::group_id(&like.group),
         )
         .map_err(failed)?;
-        let mode = fs::Permissions::from_mode(like.mode & PERMISSIONS);
-        directory.set_permissions(mode).map_err(failed)?;
+        permit(&directory, path, like.mode, None)?;
     }
     sync_parent(path).map_err(failed)?;
     Ok(true)
@@ -388,11 +410,12 @@ mod tests {
             owner: own.uid().to_string(),
             group: own.gid().to_string(),
             attributes: Vec::new(),
+            acl: None,
             name: "file".into(),
             has_nonce: false,
             sample: None,
         };
-        target.complete(&like).unwrap();
+        target.complete(&like, None).unwrap();
         assert_eq!(fs::metadata(&target.path).unwrap().mode() & 0o7777, 0o755);
         let made = directory.path().join("made");
         let like = Directory {

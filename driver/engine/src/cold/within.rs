@@ -176,7 +176,8 @@ fn place_all(
     })?;
     copy::all(&pairs, signals, meter)?;
     for pair in &pairs {
-        pair.to.complete(&pair.from.looked(false)?)?;
+        pair.to
+            .complete(&pair.from.looked(false)?, pair.from.acl()?.as_ref())?;
     }
     signals.check()?;
     pairs.iter().try_for_each(|pair| pair.from.check())?;
@@ -308,6 +309,7 @@ fn unshared(file: &File) -> Looked {
         owner: String::new(),
         group: String::new(),
         attributes: Vec::new(),
+        acl: None,
         name: String::new(),
         has_nonce: false,
         sample: None,

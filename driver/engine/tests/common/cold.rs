@@ -9,6 +9,7 @@ use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::{Encryption, Guest};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
+use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -439,6 +440,51 @@ pub fn sha256(path: &Path) -> String {
         .unwrap()
         .trim_start_matches('\\')
         .to_owned()
+}
+
+/// An access control list as Linux has it, of (tag, permissions, number).
+pub fn list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, may, id) in entries {
+        list.extend(tag.to_le_bytes());
+        list.extend(may.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    list
+}
+
+/// Who has no number in a list.
+pub const NO_ID: u32 = u32::MAX;
+
+pub const ACCESS: &CStr = c"system.posix_acl_access";
+/// Of a directory: what is made in it has this.
+pub const DEFAULT: &CStr = c"system.posix_acl_default";
+
+fn c_path(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_encoded_bytes()).unwrap()
+}
+
+pub fn set_acl(path: &Path, kind: &CStr, list: &[u8]) {
+    let path = c_path(path);
+    // SAFETY: path and name end with NUL, the value is as long as said.
+    let done = unsafe { libc::setxattr(path.as_ptr(), kind.as_ptr(), list.as_ptr().cast(), list.len(), 0) };
+    assert_eq!(done, 0, "{:?}", std::io::Error::last_os_error());
+}
+
+/// The list that a file has; `None` where it has its mode alone.
+pub fn acl(path: &Path) -> Option<Vec<u8>> {
+    let (path, mut value) = (c_path(path), vec![0u8; 4096]);
+    // SAFETY: path and name end with NUL, the buffer is as long as said.
+    let length = unsafe {
+        libc::getxattr(
+            path.as_ptr(),
+            ACCESS.as_ptr(),
+            value.as_mut_ptr().cast(),
+            value.len(),
+        )
+    };
+    value.truncate(usize::try_from(length).ok()?);
+    Some(value)
 }
 
 pub fn allocated(path: &Path) -> u64 {
