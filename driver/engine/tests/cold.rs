@@ -8,7 +8,7 @@ use common::cold::{
     ACCESS, DEFAULT, MIB, NO_ID,
 };
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Definition, Medium, Options, Part};
+use ferry_contract::cold::{Definition, Kept, Medium, Options, Part};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Encryption;
 use std::fs::{self, File, OpenOptions};
@@ -25,7 +25,7 @@ fn conclude(
     scene: &Scene,
     mut source: Engine,
     mut destination: Engine,
-    in_use: &[PathBuf],
+    in_use: &[Kept],
 ) -> ferry_contract::cold::Deleted {
     assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
     assert_eq!(scene.journal(Role::Source).unwrap().state, State::Committed);
@@ -35,7 +35,7 @@ fn conclude(
     );
     assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
     let deleted = source.ask(&Request::ColdDelete {
-        keep: false,
+        keep: None,
         in_use: in_use.to_vec(),
     });
     source.end();
@@ -234,10 +234,18 @@ fn packed_limited_and_plain() {
     assert!(sent > 6 * MIB && sent < 8 * MIB, "{sent}");
     // The last megabytes are booked, but nothing has to wait for them.
     assert!(took.as_secs_f64() > 1.0, "{took:?}");
-    let deleted = conclude(&scene, source, destination, std::slice::from_ref(&noisy));
+    let deleted = conclude(
+        &scene,
+        source,
+        destination,
+        &[Kept {
+            path: noisy.clone(),
+            reason: "guest web refers to it".into(),
+        }],
+    );
     assert_eq!(deleted.deleted, [path]);
     assert!(
-        noisy.exists() && deleted.kept[0].reason.contains("another guest"),
+        noisy.exists() && deleted.kept[0].reason == "guest web refers to it",
         "{deleted:?}"
     );
     let there = ["text.raw", "noise.raw"].map(|name| sha256(&scene.destination().join(name)));

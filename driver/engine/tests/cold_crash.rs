@@ -74,7 +74,7 @@ impl Guest {
         self.check();
         self.at_source = false;
         let deleted = source.ask(&Request::ColdDelete {
-            keep: false,
+            keep: None,
             in_use: Vec::new(),
         });
         assert!(matches!(deleted, Reply::ColdDeleted(deleted) if deleted.deleted == [self.disk.clone()]));
@@ -482,7 +482,7 @@ fn a_recovery_deletes_no_file_that_was_changed_since() {
     let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Leaves);
     let deleted = here.ask(&Request::ColdDelete {
-        keep: false,
+        keep: None,
         in_use: Vec::new(),
     });
     match deleted {

@@ -8,7 +8,7 @@ use common::cold::{
 };
 use ferry_contract::cold::journal::{Journal, Role, State};
 use ferry_contract::cold::storage::Rename;
-use ferry_contract::cold::{Recovered, Wish};
+use ferry_contract::cold::{Kept, Recovered, Wish};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_engine::cold::header;
 use std::fs;
@@ -23,7 +23,7 @@ struct Disks {
 }
 
 const DELETE: Request = Request::ColdDelete {
-    keep: false,
+    keep: None,
     in_use: Vec::new(),
 };
 
@@ -120,16 +120,44 @@ fn files_move_and_stay_sparse() {
 
 #[test]
 fn files_that_are_needed_or_to_stay_are_not_deleted() {
-    for (keep, in_use) in [(true, false), (false, true)] {
+    for keep in [Some("it was to stay".to_owned()), None] {
         let disks = Disks::new(2);
         let mut engine = disks.placed();
         engine.ask(&Request::ColdOwned);
-        let in_use = disks.old.iter().filter(|_| in_use).cloned().collect();
+        let reasons = match &keep {
+            Some(why) => [why.clone(), why.clone()],
+            None => ["guest web refers to it", "guests of other hosts may"].map(str::to_owned),
+        };
+        let stays = disks.old.iter().zip(reasons);
+        let stays: Vec<_> = stays
+            .map(|(path, reason)| Kept {
+                path: path.clone(),
+                reason,
+            })
+            .collect();
+        let in_use = match keep {
+            Some(_) => Vec::new(),
+            None => stays.clone(),
+        };
+        let session = disks.journal().unwrap().session;
         match engine.ask(&Request::ColdDelete { keep, in_use }) {
-            Reply::ColdDeleted(deleted) => assert_eq!((deleted.deleted.len(), deleted.kept.len()), (0, 2)),
+            Reply::ColdDeleted(deleted) => {
+                assert_eq!((deleted.deleted, &deleted.kept), (Vec::new(), &stays))
+            }
             other => panic!("{other:?}"),
         }
         engine.end();
+        let record = disks.scene.directory.path();
+        let record = record.join(format!("logs/g-{session}-source.json"));
+        let told = Command::new(env!("CARGO_BIN_EXE_virt-ferry-engine"))
+            .arg("report")
+            .arg(&record)
+            .output()
+            .unwrap();
+        let told = String::from_utf8(told.stdout).unwrap();
+        for Kept { reason, .. } in &stays {
+            assert!(told.contains(&format!(", not deleted: {reason}")), "{told}");
+        }
         disks.are_whole(&disks.old);
         disks.are_whole(&disks.new_places());
         assert_eq!(disks.journal(), None);

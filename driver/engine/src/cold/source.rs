@@ -25,6 +25,7 @@ use ferry_contract::cold::{Definition, Deleted, Digest, Inventory, Kept as KeptF
 use ferry_contract::control::{Failure, FailureKind, Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
+use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -379,8 +380,9 @@ impl Session {
                         // Whoever holds a lock on them now is somebody else.
                         shared.shelf.files.iter().for_each(Source::lift);
                         let journal = shared.ownership.journal().unwrap_or(first);
-                        let deleted = delete(&journal, keep, &in_use);
+                        let deleted = delete(&journal, keep.as_deref(), &in_use);
                         shared.ownership.forget();
+                        recorder.left(&deleted);
                         recorder.publish(&journal, &shared.shelf.meter, Outcome::Completed, &log_directory);
                         control.reply(Reply::ColdDeleted(deleted));
                         return Ok(());
@@ -751,21 +753,24 @@ pub fn linger(connected: &AtomicUsize) {
 
 /// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since. What
 /// is gone already was deleted before a crash.
-pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
+pub fn delete(journal: &Journal, keep: Option<&str>, in_use: &[KeptFile]) -> Deleted {
     let mut outcome = Deleted::default();
-    let others: Vec<_> = in_use
+    let real = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    let others: HashMap<_, _> = in_use
         .iter()
-        .map(|path| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone()))
+        .map(|kept| (real(&kept.path), &kept.reason))
         .collect();
     for entry in &journal.entries {
-        let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
-        let reason = match (entry.fate, entry.kind) {
-            _ if keep => "it was to stay".to_owned(),
-            (Fate::Shared, _) => "both hosts use it".to_owned(),
-            (Fate::Present, _) => "the destination had it before".to_owned(),
+        let real = real(&entry.path);
+        let reason = match (entry.fate, entry.kind, keep, others.get(&real)) {
+            (_, _, Some(why), _) => why.to_owned(),
+            (Fate::Shared, ..) => "both hosts use it".to_owned(),
+            (Fate::Present, ..) => "the destination had it before".to_owned(),
             _ if entry.digest.is_none() => "its copy was not verified".to_owned(),
-            (_, Kind::Block) => "it is a volume: remove it where it was made, if nothing needs it".to_owned(),
-            _ if others.contains(&real) => "another guest refers to it".to_owned(),
+            (_, Kind::Block, ..) => {
+                "it is a volume: remove it where it was made, if nothing needs it".to_owned()
+            }
+            (.., Some(why)) => (*why).clone(),
             _ if is_gone(&real) => {
                 outcome.deleted.push(entry.path.clone());
                 continue;
@@ -786,7 +791,7 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
         let path = entry.path.clone();
         outcome.kept.push(KeptFile { path, reason });
     }
-    if !keep {
+    if keep.is_none() {
         for directory in journal.inventory.directories.iter().rev() {
             // Not empty: somebody else's too.
             let _ = std::fs::remove_dir(&directory.path);

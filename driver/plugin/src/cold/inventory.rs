@@ -9,12 +9,12 @@ use super::image::{self, Layer};
 use super::pools;
 use crate::libvirt::{self, Connection, Domain};
 use ferry_contract::cold::journal::{self, Journal, Role};
-use ferry_contract::cold::{self, Item, Medium, Metadata, MetadataKind, Part};
+use ferry_contract::cold::{self, Item, Kept, Medium, Metadata, MetadataKind, Part};
 use ferry_host as host;
 use nix::errno::Errno;
 use nix::sys::statfs::statfs;
 use roxmltree::Document;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
@@ -46,6 +46,8 @@ const NETWORK: [u32; 12] = [
     0x5346_414f,
     0x6b41_4653,
 ];
+/// Why a base stays where other hosts' guests, which are not known here, may need it.
+pub const OTHER_HOSTS: &str = "it is on a network file system, where guests of other hosts may stand on it";
 /// For looking at the images of all other guests.
 const OTHERS: Duration = Duration::from_secs(120);
 
@@ -434,20 +436,16 @@ pub fn definition_file(guest: &str) -> Option<cold::Definition> {
 }
 
 /// Every file that this host's other guests refer to, by definition, snapshot or image header, or that the journal of one's
-/// migration counts on; and what this guest's own journal has of bases that other hosts' guests may need.
+/// migration counts on; and what this guest's own journal has of bases that other hosts' guests may need. Each with who does.
 ///
 /// # Errors
 /// If a guest or a journal cannot be looked at: then nothing is certain.
-pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, String> {
+pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<Kept>, String> {
     let failed = |error: libvirt::Error| format!("the host's other guests cannot be looked at: {error}");
-    let mut used = Used {
-        connection,
-        deadline: Instant::now() + OTHERS,
-        paths: HashSet::new(),
-    };
+    let mut used = Used::new(connection);
     // Before the list: a guest whose journal has gone by then is in it.
     let journals = host::state_directory()?.join(journal::DIRECTORY);
-    used.paths.extend(counted_on(&journals, guest, is_shared)?);
+    used.paths = counted_on(&journals, guest, is_shared)?;
     let mut seen = HashSet::from([guest]);
     for domain in connection.domains().map_err(failed)? {
         let domain = domain.get();
@@ -457,7 +455,7 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
         if !seen.insert(other.uuid) {
             continue;
         }
-        match used.by(domain) {
+        match used.by(domain, &other.name) {
             Ok(()) => {}
             // Undefined, or ended, since it was listed.
             Err(_)
@@ -471,23 +469,17 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
     for directory in [DEFINITIONS, RUNNING] {
         all_seen(Path::new(directory), &seen)?;
     }
-    let mut used: Vec<_> = used.paths.into_iter().collect();
-    used.sort();
-    Ok(used)
+    Ok(used.kept())
 }
 
 /// Every file that this guest refers to.
 ///
 /// # Errors
 /// If it cannot be looked at: then nothing is certain.
-pub fn of(domain: Domain) -> Result<Vec<PathBuf>, String> {
-    let mut used = Used {
-        connection: domain.connection(),
-        deadline: Instant::now() + OTHERS,
-        paths: HashSet::new(),
-    };
-    used.by(domain)?;
-    Ok(used.paths.into_iter().collect())
+pub fn of(domain: Domain, name: &str) -> Result<Vec<Kept>, String> {
+    let mut used = Used::new(domain.connection());
+    used.by(domain, name)?;
+    Ok(used.kept())
 }
 
 /// libvirt lists only the guests that a call's user may see (fine-grained access control): all that it has files of must
@@ -526,16 +518,16 @@ fn counted_on(
     directory: &Path,
     guest: Uuid,
     is_shared: impl Fn(&Path) -> bool,
-) -> Result<HashSet<PathBuf>, String> {
+) -> Result<BTreeMap<PathBuf, String>, String> {
     let failed = |path: &Path, why: &dyn std::fmt::Display| {
         format!("the journal {} cannot be read: {why}", path.display())
     };
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(HashSet::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeMap::new()),
         Err(error) => return Err(failed(directory, &error)),
     };
-    let mut paths = HashSet::new();
+    let mut paths = BTreeMap::new();
     for entry in entries {
         let path = entry.map_err(|error| failed(directory, &error))?.path();
         let name = path
@@ -559,23 +551,24 @@ fn counted_on(
             let bases = journal.entries.iter().zip(parts).filter(|(entry, part)| {
                 journal.role == Role::Source && is_base(part) && is_shared(&entry.path)
             });
-            for (entry, _) in bases {
-                tracing::info!(
-                    guest = journal.guest.name,
-                    "{} is kept: it is on a network file system, where guests of other hosts may stand on it",
-                    entry.path.display()
-                );
-                paths.insert(entry.path.clone());
-            }
+            paths.extend(bases.map(|(entry, _)| (entry.path.clone(), OTHER_HOSTS.to_owned())));
             continue;
         }
+        let mut found = HashSet::new();
         for entry in journal.entries {
-            paths.insert(plain(&entry.path));
-            paths.insert(entry.path);
+            found.insert(plain(&entry.path));
+            found.insert(entry.path);
         }
         // Its disks that do not move are here already.
         if let Some(definition) = &journal.definition {
-            paths.extend(named(definition).map_err(|error| failed(&path, &error))?);
+            found.extend(named(definition).map_err(|error| failed(&path, &error))?);
+        }
+        let reason = format!(
+            "the move of guest {} that is under way counts on it",
+            journal.guest.name
+        );
+        for path in found {
+            paths.entry(path).or_insert_with(|| reason.clone());
         }
     }
     Ok(paths)
@@ -604,12 +597,30 @@ fn uuid_in(xml: &str) -> Option<Uuid> {
 struct Used {
     connection: Connection,
     deadline: Instant,
-    paths: HashSet<PathBuf>,
+    /// Each with why it stays.
+    paths: BTreeMap<PathBuf, String>,
+    /// Of the guest that is looked at.
+    reason: String,
 }
 
 impl Used {
+    fn new(connection: Connection) -> Self {
+        Self {
+            connection,
+            deadline: Instant::now() + OTHERS,
+            paths: BTreeMap::new(),
+            reason: String::new(),
+        }
+    }
+
+    fn kept(self) -> Vec<Kept> {
+        let paths = self.paths.into_iter();
+        paths.map(|(path, reason)| Kept { path, reason }).collect()
+    }
+
     /// Looks at one guest: as it will be when it starts, as it is where it runs, and as its snapshots have it.
-    fn by(&mut self, domain: Domain) -> Result<(), String> {
+    fn by(&mut self, domain: Domain, name: &str) -> Result<(), String> {
+        self.reason = format!("guest {name} refers to it");
         let failed = |error: libvirt::Error| error.to_string();
         self.definition(&domain.definition().map_err(failed)?)?;
         if !domain.is_shut_off().map_err(failed)? {
@@ -643,12 +654,17 @@ impl Used {
 
     /// As the kernel finds it from what it is called, and as its text says: who uses these looks at what each is.
     fn add(&mut self, path: PathBuf) {
-        self.paths.insert(plain(&path));
-        self.paths.insert(path);
+        self.insert(plain(&path));
+        self.insert(path);
+    }
+
+    /// Who was looked at first is named.
+    fn insert(&mut self, path: PathBuf) {
+        self.paths.entry(path).or_insert_with(|| self.reason.clone());
     }
 
     fn named(&mut self, xml: &str) -> Result<(), String> {
-        self.paths.extend(named(xml)?);
+        named(xml)?.into_iter().for_each(|path| self.insert(path));
         Ok(())
     }
 
@@ -657,7 +673,7 @@ impl Used {
         for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
             match levels {
                 1.. if entry.path().is_dir() => self.below(&entry.path(), levels - 1),
-                _ => drop(self.paths.insert(entry.path())),
+                _ => self.insert(entry.path()),
             }
         }
     }
@@ -940,7 +956,7 @@ mod tests {
         };
         assert_eq!(
             counted_on(Path::new("/no/such/directory"), own, |_| true),
-            Ok(HashSet::new())
+            Ok(BTreeMap::new())
         );
         std::fs::write(directory.path().join("x.tmp"), "").unwrap();
         let definition = Some("<domain><disk><source file='/iso'/></disk></domain>");
@@ -949,15 +965,10 @@ mod tests {
             other,
             &journal(Role::Destination, other, "/a/../images/base", definition),
         );
-        let mut found: Vec<_> = counted_on(directory.path(), own, |_| true)
-            .unwrap()
-            .into_iter()
-            .collect();
-        found.sort();
-        assert_eq!(
-            found,
-            ["/a/../images/base", "/images/base", "/iso"].map(PathBuf::from)
-        );
+        let found = counted_on(directory.path(), own, |_| true).unwrap();
+        let why = "the move of guest g that is under way counts on it";
+        let expected = ["/a/../images/base", "/images/base", "/iso"];
+        assert_eq!(found, expected.map(|path| (path.into(), why.to_owned())).into());
         write(other, "{}");
         let why = counted_on(directory.path(), own, |_| true).unwrap_err();
         assert!(why.contains(&other.to_string()), "{why}");
@@ -970,8 +981,9 @@ mod tests {
         let path = directory.path().join(format!("{guest}.json"));
         std::fs::write(path, journal(Role::Source, guest, "/nfs/base", None)).unwrap();
         let kept = |is_shared: bool| counted_on(directory.path(), guest, |_| is_shared).unwrap();
-        assert_eq!(kept(true), HashSet::from(["/nfs/base".into()]));
-        assert_eq!(kept(false), HashSet::new());
+        let why = "it is on a network file system, where guests of other hosts may stand on it".to_owned();
+        assert_eq!(kept(true), BTreeMap::from([("/nfs/base".into(), why)]));
+        assert_eq!(kept(false), BTreeMap::new());
         assert!(!is_shared(directory.path()) && !is_shared(Path::new("/no/such/file")));
         let top = Part::Disk {
             target: "vda".into(),

@@ -7,7 +7,7 @@ use crate::cold::{image, inventory, pools};
 use crate::libvirt::Connection;
 use ferry_contract::cold::Kept;
 use ferry_contract::session::Guest;
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// The disks of a guest.
@@ -98,8 +98,8 @@ fn real(path: &Path) -> PathBuf {
 
 /// What this host knows of files.
 pub struct Host {
-    /// What other guests refer to.
-    used: HashSet<PathBuf>,
+    /// What other guests refer to, and which.
+    used: HashMap<PathBuf, String>,
 }
 
 impl Host {
@@ -110,7 +110,10 @@ impl Host {
             Vec::new()
         });
         Self {
-            used: used.iter().map(|path| real(path)).collect(),
+            used: used
+                .into_iter()
+                .map(|kept| (real(&kept.path), kept.reason))
+                .collect(),
         }
     }
 }
@@ -126,8 +129,8 @@ impl Here for Host {
         real(parent) == real(directory)
     }
 
-    fn is_used(&self, path: &Path) -> bool {
-        self.used.contains(&real(path))
+    fn user(&self, path: &Path) -> Option<String> {
+        self.used.get(&real(path)).cloned()
     }
 
     fn is_shared(&self, path: &Path) -> bool {

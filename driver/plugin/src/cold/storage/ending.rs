@@ -7,7 +7,7 @@ use crate::cold::{durable, here, inventory, pools, unexpected, LOCAL, SETTLED};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error};
 use ferry_contract::cold::journal::{Entry, Journal};
-use ferry_contract::cold::{Deleted, Metadata, Part, Recovered};
+use ferry_contract::cold::{Deleted, Kept, Metadata, Part, Recovered, TO_STAY};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
 use ferry_host as host;
@@ -63,20 +63,16 @@ pub fn give_up(guest: &Guest, engine: &Engine) {
 ///
 /// # Errors
 /// The engine's; the guest has its new files.
-pub fn clear(
-    connection: Connection,
-    guest: &Guest,
-    engine: &Engine,
-    mut keep: bool,
-) -> Result<Deleted, Error> {
+pub fn clear(connection: Connection, guest: &Guest, engine: &Engine, keep: bool) -> Result<Deleted, Error> {
+    let mut keep = keep.then(|| TO_STAY.to_owned());
     let in_use = match keep {
-        true => Vec::new(),
-        false => in_use(connection, guest).unwrap_or_else(|why| {
+        Some(_) => Vec::new(),
+        None => in_use(connection, guest).unwrap_or_else(|why| {
             tracing::warn!(
                 guest = guest.name,
                 "the files that moved stay at their old places, too: {why}"
             );
-            keep = true;
+            keep = Some(why);
             Vec::new()
         }),
     };
@@ -89,10 +85,10 @@ pub fn clear(
     }
 }
 
-fn in_use(connection: Connection, guest: &Guest) -> Result<Vec<PathBuf>, String> {
+fn in_use(connection: Connection, guest: &Guest) -> Result<Vec<Kept>, String> {
     let mut used = inventory::others(connection, guest.uuid)?;
     let domain = connection.domain(guest.uuid).map_err(|error| error.to_string())?;
-    used.extend(inventory::of(domain.get())?);
+    used.extend(inventory::of(domain.get(), &guest.name)?);
     Ok(used)
 }
 

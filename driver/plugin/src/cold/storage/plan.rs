@@ -5,7 +5,7 @@
 //! this one that stays, or, of a base on a network file system, maybe a guest of another host. Then all that its header names stays, too, for that must not be changed.
 
 use crate::cold::image::Layer;
-use crate::cold::inventory::plain;
+use crate::cold::inventory::{plain, OTHER_HOSTS};
 use ferry_contract::cold::storage::Rename;
 use ferry_contract::cold::{Item, Kept, Part};
 use std::collections::BTreeMap;
@@ -28,8 +28,8 @@ pub trait Here {
     fn is_file(&self, path: &Path) -> bool;
     /// Whether it is in this directory, however both are written.
     fn is_in(&self, path: &Path, directory: &Path) -> bool;
-    /// Whether another guest refers to it.
-    fn is_used(&self, path: &Path) -> bool;
+    /// Who else refers to it, in a sentence.
+    fn user(&self, path: &Path) -> Option<String>;
     /// Whether other hosts may see it, too.
     fn is_shared(&self, path: &Path) -> bool;
 }
@@ -105,12 +105,11 @@ impl<H: Here> Planning<'_, H> {
         match path {
             path if !self.here.is_file(path) => Some("it is no file, and only files are moved".into()),
             path if self.here.is_in(path, self.directory) => Some("it is there already".into()),
-            path if self.here.is_used(path) => Some("another guest refers to it".into()),
             // What a guest writes to is its own.
-            path if number > 0 && self.here.is_shared(path) => {
-                Some("it is on a network file system, where guests of other hosts may stand on it".into())
-            }
-            _ => None,
+            path => self
+                .here
+                .user(path)
+                .or_else(|| (number > 0 && self.here.is_shared(path)).then(|| OTHER_HOSTS.into())),
         }
     }
 
@@ -297,8 +296,9 @@ mod tests {
         fn is_in(&self, path: &Path, directory: &Path) -> bool {
             path.parent() == Some(directory)
         }
-        fn is_used(&self, path: &Path) -> bool {
-            self.0.iter().any(|used| Path::new(used) == path)
+        fn user(&self, path: &Path) -> Option<String> {
+            let used = self.0.iter().any(|used| Path::new(used) == path);
+            used.then(|| "guest web refers to it".into())
         }
         fn is_shared(&self, path: &Path) -> bool {
             path.starts_with("/nfs")
@@ -404,7 +404,7 @@ mod tests {
         assert_eq!(stays(&plan), ["/a/base.raw", "/a/mid.qcow2"]);
         // What the guest writes to is nobody else's.
         let problems = planned(&[chain("vda", true, images)], &["/a/top.qcow2"]).unwrap_err();
-        assert!(problems[0].contains("another guest"), "{problems:?}");
+        assert!(problems[0].contains("guest web"), "{problems:?}");
         // A disk of its own that stays is as good as another guest.
         let other = chain(
             "vdb",
