@@ -707,12 +707,20 @@ pub fn is_absent(path: &Path) -> bool {
     found.is_err_and(|error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory))
 }
 
-/// Every absolute path in an XML, as it stands there and without `..`, whatever it is there for, and those within arguments
-/// (`-drive file=/a,format=raw`): too many keep a file, too few lose one.
+/// Every absolute path in an XML, as it [stands there](written) and without `..`: too many keep a file, too few lose one.
 ///
 /// # Errors
 /// It is no XML.
 pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
+    let written = written(xml)?.into_iter();
+    Ok(written.flat_map(|path| [plain(&path), path]).collect())
+}
+
+/// Every absolute path in an XML, whatever it is there for, and those within arguments (`-drive file=/a,format=raw`).
+///
+/// # Errors
+/// It is no XML.
+pub fn written(xml: &str) -> Result<HashSet<PathBuf>, String> {
     let document = Document::parse(xml).map_err(|error| format!("libvirt's XML: {error}"))?;
     let nodes = document.descendants();
     let values = nodes.flat_map(|node| {
@@ -722,7 +730,7 @@ pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
     let parts = values.flat_map(|value| std::iter::once(value).chain(value.split(['=', ',', ' ', ':'])));
     Ok(parts
         .filter(|part| part.starts_with('/'))
-        .flat_map(|path| [path.into(), plain(Path::new(path))])
+        .map(PathBuf::from)
         .collect())
 }
 
