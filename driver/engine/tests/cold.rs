@@ -3,9 +3,12 @@
 mod common;
 
 use common::await_some;
-use common::cold::{allocated, disk, is_root, noise, ofd_read_lock, sha256, writer, Engine, Scene, MIB};
+use common::cold::{
+    acl, allocated, disk, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, Engine, Scene,
+    ACCESS, DEFAULT, MIB, NO_ID,
+};
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Definition, Deleted, Medium, Options, Part};
+use ferry_contract::cold::{Definition, Kept, Medium, Options, Part};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Encryption;
 use std::fs::{self, File, OpenOptions};
@@ -18,15 +21,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 /// Finish and Confirm, as the plug-ins do them with --undefinesource.
-fn conclude(scene: &Scene, mut source: Engine, mut destination: Engine, in_use: &[PathBuf]) -> Deleted {
+fn conclude(
+    scene: &Scene,
+    mut source: Engine,
+    mut destination: Engine,
+    in_use: &[Kept],
+) -> ferry_contract::cold::Deleted {
     assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
     assert_eq!(scene.journal(Role::Source).unwrap().state, State::Committed);
     destination.own();
     assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
-    let deleted = source.delete(false, in_use);
+    let deleted = source.ask(&Request::ColdDelete {
+        keep: None,
+        in_use: in_use.to_vec(),
+    });
     source.end();
     destination.end();
-    deleted
+    match deleted {
+        Reply::ColdDeleted(deleted) => deleted,
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -55,12 +69,41 @@ fn everything_moves_as_it_was() {
     if is_root() {
         std::os::unix::fs::chown(&pages, Some(1), Some(2)).unwrap();
     }
+    // An unknown group of the others that may less than they; numbers without a name are no names.
+    let theirs = [
+        (1, 6, NO_ID),
+        (2, 4, 0),
+        (2, 7, 54321),
+        (4, 0, NO_ID),
+        (8, 7, 0),
+        (8, 0, 54321),
+        (16, 6, NO_ID),
+        (32, 4, NO_ID),
+    ];
+    set_acl(&pages, ACCESS, &list(&theirs));
     scene.own(&pages, disk(2));
+    // What its directory would let others do, the source's files do not.
+    let open = [
+        (1, 7, NO_ID),
+        (2, 7, 54321),
+        (4, 7, NO_ID),
+        (16, 7, NO_ID),
+        (32, 7, NO_ID),
+    ];
+    set_acl(&scene.destination(), DEFAULT, &list(&open));
     let tpm = scene.source().join("swtpm/uuid");
     fs::create_dir_all(tpm.join("tpm2")).unwrap();
     fs::set_permissions(tpm.join("tpm2"), fs::Permissions::from_mode(0o700)).unwrap();
     fs::write(tpm.join("tpm2/tpm2-00.permall"), noise(5, 6013)).unwrap();
     fs::write(tpm.join("tpm2/.lock"), "").unwrap();
+    let theirs = [
+        (1, 7, NO_ID),
+        (2, 7, 54321),
+        (4, 0, NO_ID),
+        (16, 7, NO_ID),
+        (32, 0, NO_ID),
+    ];
+    set_acl(&tpm, ACCESS, &list(&theirs));
     scene.own(&tpm, Part::Tpm);
     fs::create_dir(scene.destination().join("swtpm")).unwrap();
 
@@ -129,7 +172,17 @@ fn everything_moves_as_it_was() {
     );
     assert_eq!(allocated(&scene.destination().join("empty.raw")), 0);
     let found = fs::metadata(scene.destination().join("pages.raw")).unwrap();
-    assert_eq!(found.mode() & 0o7777, 0o640);
+    assert_eq!(found.mode() & 0o7777, 0o660);
+    let expected = [
+        (1, 6, NO_ID),
+        (2, 4, 0),
+        (4, 0, NO_ID),
+        (8, 7, 0),
+        (16, 6, NO_ID),
+        (32, 0, NO_ID),
+    ];
+    assert_eq!(acl(&scene.destination().join("pages.raw")), Some(list(&expected)));
+    assert_eq!(acl(&scene.destination().join("empty.raw")), None);
     if is_root() {
         assert_eq!((found.uid(), found.gid()), (1, 2));
     }
@@ -143,6 +196,10 @@ fn everything_moves_as_it_was() {
     }
     let made = fs::metadata(scene.destination().join("swtpm/uuid/tpm2")).unwrap();
     assert_eq!(made.mode() & 0o7777, 0o700);
+    // Its list stays behind, and its group may not what the mask said.
+    let made = scene.destination().join("swtpm/uuid");
+    assert_eq!(fs::metadata(&made).unwrap().mode() & 0o7777, 0o700);
+    assert_eq!(acl(&made), None);
     // The lock was swtpm's, not the guest's.
     assert!(tpm.join("tpm2/.lock").exists() && !scene.destination().join("swtpm/uuid/tpm2/.lock").exists());
     scene.assert_clean();
@@ -171,10 +228,18 @@ fn packed_limited_and_plain() {
     assert!(sent > 6 * MIB && sent < 8 * MIB, "{sent}");
     // The last megabytes are booked, but nothing has to wait for them.
     assert!(took.as_secs_f64() > 1.0, "{took:?}");
-    let deleted = conclude(&scene, source, destination, std::slice::from_ref(&noisy));
+    let deleted = conclude(
+        &scene,
+        source,
+        destination,
+        &[Kept {
+            path: noisy.clone(),
+            reason: "guest web refers to it".into(),
+        }],
+    );
     assert_eq!(deleted.deleted, [path]);
     assert!(
-        noisy.exists() && deleted.kept[0].reason.contains("another guest"),
+        noisy.exists() && deleted.kept[0].reason == "guest web refers to it",
         "{deleted:?}"
     );
     let there = ["text.raw", "noise.raw"].map(|name| sha256(&scene.destination().join(name)));

@@ -83,6 +83,9 @@ pub struct Entry {
     pub digest: Option<Digest>,
     /// Its device and inode, so that nothing else is ever deleted in its place.
     pub identity: Option<(u64, u64)>,
+    /// What the kernel knows it by beyond a reboot, as the engine writes it; where there is something, it decides.
+    #[serde(default)]
+    pub lasting: Option<String>,
     /// Source: when it was last changed, nanoseconds since 1970. A number of an inode may come back, with another file.
     #[serde(default)]
     pub modified: Option<i64>,

@@ -3,12 +3,13 @@
 use super::{await_some, PATIENCE};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
 use ferry_contract::cold::storage::Relocate;
-use ferry_contract::cold::{Deleted, Item, Options, Part, Plan, Pull, Recovered, Serve, Wish};
+use ferry_contract::cold::{Item, Options, Part, Plan, Pull, Recovered, Serve, Wish};
 use ferry_contract::control::{Failure, Message, Reply, Request, Settings, Statistics};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::{Encryption, Guest};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
+use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -99,18 +100,6 @@ impl Engine {
     /// The guest has its new files, and a source hears that it has left.
     pub fn own(&mut self) {
         assert_eq!(self.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
-    }
-
-    /// The old files go, but those that other guests use; none where they are to be kept.
-    pub fn delete(&mut self, keep: bool, in_use: &[PathBuf]) -> Deleted {
-        let delete = Request::ColdDelete {
-            keep,
-            in_use: in_use.to_vec(),
-        };
-        match self.ask(&delete) {
-            Reply::ColdDeleted(deleted) => deleted,
-            other => panic!("{other:?}"),
-        }
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -361,6 +350,23 @@ impl Scene {
         journal::path(&self.state(role), self.guest.uuid)
     }
 
+    /// What a crash left is changed.
+    pub fn change_journal(&self, role: Role, change: impl FnOnce(&mut Journal)) {
+        let mut journal = self.journal(role).unwrap();
+        change(&mut journal);
+        fs::write(self.journal_path(role), serde_json::to_vec(&journal).unwrap()).unwrap();
+    }
+
+    /// The host was started anew, and its file systems have other numbers.
+    pub fn reboot(&self, role: Role) {
+        self.change_journal(role, |journal| {
+            for entry in journal.entries.iter_mut().chain(&mut journal.former) {
+                let (device, _) = entry.identity.as_mut().unwrap();
+                *device += 1;
+            }
+        });
+    }
+
     pub fn await_state(&self, role: Role, state: State) {
         await_some(&format!("{role:?} to be {state:?}"), || {
             self.journal(role).filter(|journal| journal.state == state)
@@ -466,6 +472,51 @@ pub fn sha256(path: &Path) -> String {
         .unwrap()
         .trim_start_matches('\\')
         .to_owned()
+}
+
+/// An access control list as Linux has it, of (tag, permissions, number).
+pub fn list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, may, id) in entries {
+        list.extend(tag.to_le_bytes());
+        list.extend(may.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    list
+}
+
+/// Who has no number in a list.
+pub const NO_ID: u32 = u32::MAX;
+
+pub const ACCESS: &CStr = c"system.posix_acl_access";
+/// Of a directory: what is made in it has this.
+pub const DEFAULT: &CStr = c"system.posix_acl_default";
+
+fn c_path(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_encoded_bytes()).unwrap()
+}
+
+pub fn set_acl(path: &Path, kind: &CStr, list: &[u8]) {
+    let path = c_path(path);
+    // SAFETY: path and name end with NUL, the value is as long as said.
+    let done = unsafe { libc::setxattr(path.as_ptr(), kind.as_ptr(), list.as_ptr().cast(), list.len(), 0) };
+    assert_eq!(done, 0, "{:?}", std::io::Error::last_os_error());
+}
+
+/// The list that a file has; `None` where it has its mode alone.
+pub fn acl(path: &Path) -> Option<Vec<u8>> {
+    let (path, mut value) = (c_path(path), vec![0u8; 4096]);
+    // SAFETY: path and name end with NUL, the buffer is as long as said.
+    let length = unsafe {
+        libc::getxattr(
+            path.as_ptr(),
+            ACCESS.as_ptr(),
+            value.as_mut_ptr().cast(),
+            value.len(),
+        )
+    };
+    value.truncate(usize::try_from(length).ok()?);
+    Some(value)
 }
 
 pub fn allocated(path: &Path) -> u64 {

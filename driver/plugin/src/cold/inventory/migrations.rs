@@ -4,10 +4,13 @@ use super::{named, plain};
 use ferry_contract::cold::journal::{self, Role};
 use ferry_contract::cold::Part;
 use ferry_host as host;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
+
+/// Why a base stays where other hosts' guests, which are not known here, may need it.
+pub const OTHER_HOSTS: &str = "it is on a network file system, where guests of other hosts may stand on it";
 
 /// Files that other guests' migrations count on: what arrives, or was here before and is to be its base, is in no definition
 /// yet. Of the guest's own, which leaves: what its overlays stand on where other hosts' guests may, too.
@@ -15,16 +18,16 @@ pub fn counted_on(
     directory: &Path,
     guest: Uuid,
     is_shared: impl Fn(&Path) -> bool,
-) -> Result<HashSet<PathBuf>, String> {
+) -> Result<BTreeMap<PathBuf, String>, String> {
     let failed = |path: &Path, why: &dyn std::fmt::Display| {
         format!("the journal {} cannot be read: {why}", path.display())
     };
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(HashSet::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeMap::new()),
         Err(error) => return Err(failed(directory, &error)),
     };
-    let mut paths = HashSet::new();
+    let mut paths = BTreeMap::new();
     for entry in entries {
         let path = entry.map_err(|error| failed(directory, &error))?.path();
         let Some(other) = journal::guest(&path) else {
@@ -41,23 +44,24 @@ pub fn counted_on(
             let bases = journal.entries.iter().zip(parts).filter(|(entry, part)| {
                 journal.role == Role::Source && is_base(part) && is_shared(&entry.path)
             });
-            for (entry, _) in bases {
-                tracing::info!(
-                    guest = journal.guest.name,
-                    "{} is kept: it is on a network file system, where guests of other hosts may stand on it",
-                    entry.path.display()
-                );
-                paths.insert(entry.path.clone());
-            }
+            paths.extend(bases.map(|(entry, _)| (entry.path.clone(), OTHER_HOSTS.to_owned())));
             continue;
         }
+        let mut found = HashSet::new();
         for entry in journal.entries {
-            paths.insert(plain(&entry.path));
-            paths.insert(entry.path);
+            found.insert(plain(&entry.path));
+            found.insert(entry.path);
         }
         // Its disks that do not move are here already.
         if let Some(definition) = &journal.definition {
-            paths.extend(named(definition).map_err(|error| failed(&path, &error))?);
+            found.extend(named(definition).map_err(|error| failed(&path, &error))?);
+        }
+        let reason = format!(
+            "the move of guest {} that is under way counts on it",
+            journal.guest.name
+        );
+        for path in found {
+            paths.entry(path).or_insert_with(|| reason.clone());
         }
     }
     Ok(paths)
@@ -110,7 +114,7 @@ mod tests {
         };
         assert_eq!(
             counted_on(Path::new("/no/such/directory"), own, |_| true),
-            Ok(HashSet::new())
+            Ok(BTreeMap::new())
         );
         std::fs::write(directory.path().join("x.tmp"), "").unwrap();
         let definition = Some("<domain><disk><source file='/iso'/></disk></domain>");
@@ -119,15 +123,10 @@ mod tests {
             other,
             &journal(Role::Destination, other, "/a/../images/base", definition),
         );
-        let mut found: Vec<_> = counted_on(directory.path(), own, |_| true)
-            .unwrap()
-            .into_iter()
-            .collect();
-        found.sort();
-        assert_eq!(
-            found,
-            ["/a/../images/base", "/images/base", "/iso"].map(PathBuf::from)
-        );
+        let found = counted_on(directory.path(), own, |_| true).unwrap();
+        let why = "the move of guest g that is under way counts on it";
+        let expected = ["/a/../images/base", "/images/base", "/iso"];
+        assert_eq!(found, expected.map(|path| (path.into(), why.to_owned())).into());
         write(other, "{}");
         let why = counted_on(directory.path(), own, |_| true).unwrap_err();
         assert!(why.contains(&other.to_string()), "{why}");
@@ -140,8 +139,9 @@ mod tests {
         let path = directory.path().join(format!("{guest}.json"));
         std::fs::write(path, journal(Role::Source, guest, "/nfs/base", None)).unwrap();
         let kept = |is_shared: bool| counted_on(directory.path(), guest, |_| is_shared).unwrap();
-        assert_eq!(kept(true), HashSet::from(["/nfs/base".into()]));
-        assert_eq!(kept(false), HashSet::new());
+        let why = "it is on a network file system, where guests of other hosts may stand on it".to_owned();
+        assert_eq!(kept(true), BTreeMap::from([("/nfs/base".into(), why)]));
+        assert_eq!(kept(false), BTreeMap::new());
         let top = Part::Disk {
             target: "vda".into(),
             layer: 0,

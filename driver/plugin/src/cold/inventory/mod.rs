@@ -12,7 +12,8 @@ mod snapshots;
 
 pub use homes::{is_shared, Homes};
 pub use names::{all_certain, certain, is_absent, plain};
-pub use references::{named, of, others};
+pub use migrations::OTHER_HOSTS;
+pub use references::{named, of, others, written};
 pub use snapshots::{external, metadata};
 
 use super::definition::{Definition, Disk, Source};

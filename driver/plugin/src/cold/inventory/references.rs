@@ -6,9 +6,10 @@ use crate::cold::image::{self, Layer};
 use crate::cold::pools;
 use crate::libvirt::{self, Connection, Domain};
 use ferry_contract::cold::journal;
+use ferry_contract::cold::Kept;
 use ferry_host as host;
 use roxmltree::Document;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,17 +21,16 @@ const RUNNING: &str = "/run/libvirt/qemu";
 const OTHERS: Duration = Duration::from_secs(120);
 
 /// Every file that this host's other guests refer to, by definition, snapshot or image header, or that the journal of one's
-/// migration counts on; and what this guest's own journal has of bases that other hosts' guests may need.
+/// migration counts on; and what this guest's own journal has of bases that other hosts' guests may need. Each with who does.
 ///
 /// # Errors
 /// If a guest or a journal cannot be looked at: then nothing is certain.
-pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, String> {
+pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<Kept>, String> {
     let failed = |error: libvirt::Error| format!("the host's other guests cannot be looked at: {error}");
     let mut used = Used::new(connection);
     // Before the list: a guest whose journal has gone by then is in it.
     let journals = host::state_directory()?.join(journal::DIRECTORY);
-    used.paths
-        .extend(migrations::counted_on(&journals, guest, is_shared)?);
+    used.paths = migrations::counted_on(&journals, guest, is_shared)?;
     let mut seen = HashSet::from([guest]);
     for domain in connection.domains().map_err(failed)? {
         let domain = domain.get();
@@ -40,7 +40,7 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
         if !seen.insert(other.uuid) {
             continue;
         }
-        match used.by(domain) {
+        match used.by(domain, &other.name) {
             Ok(()) => {}
             // Undefined, or ended, since it was listed.
             Err(_)
@@ -54,19 +54,17 @@ pub fn others(connection: Connection, guest: Uuid) -> Result<Vec<PathBuf>, Strin
     for directory in [DEFINITIONS, RUNNING] {
         all_seen(Path::new(directory), &seen)?;
     }
-    let mut used: Vec<_> = used.paths.into_iter().collect();
-    used.sort();
-    Ok(used)
+    Ok(used.kept())
 }
 
 /// Every file that this guest refers to.
 ///
 /// # Errors
 /// If it cannot be looked at: then nothing is certain.
-pub fn of(domain: Domain) -> Result<Vec<PathBuf>, String> {
+pub fn of(domain: Domain, name: &str) -> Result<Vec<Kept>, String> {
     let mut used = Used::new(domain.connection());
-    used.by(domain)?;
-    Ok(used.paths.into_iter().collect())
+    used.by(domain, name)?;
+    Ok(used.kept())
 }
 
 /// libvirt lists only the guests that a call's user may see (fine-grained access control): all that it has files of must
@@ -114,7 +112,10 @@ fn uuid_in(xml: &str) -> Option<Uuid> {
 struct Used {
     connection: Connection,
     deadline: Instant,
-    paths: HashSet<PathBuf>,
+    /// Each with why it stays.
+    paths: BTreeMap<PathBuf, String>,
+    /// Of the guest that is looked at.
+    reason: String,
 }
 
 impl Used {
@@ -122,12 +123,19 @@ impl Used {
         Self {
             connection,
             deadline: Instant::now() + OTHERS,
-            paths: HashSet::new(),
+            paths: BTreeMap::new(),
+            reason: String::new(),
         }
     }
 
+    fn kept(self) -> Vec<Kept> {
+        let paths = self.paths.into_iter();
+        paths.map(|(path, reason)| Kept { path, reason }).collect()
+    }
+
     /// Looks at one guest: as it will be when it starts, as it is where it runs, and as its snapshots have it.
-    fn by(&mut self, domain: Domain) -> Result<(), String> {
+    fn by(&mut self, domain: Domain, name: &str) -> Result<(), String> {
+        self.reason = format!("guest {name} refers to it");
         let failed = |error: libvirt::Error| error.to_string();
         self.definition(&domain.definition().map_err(failed)?)?;
         if !domain.is_shut_off().map_err(failed)? {
@@ -161,12 +169,17 @@ impl Used {
 
     /// As the kernel finds it from what it is called, and as its text says: who uses these looks at what each is.
     fn add(&mut self, path: PathBuf) {
-        self.paths.insert(plain(&path));
-        self.paths.insert(path);
+        self.insert(plain(&path));
+        self.insert(path);
+    }
+
+    /// Who was looked at first is named.
+    fn insert(&mut self, path: PathBuf) {
+        self.paths.entry(path).or_insert_with(|| self.reason.clone());
     }
 
     fn named(&mut self, xml: &str) -> Result<(), String> {
-        self.paths.extend(named(xml)?);
+        named(xml)?.into_iter().for_each(|path| self.insert(path));
         Ok(())
     }
 
@@ -175,7 +188,7 @@ impl Used {
         for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
             match levels {
                 1.. if entry.path().is_dir() => self.below(&entry.path(), levels - 1),
-                _ => drop(self.paths.insert(entry.path())),
+                _ => self.insert(entry.path()),
             }
         }
     }
@@ -203,12 +216,20 @@ impl Used {
     }
 }
 
-/// Every absolute path in an XML, as it stands there and without `..`, whatever it is there for, and those within arguments
-/// (`-drive file=/a,format=raw`): too many keep a file, too few lose one.
+/// Every absolute path in an XML, as it [stands there](written) and without `..`: too many keep a file, too few lose one.
 ///
 /// # Errors
 /// It is no XML.
 pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
+    let written = written(xml)?.into_iter();
+    Ok(written.flat_map(|path| [plain(&path), path]).collect())
+}
+
+/// Every absolute path in an XML, whatever it is there for, and those within arguments (`-drive file=/a,format=raw`).
+///
+/// # Errors
+/// It is no XML.
+pub fn written(xml: &str) -> Result<HashSet<PathBuf>, String> {
     let document = Document::parse(xml).map_err(|error| format!("libvirt's XML: {error}"))?;
     let nodes = document.descendants();
     let values = nodes.flat_map(|node| {
@@ -218,7 +239,7 @@ pub fn named(xml: &str) -> Result<HashSet<PathBuf>, String> {
     let parts = values.flat_map(|value| std::iter::once(value).chain(value.split(['=', ',', ' ', ':'])));
     Ok(parts
         .filter(|part| part.starts_with('/'))
-        .flat_map(|path| [path.into(), plain(Path::new(path))])
+        .map(PathBuf::from)
         .collect())
 }
 
