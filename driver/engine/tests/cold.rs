@@ -5,7 +5,7 @@ mod common;
 use common::await_some;
 use common::cold::{allocated, disk, is_root, noise, ofd_read_lock, sha256, writer, Engine, Scene, MIB};
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Definition, Deleted, Medium, Options, Part};
+use ferry_contract::cold::{Definition, Medium, Options, Part};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Encryption;
 use std::fs::{self, File, OpenOptions};
@@ -18,15 +18,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 /// Finish and Confirm, as the plug-ins do them with --undefinesource.
-fn conclude(scene: &Scene, mut source: Engine, mut destination: Engine, in_use: &[PathBuf]) -> Deleted {
+fn conclude(
+    scene: &Scene,
+    mut source: Engine,
+    mut destination: Engine,
+    in_use: &[PathBuf],
+) -> ferry_contract::cold::Deleted {
     assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
     assert_eq!(scene.journal(Role::Source).unwrap().state, State::Committed);
     destination.own();
     assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
-    let deleted = source.delete(false, in_use);
+    let deleted = source.ask(&Request::ColdDelete {
+        keep: false,
+        in_use: in_use.to_vec(),
+    });
     source.end();
     destination.end();
-    deleted
+    match deleted {
+        Reply::ColdDeleted(deleted) => deleted,
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

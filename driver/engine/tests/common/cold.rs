@@ -3,7 +3,7 @@
 use super::{await_some, PATIENCE};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
 use ferry_contract::cold::storage::Relocate;
-use ferry_contract::cold::{Deleted, Item, Options, Part, Plan, Pull, Recovered, Serve, Wish};
+use ferry_contract::cold::{Item, Options, Part, Plan, Pull, Recovered, Serve, Wish};
 use ferry_contract::control::{Failure, Message, Reply, Request, Settings, Statistics};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::{Encryption, Guest};
@@ -99,18 +99,6 @@ impl Engine {
     /// The guest has its new files, and a source hears that it has left.
     pub fn own(&mut self) {
         assert_eq!(self.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
-    }
-
-    /// The old files go, but those that other guests use; none where they are to be kept.
-    pub fn delete(&mut self, keep: bool, in_use: &[PathBuf]) -> Deleted {
-        let delete = Request::ColdDelete {
-            keep,
-            in_use: in_use.to_vec(),
-        };
-        match self.ask(&delete) {
-            Reply::ColdDeleted(deleted) => deleted,
-            other => panic!("{other:?}"),
-        }
     }
 
     pub fn signal(&self, signal: Signal) {
