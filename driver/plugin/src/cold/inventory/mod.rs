@@ -11,8 +11,8 @@ mod references;
 mod snapshots;
 
 pub use homes::{is_shared, Homes};
-pub use names::{all_certain, certain, is_absent, plain};
 pub use migrations::OTHER_HOSTS;
+pub use names::{all_certain, certain, is_absent, plain};
 pub use references::{named, of, others, written};
 pub use snapshots::{external, metadata};
 
