@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{ensure, Context, Result};
-use ferry_tests::cold::{same_files, serial, Content, Guest, IMAGES};
+use ferry_tests::cold::{same_files, serial, shell, Content, Guest, IMAGES};
 use ferry_tests::fault::names;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
@@ -47,11 +47,6 @@ fn a_guest_moves_with_its_disk_and_back() -> Result<()> {
         }
         Ok(())
     })
-}
-
-/// Runs a script in a host; it ends at its first failure.
-fn shell(host: &Host, script: &str) -> Result<String> {
-    host.run(&["sh", "-ec", script])
 }
 
 /// The digests of these files.

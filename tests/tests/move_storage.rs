@@ -1,7 +1,7 @@
 //! The disks of a guest that is shut off go to another place of its host, and are whole in exactly one place whatever happens.
 
 use anyhow::{ensure, Context, Result};
-use ferry_tests::cold::{same_files, serial, Content, Guest, Writer, IMAGES};
+use ferry_tests::cold::{same_files, serial, shell, Content, Guest, Writer, IMAGES};
 use ferry_tests::fault::{engine, signal};
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
@@ -9,11 +9,6 @@ use ferry_tests::scene::PATIENCE;
 use ferry_tests::storage::Held;
 use ferry_tests::wait::wait_until;
 use nix::sys::signal::Signal::{SIGCONT, SIGKILL};
-
-/// Runs a script in a host; it ends at its first failure.
-fn shell(host: &Host, script: &str) -> Result<String> {
-    host.run(&["sh", "-ec", script])
-}
 
 /// What a guest sees in its disk, whatever images it is made of: by QEMU's own tool.
 fn seen(host: &Host, format: &str, path: &str) -> Result<String> {
