@@ -4,10 +4,9 @@
 //!
 //! It is run for every start of every guest and under libvirt's lock of that guest: it opens one file, and answers.
 
-use ferry_contract::cold::journal::{self, Journal};
+use ferry_contract::cold::journal;
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{Error, ErrorKind, Read};
 use std::path::Path;
 use std::process::ExitCode;
 use uuid::Uuid;
@@ -53,22 +52,17 @@ fn verdict(xml: &str, state: &Path) -> Result<(), String> {
         return Err("its definition has no UUID".into());
     };
     let path = journal::path(state, uuid);
-    let unreadable = |why: &dyn std::fmt::Display| {
+    let unreadable = |why: Error| {
         format!(
             "{} says that it is between two hosts, and cannot be read: {why}",
             path.display()
         )
     };
-    let file = match File::open(&path) {
-        Ok(file) => file,
+    let journal = match ferry_host::journal(&path) {
+        Ok(journal) => journal,
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(()),
-        Err(error) => return Err(unreadable(&error)),
+        Err(error) => return Err(unreadable(error)),
     };
-    let mut text = Vec::new();
-    file.take(journal::MAX_LENGTH)
-        .read_to_end(&mut text)
-        .map_err(|error| unreadable(&error))?;
-    let journal = Journal::parse(&text).map_err(|why| unreadable(&why))?;
     journal.fence().map_or(Ok(()), Err)
 }
 

@@ -323,6 +323,14 @@ impl Host {
     }
 }
 
+/// Runs a script in a host; it ends at its first failure.
+///
+/// # Errors
+/// What it said.
+pub fn shell(host: &Host, script: &str) -> Result<String> {
+    host.run(&["sh", "-ec", script])
+}
+
 /// An empty serial log that QEMU's user may write to.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::io::Read;
 
 use anyhow::{ensure, Context, Result};
 use ferry_guest::files::name_of;
-use ferry_tests::cold::{same_files, serial, Content, Guest, IMAGES};
+use ferry_tests::cold::{same_files, serial, shell, Content, Guest, IMAGES};
 use ferry_tests::fault::names;
 use ferry_tests::guest::Config;
 use ferry_tests::host::Host;
@@ -52,11 +52,6 @@ fn a_guest_moves_with_its_disk_and_back() -> Result<()> {
         }
         Ok(())
     })
-}
-
-/// Runs a script in a host; it ends at its first failure.
-fn shell(host: &Host, script: &str) -> Result<String> {
-    host.run(&["sh", "-ec", script])
 }
 
 /// The digests of these files.

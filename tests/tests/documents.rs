@@ -55,7 +55,7 @@ fn validate(file: &Path) -> Result<Output> {
         .context("xmllint")
 }
 
-/// What cookie.rs makes of an element: read (true) or refused.
+/// What our parser makes of an element: read (true) or refused.
 fn is_read(element: &str) -> bool {
     let inside = format!("{element}</qemu-migration>");
     let cookie = COOKIE.replace("</qemu-migration>", &inside);

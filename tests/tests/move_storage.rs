@@ -1,7 +1,7 @@
 //! The disks of a guest that is shut off go to another place of its host, and are whole in exactly one place whatever happens.
 
 use anyhow::{ensure, Context, Result};
-use ferry_tests::cold::{same_files, serial, Content, Guest, Writer, IMAGES};
+use ferry_tests::cold::{same_files, serial, shell, Content, Guest, Writer, IMAGES};
 use ferry_tests::fault::{engine, signal};
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
@@ -9,11 +9,6 @@ use ferry_tests::scene::PATIENCE;
 use ferry_tests::storage::Held;
 use ferry_tests::wait::wait_until;
 use nix::sys::signal::Signal::{SIGCONT, SIGKILL};
-
-/// Runs a script in a host; it ends at its first failure.
-fn shell(host: &Host, script: &str) -> Result<String> {
-    host.run(&["sh", "-ec", script])
-}
 
 /// What a guest sees in its disk, whatever images it is made of: by QEMU's own tool.
 fn seen(host: &Host, format: &str, path: &str) -> Result<String> {
@@ -343,7 +338,7 @@ fn what_is_in_the_way_is_told_at_once() -> Result<()> {
         // The base is the sibling's, too, and stays; the header then names it where it is.
         let content = seen(one, "qcow2", &top)?;
         let said = one.move_storage(&["g", "--disk", "vda", "--to", "/srv/fast"])?;
-        says(&said, &[&format!("stays: {base} (another guest refers to it)")])?;
+        says(&said, &[&format!("stays: {base} (guest sibling refers to it)")])?;
         ensure!(
             one.has(&base) && !one.has(&top),
             "the base, or the overlay, is not where it should be"
@@ -378,6 +373,8 @@ struct Scene<'a> {
 }
 
 const PLACES: [&str; 2] = [IMAGES, "/srv/fast"];
+/// The pool of a medium, which does not move.
+const MEDIA: [&str; 5] = ["pool-create-as", "media", "dir", "--target", "/srv/media"];
 
 impl<'a> Scene<'a> {
     fn new(lab: &'a Lab) -> Result<Self> {
@@ -388,9 +385,15 @@ impl<'a> Scene<'a> {
             one,
             &format!("mkdir -p /srv/fast; qemu-img create -q -f qcow2 -b {IMAGES}/base.raw -F raw {IMAGES}/top.qcow2"),
         )?;
+        shell(one, "mkdir /srv/media; truncate -s 1M /srv/media/cd.iso")?;
+        one.virsh(&MEDIA)?;
         let guest = Guest::new("g").disk("vda", "qcow2", &format!("{IMAGES}/top.qcow2"));
         guest
             .disk("vdb", "raw", &format!("{IMAGES}/plain.img"))
+            .device(
+                "<disk type='volume' device='cdrom'><source pool='media' volume='cd.iso'/><target dev='sda' bus='sata'/>\
+                 <readonly/></disk>",
+            )
             .define(one)?;
         let mut scene = Scene {
             lab,
@@ -531,6 +534,11 @@ fn they_die_around_the_commitment() -> Result<()> {
             if state != "owned" {
                 scene.does_not_start().context(state)?;
             }
+            // What does not move has no part in whose files are whose.
+            let without_media = (state, defined) == ("placed", false);
+            if without_media {
+                one.virsh(&["pool-destroy", "media"])?;
+            }
             let daemon = one.processes_named("libvirtd")?.pop().context("no libvirtd")?;
             let engine = engine(one)?;
             // The daemon first, or it might tell of the engine's end.
@@ -550,6 +558,9 @@ fn they_die_around_the_commitment() -> Result<()> {
             one.restart_libvirtd(true)?;
             drop(held);
             scene.settles()?;
+            if without_media {
+                one.virsh(&MEDIA)?;
+            }
             scene
                 .is_at(place)
                 .with_context(|| format!("{state}, {defined}"))?;

@@ -235,13 +235,13 @@ mod tests {
             }],
             stays: vec![Kept {
                 path: "/a/base".into(),
-                reason: "another guest refers to it".into(),
+                reason: "guest db refers to it".into(),
             }],
             kept: Vec::new(),
         };
         assert_eq!(
             told("web", &report, true),
-            "web: would move\n  vda  /a/x -> /b/x (1.5 GiB)\n  stays: /a/base (another guest refers to it)\n"
+            "web: would move\n  vda  /a/x -> /b/x (1.5 GiB)\n  stays: /a/base (guest db refers to it)\n"
         );
         assert!(told("web", &Report::default(), false).contains("nothing to move"));
     }

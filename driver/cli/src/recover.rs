@@ -1,9 +1,8 @@
 //! Interrupted cold migrations: the plug-in in the daemon brings them to an end, this makes it try and says how each stands.
 
 use anyhow::{ensure, Context, Result};
-use ferry_contract::cold::journal::{Journal, Role, State, DIRECTORY, MAX_LENGTH};
+use ferry_contract::cold::journal::{Role, State, DIRECTORY};
 use ferry_contract::recover::Word;
-use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -138,19 +137,15 @@ fn open() -> Result<Vec<Open>> {
 
 /// `None` for one that has just gone.
 fn read(path: &Path) -> Option<Open> {
-    let mut text = Vec::new();
-    let read = std::fs::File::open(path).and_then(|file| file.take(MAX_LENGTH).read_to_end(&mut text));
-    let unreadable = |why: &dyn std::fmt::Display| Open {
-        guest: path.display().to_string(),
-        uuid: None,
-        peer: None,
-        stands: format!("cannot be read: {why}"),
-    };
-    Some(match (read, Journal::parse(&text)) {
-        (Err(error), _) if error.kind() == std::io::ErrorKind::NotFound => return None,
-        (Err(error), _) => unreadable(&error),
-        (_, Err(error)) => unreadable(&error),
-        (Ok(_), Ok(journal)) => Open {
+    Some(match ferry_host::journal(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+        Err(error) => Open {
+            guest: path.display().to_string(),
+            uuid: None,
+            peer: None,
+            stands: format!("cannot be read: {error}"),
+        },
+        Ok(journal) => Open {
             stands: match journal.fence() {
                 Some(fence) => format!("cannot be started here: {fence}"),
                 None if journal.role == Role::Within => {

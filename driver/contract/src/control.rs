@@ -15,7 +15,7 @@
 //! ```
 
 use crate::cold::storage::Relocate;
-use crate::cold::{Deleted, Pull, Recovered, Serve, Wish};
+use crate::cold::{Deleted, Kept, Pull, Recovered, Serve, Wish};
 use crate::cookie::{Answer, ColdOffer, Offer};
 use crate::session::{Encryption, Guest};
 use serde::{Deserialize, Serialize};
@@ -204,10 +204,10 @@ pub enum Request {
     ColdConfirm,
     /// Cold source, after libvirt has undefined the guest: delete the files that moved. Ends the session.
     ColdDelete {
-        /// Nothing is deleted (`--undefinesource` was not asked for, or the configuration keeps files).
-        keep: bool,
-        /// Files that other guests refer to, which stay.
-        in_use: Vec<PathBuf>,
+        /// Why nothing is deleted, where that is so ([`TO_STAY`](crate::cold::TO_STAY), or it is not known who needs them).
+        keep: Option<String>,
+        /// Files that somebody else needs, which stay, each with why.
+        in_use: Vec<Kept>,
     },
     /// Cold destination, Prepare: reserve, pull and verify all files. Takes as long as it takes.
     ColdPull(Box<Pull>),

@@ -1,7 +1,9 @@
 //! Attributes and references of XML from another host.
 
 use crate::cold::Malformed;
+use crate::cookie::NAMESPACE;
 use quick_xml::events::{BytesRef, BytesStart};
+use quick_xml::name::ResolveResult;
 
 /// The attributes of one element.
 pub(crate) struct Attributes(Vec<(String, String)>);
@@ -37,6 +39,11 @@ impl Attributes {
             false => Ok(None),
         }
     }
+}
+
+/// Whether a name is of our namespace.
+pub(crate) fn is_ours(namespace: &ResolveResult<'_>) -> bool {
+    matches!(namespace, ResolveResult::Bound(bound) if bound.into_inner() == NAMESPACE)
 }
 
 /// What a reference (`&amp;`, `&#10;`) stands for.

@@ -3,9 +3,12 @@
 mod common;
 
 use common::await_some;
-use common::cold::{allocated, disk, is_root, noise, ofd_read_lock, sha256, writer, Engine, Scene, MIB};
+use common::cold::{
+    acl, allocated, disk, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, Engine, Scene,
+    ACCESS, DEFAULT, MIB, NO_ID,
+};
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Definition, Medium, Options, Part};
+use ferry_contract::cold::{Definition, Kept, Medium, Options, Part};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Encryption;
 use std::fs::{self, File, OpenOptions};
@@ -22,17 +25,14 @@ fn conclude(
     scene: &Scene,
     mut source: Engine,
     mut destination: Engine,
-    in_use: &[PathBuf],
+    in_use: &[Kept],
 ) -> ferry_contract::cold::Deleted {
     assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
     assert_eq!(scene.journal(Role::Source).unwrap().state, State::Committed);
-    assert_eq!(
-        destination.ask(&Request::ColdOwned),
-        Reply::ColdOwned { told: true }
-    );
+    destination.own();
     assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
     let deleted = source.ask(&Request::ColdDelete {
-        keep: false,
+        keep: None,
         in_use: in_use.to_vec(),
     });
     source.end();
@@ -69,21 +69,47 @@ fn everything_moves_as_it_was() {
     if is_root() {
         std::os::unix::fs::chown(&pages, Some(1), Some(2)).unwrap();
     }
+    // An unknown group of the others that may less than they; numbers without a name are no names.
+    let theirs = [
+        (1, 6, NO_ID),
+        (2, 4, 0),
+        (2, 7, 54321),
+        (4, 0, NO_ID),
+        (8, 7, 0),
+        (8, 0, 54321),
+        (16, 6, NO_ID),
+        (32, 4, NO_ID),
+    ];
+    set_acl(&pages, ACCESS, &list(&theirs));
     scene.own(&pages, disk(2));
+    // What its directory would let others do, the source's files do not.
+    let open = [
+        (1, 7, NO_ID),
+        (2, 7, 54321),
+        (4, 7, NO_ID),
+        (16, 7, NO_ID),
+        (32, 7, NO_ID),
+    ];
+    set_acl(&scene.destination(), DEFAULT, &list(&open));
     let tpm = scene.source().join("swtpm/uuid");
     fs::create_dir_all(tpm.join("tpm2")).unwrap();
     fs::set_permissions(tpm.join("tpm2"), fs::Permissions::from_mode(0o700)).unwrap();
     fs::write(tpm.join("tpm2/tpm2-00.permall"), noise(5, 6013)).unwrap();
     fs::write(tpm.join("tpm2/.lock"), "").unwrap();
+    let theirs = [
+        (1, 7, NO_ID),
+        (2, 7, 54321),
+        (4, 0, NO_ID),
+        (16, 7, NO_ID),
+        (32, 0, NO_ID),
+    ];
+    set_acl(&tpm, ACCESS, &list(&theirs));
     scene.own(&tpm, Part::Tpm);
     fs::create_dir(scene.destination().join("swtpm")).unwrap();
 
     let files = [&raw, &pages, &nothing, &tpm.join("tpm2/tpm2-00.permall")];
     let before: Vec<_> = files.map(|path| (sha256(path), allocated(path))).into();
-    let mut source = Engine::start("cold-source");
-    let Reply::ColdOffer(offer) = source.ask(&scene.serve()) else {
-        panic!()
-    };
+    let (source, offer) = scene.begin();
     let fence = scene.journal(Role::Source).unwrap().fence();
     assert!(fence.unwrap().contains("is being moved"));
     let mut destination = Engine::start("cold-destination");
@@ -146,7 +172,17 @@ fn everything_moves_as_it_was() {
     );
     assert_eq!(allocated(&scene.destination().join("empty.raw")), 0);
     let found = fs::metadata(scene.destination().join("pages.raw")).unwrap();
-    assert_eq!(found.mode() & 0o7777, 0o640);
+    assert_eq!(found.mode() & 0o7777, 0o660);
+    let expected = [
+        (1, 6, NO_ID),
+        (2, 4, 0),
+        (4, 0, NO_ID),
+        (8, 7, 0),
+        (16, 6, NO_ID),
+        (32, 0, NO_ID),
+    ];
+    assert_eq!(acl(&scene.destination().join("pages.raw")), Some(list(&expected)));
+    assert_eq!(acl(&scene.destination().join("empty.raw")), None);
     if is_root() {
         assert_eq!((found.uid(), found.gid()), (1, 2));
     }
@@ -160,6 +196,10 @@ fn everything_moves_as_it_was() {
     }
     let made = fs::metadata(scene.destination().join("swtpm/uuid/tpm2")).unwrap();
     assert_eq!(made.mode() & 0o7777, 0o700);
+    // Its list stays behind, and its group may not what the mask said.
+    let made = scene.destination().join("swtpm/uuid");
+    assert_eq!(fs::metadata(&made).unwrap().mode() & 0o7777, 0o700);
+    assert_eq!(acl(&made), None);
     // The lock was swtpm's, not the guest's.
     assert!(tpm.join("tpm2/.lock").exists() && !scene.destination().join("swtpm/uuid/tpm2/.lock").exists());
     scene.assert_clean();
@@ -188,10 +228,18 @@ fn packed_limited_and_plain() {
     assert!(sent > 6 * MIB && sent < 8 * MIB, "{sent}");
     // The last megabytes are booked, but nothing has to wait for them.
     assert!(took.as_secs_f64() > 1.0, "{took:?}");
-    let deleted = conclude(&scene, source, destination, std::slice::from_ref(&noisy));
+    let deleted = conclude(
+        &scene,
+        source,
+        destination,
+        &[Kept {
+            path: noisy.clone(),
+            reason: "guest web refers to it".into(),
+        }],
+    );
     assert_eq!(deleted.deleted, [path]);
     assert!(
-        noisy.exists() && deleted.kept[0].reason.contains("another guest"),
+        noisy.exists() && deleted.kept[0].reason == "guest web refers to it",
         "{deleted:?}"
     );
     let there = ["text.raw", "noise.raw"].map(|name| sha256(&scene.destination().join(name)));
@@ -217,9 +265,8 @@ fn everything_in_the_way_is_told_at_once_and_nothing_stays() {
         target: "sda".into(),
         path: "/iso/not-there.iso".into(),
     }];
-    let (mut source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    let failure = destination.refusal(&scene.pull(&offer));
+    let (mut source, mut destination) = scene.pulling();
+    let failure = destination.failure();
     assert_eq!(failure.host, "host2");
     for word in [
         "taken.raw exists",
@@ -308,14 +355,7 @@ fn bases_that_are_the_same_stay_and_others_are_refused() {
     scene.items[0].part = layer(0, "top");
     scene.items[1].part = layer(1, "base");
     let there = scene.destination().join("base.qcow2");
-    let attempt = |scene: &Scene| {
-        let (source, offer) = scene.begin();
-        let mut destination = Engine::start("cold-destination");
-        let failure = destination.refusal(&scene.pull(&offer));
-        source.end_aborted();
-        failure.cause
-    };
-    let missing = attempt(&scene);
+    let missing = scene.refused().cause;
     assert!(
         missing.contains("base.qcow2 of disk vda is not on this host"),
         "{missing}"
@@ -327,7 +367,7 @@ fn bases_that_are_the_same_stay_and_others_are_refused() {
         .unwrap()
         .write_all_at(b"X", 9 * MIB)
         .unwrap();
-    let other = attempt(&scene);
+    let other = scene.refused().cause;
     assert!(other.contains("base.qcow2 is not the same as"), "{other}");
     assert!(there.exists());
     fs::copy(&base, &there).unwrap();
@@ -440,17 +480,9 @@ fn a_byte_flipped_on_the_way_is_noticed_and_named() {
 
 #[test]
 fn a_byte_flipped_on_the_disk_is_noticed_and_named() {
-    let mut scene = Scene {
-        options: Options {
-            bandwidth: 2 * MIB,
-            ..Options::default()
-        },
-        ..Scene::default()
-    };
+    let mut scene = Scene::limited(2 * MIB);
     scene.image("first.raw", 16, 15);
-    let (mut source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    destination.tell(&scene.pull(&offer));
+    let (mut source, mut destination) = scene.pulling();
     // A chunk is read back when it is whole, which takes some seconds at this rate.
     let file = await_some("a block to be written", || {
         let path = fs::read_dir(scene.destination()).unwrap().next()?.unwrap().path();
@@ -463,16 +495,12 @@ fn a_byte_flipped_on_the_disk_is_noticed_and_named() {
     file.read_exact_at(&mut byte, 5000).unwrap();
     file.write_all_at(&[byte[0] ^ 0x10], 5000).unwrap();
     source.tell(&Request::Limit { bandwidth: 0 });
-    match destination.hear() {
-        Some(Reply::Failed(failure)) => {
-            assert!(
-                failure.cause.contains("first.raw is damaged: at 0"),
-                "{}",
-                failure.cause
-            )
-        }
-        other => panic!("{other:?}"),
-    }
+    let failure = destination.failure();
+    assert!(
+        failure.cause.contains("first.raw is damaged: at 0"),
+        "{}",
+        failure.cause
+    );
     source.end_aborted();
     scene.assert_not_there();
     scene.assert_clean();
@@ -581,23 +609,13 @@ fn what_another_process_uses_is_not_deleted() {
 #[test]
 fn a_cancelled_move_leaves_nothing() {
     for at_source in [true, false] {
-        let mut scene = Scene {
-            options: Options {
-                bandwidth: MIB,
-                ..Options::default()
-            },
-            ..Scene::default()
-        };
+        let mut scene = Scene::limited(MIB);
         let path = scene.image("disk.raw", 64, 32);
-        let (mut source, offer) = scene.begin();
-        let mut destination = Engine::start("cold-destination");
-        destination.tell(&scene.pull(&offer));
+        let (mut source, mut destination) = scene.pulling();
         scene.await_state(Role::Destination, State::Pulling);
         let cancelled = if at_source { &mut source } else { &mut destination };
         cancelled.tell(&Request::Cancel);
-        let Some(Reply::Failed(failure)) = destination.hear() else {
-            panic!()
-        };
+        let failure = destination.failure();
         // Whichever host it was cancelled on, both say so.
         assert_eq!(failure.kind, FailureKind::Cancelled, "{failure}");
         assert_eq!(failure.host, if at_source { "host1" } else { "host2" });
@@ -642,30 +660,23 @@ fn without_room_nothing_begins_and_room_that_goes_is_told() {
     let mut scene = Scene::default();
     let path = scene.image("disk.raw", 64, 40);
     let small = Small::mount(scene.destination(), 32);
-    let (source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    let failure = destination.refusal(&scene.pull(&offer));
+    let failure = scene.refused();
     assert!(
         failure.cause.contains("free, the guest's files there need"),
         "{}",
         failure.cause
     );
-    source.end_aborted();
     scene.assert_not_there();
     drop(small);
 
     let _small = Small::mount(scene.destination(), 48);
     scene.options.bandwidth = 4 * MIB;
-    let (mut source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    destination.tell(&scene.pull(&offer));
+    let (mut source, mut destination) = scene.pulling();
     scene.await_state(Role::Destination, State::Pulling);
     let filler = scene.destination().join("filler");
     fs::write(&filler, vec![1; 30 << 20]).unwrap();
     source.tell(&Request::Limit { bandwidth: 0 });
-    let Some(Reply::Failed(failure)) = destination.hear() else {
-        panic!()
-    };
+    let failure = destination.failure();
     assert!(
         failure.cause.contains("disk.raw") && failure.cause.contains("No space left"),
         "{}",
@@ -753,15 +764,12 @@ fn a_device_that_both_hosts_see_is_not_touched() {
     };
     scene.own(&here.0, disk(0));
     scene.elsewhere = vec![(here.0.clone(), there.0.clone())];
-    let (source, offer) = scene.begin();
-    let mut destination = Engine::start("cold-destination");
-    let failure = destination.refusal(&scene.pull(&offer));
+    let failure = scene.refused();
     assert!(
         failure.cause.contains("may be the same storage"),
         "{}",
         failure.cause
     );
-    source.end_aborted();
     assert!(fs::read(&file).unwrap() == content, "the device was written to");
     scene.assert_clean();
 }

@@ -10,6 +10,7 @@ use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Options, Recovered, Wish};
 use ferry_contract::control::{Reply, Request};
 use nix::sys::signal::Signal;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 /// A guest of one disk, and which of the hosts have it registered.
@@ -73,7 +74,7 @@ impl Guest {
         self.check();
         self.at_source = false;
         let deleted = source.ask(&Request::ColdDelete {
-            keep: false,
+            keep: None,
             in_use: Vec::new(),
         });
         assert!(matches!(deleted, Reply::ColdDeleted(deleted) if deleted.deleted == [self.disk.clone()]));
@@ -481,7 +482,7 @@ fn a_recovery_deletes_no_file_that_was_changed_since() {
     let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
     assert_eq!(recovered(&mut here), Recovered::Leaves);
     let deleted = here.ask(&Request::ColdDelete {
-        keep: false,
+        keep: None,
         in_use: Vec::new(),
     });
     match deleted {
@@ -598,5 +599,62 @@ fn what_has_come_in_part_is_nobodys() {
     match engine.hear() {
         Some(Reply::Failed(failure)) => assert!(failure.cause.contains("not all of"), "{failure}"),
         reply => panic!("{reply:?}"),
+    }
+}
+
+#[test]
+fn after_a_reboot_both_hosts_know_their_files() {
+    let mut guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    destination.crash();
+    // Before it could write down that they are in place, one of them perhaps with both of its names.
+    guest.scene.reboot(Role::Destination);
+    let temporary = guest.scene.journal(Role::Destination).unwrap().entries[0]
+        .temporary
+        .clone();
+    std::fs::hard_link(guest.there(), temporary.unwrap()).unwrap();
+    guest
+        .scene
+        .change_journal(Role::Destination, |journal| journal.state = State::Committing);
+    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
+    assert_eq!(recovered(&mut there), Recovered::Define);
+    guest.define();
+    assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    there.end();
+    source.crash();
+    guest.scene.reboot(Role::Source);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn after_a_reboot_a_destination_that_gives_up_removes_its_files_and_no_others() {
+    for anothers in [false, true] {
+        let guest = Guest::new();
+        let (source, destination) = guest.scene.placed();
+        destination.crash();
+        guest.scene.reboot(Role::Destination);
+        if anothers {
+            let copy = guest.scene.destination().join("copy");
+            std::fs::copy(guest.there(), &copy).unwrap();
+            std::fs::rename(&copy, guest.there()).unwrap();
+            // Of the numbers that the one that was written had.
+            let found = std::fs::metadata(guest.there()).unwrap();
+            guest.scene.change_journal(Role::Destination, |journal| {
+                journal.entries[0].identity = Some((found.dev(), found.ino()));
+            });
+        }
+        let mut there = guest.scene.recovery(Role::Destination, Wish::GiveUp);
+        assert_eq!(recovered(&mut there), Recovered::Undone);
+        there.end();
+        source.end_aborted();
+        if anothers {
+            assert_eq!(sha256(&guest.there()), guest.digest);
+            std::fs::remove_file(guest.there()).unwrap();
+        }
+        guest.assert_stays_and_moves_again();
     }
 }

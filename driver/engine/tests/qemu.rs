@@ -407,15 +407,19 @@ fn a_narrow_stream_keeps_qemu_from_going_on() {
     await_that("device state to be written", || {
         writes_device_state(&stream).expect("the stream")
     });
-    let silent = monitor.query_status(Instant::now() + Duration::from_millis(500));
+    let silent = monitor.execute(
+        "query-status",
+        json!({}),
+        Instant::now() + Duration::from_millis(500),
+    );
     assert!(matches!(silent, Err(MonitorError::Timeout { .. })), "{silent:?}");
 
     drop(narrow);
     early.set_nonblocking(false).expect("the stream");
     let reading = std::thread::spawn(move || std::io::copy(&mut stream, &mut std::io::sink()));
     until(&mut monitor, "completed");
-    let state = monitor.query_status(deadline()).expect("query-status");
-    assert_eq!(state.status, "postmigrate");
+    let state = monitor.execute("query-status", json!({}), deadline());
+    assert_eq!(state.expect("query-status")["status"], "postmigrate");
     drop((early, door, qemu));
     reading.join().expect("a thread").expect("the stream");
 }

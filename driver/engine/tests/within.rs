@@ -3,10 +3,12 @@
 
 mod common;
 
-use common::cold::{allocated, recovered, sha256, writer, Engine, Scene, MIB};
+use common::cold::{
+    acl, allocated, list, recovered, set_acl, sha256, writer, Engine, Scene, ACCESS, MIB, NO_ID,
+};
 use ferry_contract::cold::journal::{Journal, Role, State};
 use ferry_contract::cold::storage::Rename;
-use ferry_contract::cold::{Recovered, Wish};
+use ferry_contract::cold::{Kept, Recovered, Wish};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_engine::cold::header;
 use std::fs;
@@ -21,7 +23,7 @@ struct Disks {
 }
 
 const DELETE: Request = Request::ColdDelete {
-    keep: false,
+    keep: None,
     in_use: Vec::new(),
 };
 
@@ -78,6 +80,15 @@ impl Disks {
 fn files_move_and_stay_sparse() {
     let disks = Disks::new(8);
     let sizes: Vec<_> = disks.old.iter().map(|path| allocated(path)).collect();
+    // Here a number is who it was.
+    let theirs = [
+        (1, 6, NO_ID),
+        (2, 6, 54321),
+        (4, 0, NO_ID),
+        (16, 6, NO_ID),
+        (32, 0, NO_ID),
+    ];
+    set_acl(&disks.old[1], ACCESS, &list(&theirs));
     let mut engine = disks.placed();
     assert_eq!(engine.statistics.remaining, 0);
     disks.are_whole(&disks.old);
@@ -99,20 +110,54 @@ fn files_move_and_stay_sparse() {
     for (path, size) in disks.new_places().iter().zip(sizes) {
         assert!(allocated(path) <= size, "{} of {size}", allocated(path));
     }
+    let lists = disks
+        .new_places()
+        .iter()
+        .map(|path| acl(path))
+        .collect::<Vec<_>>();
+    assert_eq!(lists, [None, Some(list(&theirs))]);
 }
 
 #[test]
 fn files_that_are_needed_or_to_stay_are_not_deleted() {
-    for (keep, in_use) in [(true, false), (false, true)] {
+    for keep in [Some("it was to stay".to_owned()), None] {
         let disks = Disks::new(2);
         let mut engine = disks.placed();
         engine.ask(&Request::ColdOwned);
-        let in_use = disks.old.iter().filter(|_| in_use).cloned().collect();
+        let reasons = match &keep {
+            Some(why) => [why.clone(), why.clone()],
+            None => ["guest web refers to it", "guests of other hosts may"].map(str::to_owned),
+        };
+        let stays = disks.old.iter().zip(reasons);
+        let stays: Vec<_> = stays
+            .map(|(path, reason)| Kept {
+                path: path.clone(),
+                reason,
+            })
+            .collect();
+        let in_use = match keep {
+            Some(_) => Vec::new(),
+            None => stays.clone(),
+        };
+        let session = disks.journal().unwrap().session;
         match engine.ask(&Request::ColdDelete { keep, in_use }) {
-            Reply::ColdDeleted(deleted) => assert_eq!((deleted.deleted.len(), deleted.kept.len()), (0, 2)),
+            Reply::ColdDeleted(deleted) => {
+                assert_eq!((deleted.deleted, &deleted.kept), (Vec::new(), &stays))
+            }
             other => panic!("{other:?}"),
         }
         engine.end();
+        let record = disks.scene.directory.path();
+        let record = record.join(format!("logs/g-{session}-source.json"));
+        let told = Command::new(env!("CARGO_BIN_EXE_virt-ferry-engine"))
+            .arg("report")
+            .arg(&record)
+            .output()
+            .unwrap();
+        let told = String::from_utf8(told.stdout).unwrap();
+        for Kept { reason, .. } in &stays {
+            assert!(told.contains(&format!(", not deleted: {reason}")), "{told}");
+        }
         disks.are_whole(&disks.old);
         disks.are_whole(&disks.new_places());
         assert_eq!(disks.journal(), None);
@@ -186,6 +231,7 @@ fn it_ends_while_it_copies() {
 fn it_dies_before_the_definition_is_changed() {
     let disks = Disks::new(4);
     disks.placed().crash();
+    disks.scene.reboot(Role::Within);
     let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
     // The definition still names the old files.
@@ -205,6 +251,7 @@ fn it_dies_after_the_definition_was_changed() {
     // A daemon that dies leaves it to the recovery.
     disks.placed().hang_up();
     assert_eq!(disks.journal().unwrap().state, State::Placed);
+    disks.scene.reboot(Role::Within);
     let mut recovery = disks.scene.recovery(Role::Within, Wish::Settle);
     assert_eq!(recovered(&mut recovery), Recovered::Define);
     assert_eq!(recovery.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });

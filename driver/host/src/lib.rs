@@ -1,13 +1,17 @@
-//! This host: its configuration, names and directories.
+//! This host: its configuration, names, directories and programs.
 
 mod certificates;
 mod conf;
+mod program;
 
 pub use certificates::{certificates, tls_is_forced};
+pub use program::{run, wait};
 
 use conf::Conf;
+use ferry_contract::cold::journal::{self, Journal};
 use ferry_contract::config::{Config, PATH};
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +26,7 @@ const MAX_FILE: u64 = 1 << 20;
 pub fn config() -> Result<Config, String> {
     match read(Path::new(PATH)) {
         Ok(text) => Config::parse(&text).map_err(|error| format!("{PATH}: {error}")),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Config::default()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Config::default()),
         Err(error) => Err(format!("{PATH}: {error}")),
     }
 }
@@ -34,11 +38,23 @@ pub fn config() -> Result<Config, String> {
 pub fn state_directory() -> Result<PathBuf, String> {
     let text = match read(Path::new(PATH)) {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
         Err(error) => return Err(format!("{PATH}: {error}")),
     };
     Config::state_directory_in(&text)
         .ok_or_else(|| format!("{PATH}: state_directory cannot be read: correct it"))
+}
+
+/// The journal at this path.
+///
+/// # Errors
+/// The file's; of kind `InvalidData` where it is no journal that this release can use.
+pub fn journal(path: &Path) -> io::Result<Journal> {
+    let mut text = Vec::new();
+    File::open(path)?
+        .take(journal::MAX_LENGTH)
+        .read_to_end(&mut text)?;
+    Journal::parse(&text).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
 }
 
 /// Where libvirt runs our hook from before each start of a guest.
@@ -63,11 +79,9 @@ fn is_program(path: &Path) -> bool {
     found.is_ok_and(|found| found.is_file() && found.mode() & 0o111 != 0)
 }
 
-fn read(path: &Path) -> std::io::Result<String> {
+fn read(path: &Path) -> io::Result<String> {
     let mut text = String::new();
-    std::fs::File::open(path)?
-        .take(MAX_FILE)
-        .read_to_string(&mut text)?;
+    File::open(path)?.take(MAX_FILE).read_to_string(&mut text)?;
     Ok(text)
 }
 
@@ -169,7 +183,7 @@ pub fn incoming_directory(config: &Config) -> PathBuf {
 }
 
 /// Makes that directory: QEMU's alone, as the user that libvirt runs QEMU as.
-pub fn make_incoming_directory(config: &Config) -> std::io::Result<()> {
+pub fn make_incoming_directory(config: &Config) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     let directory = incoming_directory(config);
     std::fs::DirBuilder::new()

@@ -9,6 +9,7 @@ use crate::mark;
 use crate::turns::Moving;
 use ferry_contract::config::Config;
 use ferry_contract::control::{Failure, FailureKind, Message, Reply, Request, Statistics, MAX_LINE};
+use ferry_host::wait;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -308,57 +309,6 @@ fn bury(child: &mut Child) -> Option<ExitStatus> {
         let _ = child.kill();
         wait(child, BURIAL)
     })
-}
-
-/// The exit status within a time limit. A child has no file descriptor to wait on before pidfd, and the end of
-/// its socket has been seen: it is exiting, so a short poll does.
-fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
-    let deadline = Instant::now() + limit;
-    let mut pause = Duration::from_millis(1);
-    while Instant::now() < deadline {
-        if let Ok(Some(status)) = child.try_wait() {
-            return Some(status);
-        }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(50));
-    }
-    None
-}
-
-/// Why a command has no output.
-pub enum RunError {
-    /// It cannot be started.
-    Start(std::io::Error),
-    /// It ended so, or had to be ended.
-    Ended(String),
-}
-
-/// Runs a command that says little, and returns what it says.
-///
-/// # Errors
-/// That it cannot be started, fails, or takes longer than `limit`.
-pub fn run(command: &mut Command, limit: Duration) -> Result<String, RunError> {
-    let child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .process_group(0)
-        .spawn();
-    let mut child = child.map_err(RunError::Start)?;
-    let Some(status) = wait(&mut child, limit) else {
-        let _ = child.kill();
-        bury(&mut child);
-        return Err(RunError::Ended(format!("no answer in {} s", limit.as_secs())));
-    };
-    let mut said = String::new();
-    if let Some(output) = child.stdout.take() {
-        // What is no text says nothing.
-        let _ = output.take(MAX_LINE as u64).read_to_string(&mut said);
-    }
-    match status.success() {
-        true => Ok(said),
-        false => Err(RunError::Ended(status.to_string())),
-    }
 }
 
 /// x-ignore-shared left on would cost the guest its memory at the next save: has it cleared.

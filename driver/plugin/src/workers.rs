@@ -6,7 +6,7 @@
 //! would set it: by virt-admin. Not by libvirt-admin's library, whose classes are the daemon's own: loaded into it, they
 //! are registered twice, which ends it (libvirt 11.3).
 
-use crate::engine::{run, RunError};
+use ferry_host as host;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -94,10 +94,9 @@ fn resize(loan: &mut Loan, wanted: u32) -> Result<(), String> {
             .env("LC_ALL", "C")
             .args(["--connect", &format!("{daemon}:///system")])
             .args(arguments);
-        run(&mut command, ANSWER).map_err(|error| match error {
-            RunError::Start(error) => format!("cannot start virt-admin: {error}"),
-            RunError::Ended(how) => format!("virt-admin {}: {how}", arguments.join(" ")),
-        })
+        let told = host::run(&mut command, ANSWER);
+        told.map(|told| String::from_utf8_lossy(&told).into_owned())
+            .map_err(|why| format!("virt-admin {}: {why}", arguments.join(" ")))
     };
     if loan.lent == 0 {
         let told = admin(&["server-threadpool-info", daemon])?;

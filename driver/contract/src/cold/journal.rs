@@ -83,6 +83,9 @@ pub struct Entry {
     pub digest: Option<Digest>,
     /// Its device and inode, so that nothing else is ever deleted in its place.
     pub identity: Option<(u64, u64)>,
+    /// What the kernel knows it by beyond a reboot, as the engine writes it; where there is something, it decides.
+    #[serde(default)]
+    pub lasting: Option<String>,
     /// Source: when it was last changed, nanoseconds since 1970. A number of an inode may come back, with another file.
     #[serde(default)]
     pub modified: Option<i64>,
@@ -151,6 +154,11 @@ pub struct Journal {
 /// Where the journal of a guest is, in this state directory.
 pub fn path(state_directory: &Path, guest: Uuid) -> PathBuf {
     state_directory.join(DIRECTORY).join(format!("{guest}.json"))
+}
+
+/// Whose journal a file is, by its name; `None` for what is no journal.
+pub fn guest(path: &Path) -> Option<Uuid> {
+    path.file_name()?.to_str()?.strip_suffix(".json")?.parse().ok()
 }
 
 /// A journal that cannot be used.
@@ -241,6 +249,17 @@ mod tests {
             .is_some()
         };
         assert!([Pulling, Ready, Committing, Placed].map(fenced) == [true; 4] && !fenced(Owned));
+    }
+
+    #[test]
+    fn a_journal_is_its_guests_by_name() {
+        let uuid = Uuid::from_u128(5);
+        let path = path(Path::new("/state"), uuid);
+        assert_eq!(guest(&path), Some(uuid));
+        for other in ["/state/cold/x.json", "/state/cold", "/"].map(PathBuf::from) {
+            assert_eq!(guest(&other), None, "{other:?}");
+        }
+        assert_eq!(guest(&path.with_extension("json.part")), None);
     }
 
     #[test]

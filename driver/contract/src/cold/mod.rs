@@ -129,7 +129,10 @@ pub struct Deleted {
     pub kept: Vec<Kept>,
 }
 
-/// A file that was not deleted.
+/// Why a file was not deleted where that was not asked for: no `--undefinesource`, or the configuration keeps files.
+pub const TO_STAY: &str = "it was to stay";
+
+/// A file that is not deleted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
     /// It.

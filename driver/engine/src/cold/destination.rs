@@ -6,8 +6,10 @@
 //!                                                   └── ColdAbort, the source says no ──▶ aborted ──told──▶ gone
 //! ```
 
+use super::acl::Acl;
 use super::files::{self, Reader};
 use super::hash::manifest;
+use super::identity::is_ours;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, Looked};
 use super::place::{self, is_device, Target};
@@ -15,7 +17,7 @@ use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
-use super::{extents, Error};
+use super::{extents, users, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
 use crate::report::Outcome;
@@ -398,7 +400,8 @@ impl Arriving<'_, '_> {
             }
             let length = |(name, value): &(String, Vec<u8>)| name.len() + value.len();
             attributes += found.attributes.iter().map(length).sum::<usize>();
-            if attributes > MAX_ATTRIBUTES {
+            attributes += found.acl.as_ref().map_or(0, Acl::length);
+            if attributes > MAX_ATTRIBUTES || found.acl.as_ref().is_some_and(Acl::is_too_long) {
                 return Err(Error::Other("the source's files have too many attributes".into()));
             }
             looked.push(found);
@@ -436,8 +439,9 @@ impl Arriving<'_, '_> {
         kept.note(|journal| {
             for file in &files {
                 let entry = journal.entries.get_mut(file.number as usize);
-                if let (Some(entry), Some(target)) = (entry, &file.target) {
-                    entry.identity = target.identity();
+                let identity = file.target.as_ref().and_then(Target::identity);
+                if let (Some(entry), Some(identity)) = (entry, identity) {
+                    identity.note(entry);
                 }
             }
         })?;
@@ -477,6 +481,7 @@ impl Arriving<'_, '_> {
                     fate: *fate,
                     digest: None,
                     identity: None,
+                    lasting: None,
                     modified: None,
                 }
             })
@@ -573,7 +578,8 @@ fn transfer(
     let mut digests = vec![None; count];
     for file in pull.files {
         if let Some(target) = &file.target {
-            target.complete(&file.looked)?;
+            let acl = file.looked.acl.as_ref().map(|acl| acl_here(acl, &file.path));
+            target.complete(&file.looked, acl.as_ref())?;
         }
         let blocks = file.blocks.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(digest) = digests.get_mut(file.number as usize) {
@@ -581,6 +587,19 @@ fn transfer(
         }
     }
     Ok(digests)
+}
+
+/// A file's access control list, by this host's numbers.
+fn acl_here(acl: &Acl<String>, path: &Path) -> Acl<u32> {
+    let (acl, lost) = acl.here(users::named_user_id, users::named_group_id);
+    if !lost.is_empty() {
+        tracing::warn!(
+            path = %path.display(),
+            "not known on this host, and without the access that its list gave them: {}",
+            lost.join(", ")
+        );
+    }
+    acl
 }
 
 /// Why this device must not be written to: it may be the source's own, which both hosts have. Then filling it would empty it.
@@ -603,7 +622,7 @@ fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf,
     let entries = earlier.into_iter().flat_map(|journal| &journal.entries);
     let useful = entries.filter_map(|entry| {
         let temporary = entry.temporary.as_ref()?;
-        let useful = places.contains(&entry.path) && place::is_ours(temporary, entry);
+        let useful = places.contains(&entry.path) && is_ours(temporary, entry);
         useful.then(|| (entry.path.clone(), temporary.clone()))
     });
     useful.collect()

@@ -1,5 +1,7 @@
 //! The source's files: looked at once, fenced against writers, and read.
 
+use super::acl::Acl;
+use super::identity::Identity;
 use super::messages::Looked;
 use super::{extents, users, Error};
 use ferry_contract::cold::{Digest, Directory, File as Owned, Item, Kind, Part, BLOCK, MAX_FILES};
@@ -40,8 +42,8 @@ pub struct Source {
     pub allocated: u64,
     /// Blocks that may hold data.
     pub runs: Vec<Range<u64>>,
-    /// (device, inode).
-    pub identity: (u64, u64),
+    /// Which file it is.
+    pub identity: Identity,
     /// See [`modified`].
     pub modified: i64,
     seen: Seen,
@@ -101,7 +103,7 @@ impl Source {
             size,
             allocated,
             runs,
-            identity: (metadata.dev(), metadata.ino()),
+            identity: Identity::of(&file).map_err(failed)?,
             modified: modified(&metadata),
             seen: Seen::of(&metadata),
             mode: metadata.mode() & 0o7777,
@@ -132,6 +134,7 @@ impl Source {
             owner: users::user_name(self.owner.0),
             group: users::group_name(self.owner.1),
             attributes: attributes(&self.reader.buffered),
+            acl: self.acl()?.map(Acl::named),
             name: self
                 .real
                 .file_name()
@@ -141,6 +144,15 @@ impl Source {
             has_nonce,
             sample: sample.transpose().map_err(Error::file("read", &self.path))?,
         })
+    }
+
+    /// Its access control list, where it has one; a device's is of its node, not of what is in it.
+    pub fn acl(&self) -> Result<Option<Acl<u32>>, Error> {
+        if self.kind == Kind::Block {
+            return Ok(None);
+        }
+        let failed = Error::file("read the access control list of", &self.path);
+        Acl::of(&self.reader.buffered).map_err(failed)
     }
 
     /// Fills `buffer` from the file.
@@ -170,7 +182,7 @@ impl Source {
             Kind::Block => true,
         };
         let there = fs::metadata(&self.path).map_err(Error::file("look at", &self.path))?;
-        match same && (there.dev(), there.ino()) == self.identity {
+        match same && (there.dev(), there.ino()) == self.identity.number {
             true => Ok(()),
             false => Err(Error::Other(format!(
                 "{} was changed while it was copied; try again when nothing writes to it",
@@ -198,7 +210,7 @@ pub fn open(items: &[Item]) -> Result<(Vec<Source>, Vec<Directory>), Error> {
                 return Err(Error::Other(format!("the guest has more than {MAX_FILES} files")));
             }
             match Source::open(&path, &item.part) {
-                Ok(source) if known.insert(source.identity) => files.push(source),
+                Ok(source) if known.insert(source.identity.number) => files.push(source),
                 // One file under two names, or of two disks: it moves once, and the other name would be lost.
                 Ok(source) => problems.push(format!("{} belongs to the guest twice", source.path.display())),
                 Err(error) => problems.push(error.to_string()),
@@ -224,7 +236,7 @@ fn expand(item: &Item, directories: &mut Vec<Directory>) -> Result<Vec<PathBuf>,
         let metadata = fs::metadata(&directory).map_err(failed)?;
         directories.push(Directory {
             path: directory.clone(),
-            mode: metadata.mode() & 0o7777,
+            mode: without_acl(&directory, metadata.mode() & 0o7777).map_err(failed)?,
             owner: users::user_name(metadata.uid()),
             group: users::group_name(metadata.gid()),
         });
@@ -247,6 +259,17 @@ fn expand(item: &Item, directories: &mut Vec<Directory>) -> Result<Vec<PathBuf>,
     }
     files.sort();
     Ok(files)
+}
+
+/// A directory's mode, without the access control list, which stays behind.
+fn without_acl(path: &Path, mode: u32) -> io::Result<u32> {
+    Ok(match Acl::of(&File::open(path)?)? {
+        Some(acl) => {
+            tracing::warn!(path = %path.display(), "the access control list of a directory is not copied: give it one there, if needed");
+            mode & !0o777 | acl.mode()
+        }
+        None => mode,
+    })
 }
 
 fn is_state(name: &std::ffi::OsStr) -> bool {

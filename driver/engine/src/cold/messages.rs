@@ -1,5 +1,6 @@
 //! What the engines say on the control connection of a cold migration: the destination asks, the source answers.
 
+use super::acl::Acl;
 use ferry_contract::cold::journal::Fate;
 use ferry_contract::cold::{Digest, Kind};
 use ferry_contract::control::FailureKind;
@@ -115,6 +116,9 @@ pub struct Looked {
     pub group: String,
     /// `user.*` attributes.
     pub attributes: Vec<(String, Vec<u8>)>,
+    /// Its access control list, where it has one.
+    #[serde(default)]
+    pub acl: Option<Acl<String>>,
     /// The name it really has, symbolic links followed.
     pub name: String,
     /// Our file lies beside it.

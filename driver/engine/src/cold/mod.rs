@@ -22,11 +22,13 @@
 //! | [`source`], [`serve`] | the source's sequence, and one connection of it |
 //! | [`reserve`] | everything that is in the way at the destination, at once |
 //! | [`place`] | the destination's files: temporary, final, or gone again |
+//! | [`acl`] | who may use a file beside those that its mode speaks of |
 //! | [`destination`], [`pull`] | the destination's sequence, and its connections |
 //! | [`within`], [`copy`], [`header`] | disks that go to another data store of the same host |
 //! | [`record`] | what is told of a migration afterwards |
-//! | [`journal`], [`recover`] | what survives a crash, and what is made of it |
+//! | [`journal`], [`recover`] | what survives a crash, and what is made of it; `identity` which files it speaks of |
 
+pub mod acl;
 pub mod copy;
 pub mod destination;
 mod error;
@@ -35,6 +37,7 @@ pub mod files;
 pub mod frame;
 pub mod hash;
 pub mod header;
+mod identity;
 pub mod journal;
 pub mod messages;
 mod nonce;

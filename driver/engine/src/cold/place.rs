@@ -1,10 +1,12 @@
 //! The destination's files: written under a temporary name beside the target, put in place whole, or gone again.
 
+use super::acl::{self, Acl};
 use super::files::{self, is_aligned, Aligned, Reader};
+use super::identity::{is_ours, Identity};
 use super::journal::sync_parent;
 use super::messages::Looked;
 use super::{users, Error};
-use ferry_contract::cold::journal::{Entry, Fate, Journal, State};
+use ferry_contract::cold::journal::{Fate, Journal, State};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
 use std::collections::BTreeSet;
@@ -12,9 +14,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{
-    fchown, DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt,
-};
+use std::os::unix::fs::{fchown, DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
@@ -99,10 +99,9 @@ impl Target {
         })
     }
 
-    /// Its device and inode.
-    pub fn identity(&self) -> Option<(u64, u64)> {
-        let metadata = self.file.metadata().ok()?;
-        (self.kind == Kind::File).then(|| (metadata.dev(), metadata.ino()))
+    /// Which file it is.
+    pub fn identity(&self) -> Option<Identity> {
+        (self.kind == Kind::File).then(|| Identity::of(&self.file).ok())?
     }
 
     /// To read back what was written.
@@ -182,11 +181,12 @@ impl Target {
         Ok(())
     }
 
-    /// Gives the file its owner, permissions and attributes, and makes all of it durable.
+    /// Gives the file its owner, permissions and attributes, and makes all of it durable. The list of `like` names people of
+    /// another host; `acl` is what it is here.
     ///
     /// # Errors
     /// The system refuses.
-    pub fn complete(&self, like: &Looked) -> Result<(), Error> {
+    pub fn complete(&self, like: &Looked, acl: Option<&Acl<u32>>) -> Result<(), Error> {
         if self.kind == Kind::File {
             let failed = Error::file("set the owner of", &self.path);
             let owner = (users::user_id(&like.owner), users::group_id(&like.group));
@@ -194,8 +194,7 @@ impl Target {
                 tracing::warn!(path = %self.path.display(), owner = like.owner, group = like.group, "no such owner here");
             }
             fchown(&self.file, owner.0, owner.1).map_err(failed)?;
-            let mode = fs::Permissions::from_mode(like.mode & PERMISSIONS);
-            self.file.set_permissions(mode).map_err(failed)?;
+            permit(&self.file, &self.path, like.mode, acl)?;
             for (name, value) in &like.attributes {
                 self.attribute(name, value);
             }
@@ -235,6 +234,28 @@ impl Target {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+}
+
+/// Lets exactly those use a new file or directory who may, also where its directory would let others. Until then it is
+/// its owner's alone.
+fn permit(file: &File, path: &Path, mode: u32, acl: Option<&Acl<u32>>) -> Result<(), Error> {
+    let failed = Error::file("set the permissions of", path);
+    let mode = match acl {
+        Some(acl) if acl.set(file).map_err(failed)? => return Ok(()),
+        Some(acl) => {
+            tracing::warn!(
+                path = %path.display(),
+                "this file system has no access control lists: its users and groups lose what the list gave them"
+            );
+            acl.mode()
+        }
+        None => {
+            acl::remove(file).map_err(failed)?;
+            mode & PERMISSIONS
+        }
+    };
+    let mode = fs::Permissions::from_mode(mode);
+    file.set_permissions(mode).map_err(failed)
 }
 
 /// The directories of the guest's own that must be made first, top down, as (here, like this one of the source).
@@ -287,8 +308,7 @@ pub fn make_directory(path: &Path, like: Option<&Directory>) -> Result<bool, Err
             users::group_id(&like.group),
         )
         .map_err(failed)?;
-        let mode = fs::Permissions::from_mode(like.mode & PERMISSIONS);
-        directory.set_permissions(mode).map_err(failed)?;
+        permit(&directory, path, like.mode, None)?;
     }
     sync_parent(path).map_err(failed)?;
     Ok(true)
@@ -304,10 +324,13 @@ pub fn put_in_place(journal: &Journal) -> Result<(), Error> {
         let (Fate::Moves, Some(temporary)) = (entry.fate, &entry.temporary) else {
             continue;
         };
-        if is_ours(&entry.path, entry) && !temporary.exists() {
-            continue;
-        }
-        rename(temporary, &entry.path).map_err(Error::file("put in place", &entry.path))?;
+        let named = match is_ours(&entry.path, entry) {
+            // Also of two names, where a crash came between them.
+            true if is_ours(temporary, entry) => fs::remove_file(temporary),
+            true => Ok(()),
+            false => rename(temporary, &entry.path),
+        };
+        named.map_err(Error::file("put in place", &entry.path))?;
         parents.insert(entry.path.parent().unwrap_or(Path::new("/")).to_owned());
     }
     for parent in parents {
@@ -332,13 +355,6 @@ fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// Whether a block device is there.
 pub fn is_device(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
-}
-
-/// Whether the file at `path` is the one that this session wrote or served.
-pub fn is_ours(path: &Path, entry: &Entry) -> bool {
-    let found = fs::symlink_metadata(path).ok();
-    let found = found.map(|metadata| (metadata.dev(), metadata.ino()));
-    found.is_some() && found == entry.identity
 }
 
 /// Removes everything a session made on this host: temporary files, files in place, directories.
@@ -373,6 +389,7 @@ pub fn undo(journal: &Journal) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn temporary_names_fit_and_are_hidden() {
@@ -415,11 +432,12 @@ mod tests {
             owner: own.uid().to_string(),
             group: own.gid().to_string(),
             attributes: Vec::new(),
+            acl: None,
             name: "file".into(),
             has_nonce: false,
             sample: None,
         };
-        target.complete(&like).unwrap();
+        target.complete(&like, None).unwrap();
         assert_eq!(fs::metadata(&target.path).unwrap().mode() & 0o7777, 0o755);
         let made = directory.path().join("made");
         let like = Directory {

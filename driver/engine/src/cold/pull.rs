@@ -693,6 +693,7 @@ mod tests {
             owner: "0".into(),
             group: "0".into(),
             attributes: Vec::new(),
+            acl: None,
             name: "disk".into(),
             has_nonce: false,
             sample: None,

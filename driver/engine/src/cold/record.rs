@@ -4,7 +4,7 @@
 use crate::control::Meter;
 use crate::report::{self, bytes_text, millis, rfc3339_now, time_text, Guest, Outcome, Role};
 use ferry_contract::cold::journal::{self, Fate, Journal};
-use ferry_contract::cold::Digest;
+use ferry_contract::cold::{Deleted, Digest, Kept};
 use ferry_contract::session::Encryption;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -78,6 +78,9 @@ pub struct FileRecord {
     /// What is in it, where both hosts have compared it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
+    /// Why it is still where it was, at the source of a migration that has come to its good end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<String>,
 }
 
 /// Measures a migration while it runs.
@@ -86,6 +89,7 @@ pub struct Recorder {
     started: String,
     spans: Vec<Span>,
     current: Option<(&'static str, Instant)>,
+    kept: Vec<Kept>,
 }
 
 impl Default for Recorder {
@@ -95,6 +99,7 @@ impl Default for Recorder {
             started: rfc3339_now(),
             spans: Vec::new(),
             current: None,
+            kept: Vec::new(),
         }
     }
 }
@@ -117,6 +122,11 @@ impl Recorder {
         }
     }
 
+    /// What was not deleted at the end, and why.
+    pub fn left(&mut self, deleted: &Deleted) {
+        self.kept.clone_from(&deleted.kept);
+    }
+
     /// Tells how it ended: in the log, and as a file in this directory.
     pub fn publish(&mut self, journal: &Journal, meter: &Meter, outcome: Outcome, directory: &Path) {
         self.leave();
@@ -126,6 +136,11 @@ impl Recorder {
             size: entry.size,
             fate: entry.fate,
             digest: entry.digest,
+            kept: self
+                .kept
+                .iter()
+                .find(|kept| kept.path == entry.source)
+                .map(|kept| kept.reason.clone()),
         };
         let record = Record {
             version: VERSION,
@@ -240,10 +255,12 @@ impl Record {
                 Fate::Shared => "shared by both hosts",
                 Fate::Present => "was there already",
             };
+            let kept = file.kept.as_ref();
             format!(
-                "{} ({}, {fate}) {digest}",
+                "{} ({}, {fate}) {digest}{}",
                 text(&file.source.to_string_lossy()),
-                bytes_text(file.size as f64)
+                bytes_text(file.size as f64),
+                kept.map_or_else(String::new, |why| format!(", not deleted: {}", text(why)))
             )
         }));
         lines

@@ -171,8 +171,9 @@ fn source(kept: Kept, wish: Wish, control: &Control, signals: &Signals) -> Resul
                 signals.next_request(Some(Instant::now() + UNTIL_ASKED))
             {
                 let journal = ownership.journal();
-                let deleted =
-                    journal.map_or_else(Deleted::default, |journal| delete(&journal, keep, &in_use));
+                let deleted = journal.map_or_else(Deleted::default, |journal| {
+                    delete(&journal, keep.as_deref(), &in_use)
+                });
                 ownership.forget();
                 control.reply(Reply::ColdDeleted(deleted));
             }

@@ -8,12 +8,13 @@
 
 use super::files::{self, Source};
 use super::hash;
+use super::identity::is_ours;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::{self, Nonces};
 use super::record::Recorder;
 use super::serve::Shelf;
-use super::{place, Error};
+use super::Error;
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
 use crate::live::signals::Signals;
@@ -24,6 +25,7 @@ use ferry_contract::cold::{Definition, Deleted, Digest, Inventory, Kept as KeptF
 use ferry_contract::control::{Failure, FailureKind, Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
+use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -378,8 +380,9 @@ impl Session {
                         // Whoever holds a lock on them now is somebody else.
                         shared.shelf.files.iter().for_each(Source::lift);
                         let journal = shared.ownership.journal().unwrap_or(first);
-                        let deleted = delete(&journal, keep, &in_use);
+                        let deleted = delete(&journal, keep.as_deref(), &in_use);
                         shared.ownership.forget();
+                        recorder.left(&deleted);
                         recorder.publish(&journal, &shared.shelf.meter, Outcome::Completed, &log_directory);
                         control.reply(Reply::ColdDeleted(deleted));
                         return Ok(());
@@ -463,7 +466,8 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         size: file.size,
         fate: Fate::Moves,
         digest: None,
-        identity: Some(file.identity),
+        identity: Some(file.identity.number),
+        lasting: file.identity.lasting.clone(),
         modified: Some(file.modified),
     };
     Journal {
@@ -749,26 +753,29 @@ pub fn linger(connected: &AtomicUsize) {
 
 /// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since. What
 /// is gone already was deleted before a crash.
-pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
+pub fn delete(journal: &Journal, keep: Option<&str>, in_use: &[KeptFile]) -> Deleted {
     let mut outcome = Deleted::default();
-    let others: Vec<_> = in_use
+    let real = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    let others: HashMap<_, _> = in_use
         .iter()
-        .map(|path| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone()))
+        .map(|kept| (real(&kept.path), &kept.reason))
         .collect();
     for entry in &journal.entries {
-        let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
-        let reason = match (entry.fate, entry.kind) {
-            _ if keep => "it was to stay".to_owned(),
-            (Fate::Shared, _) => "both hosts use it".to_owned(),
-            (Fate::Present, _) => "the destination had it before".to_owned(),
+        let real = real(&entry.path);
+        let reason = match (entry.fate, entry.kind, keep, others.get(&real)) {
+            (_, _, Some(why), _) => why.to_owned(),
+            (Fate::Shared, ..) => "both hosts use it".to_owned(),
+            (Fate::Present, ..) => "the destination had it before".to_owned(),
             _ if entry.digest.is_none() => "its copy was not verified".to_owned(),
-            (_, Kind::Block) => "it is a volume: remove it where it was made, if nothing needs it".to_owned(),
-            _ if others.contains(&real) => "another guest refers to it".to_owned(),
+            (_, Kind::Block, ..) => {
+                "it is a volume: remove it where it was made, if nothing needs it".to_owned()
+            }
+            (.., Some(why)) => (*why).clone(),
             _ if is_gone(&real) => {
                 outcome.deleted.push(entry.path.clone());
                 continue;
             }
-            _ if !place::is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
+            _ if !is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
             _ if is_changed(&real, entry) => "it was changed after it was copied".to_owned(),
             _ if files::is_held(&real) => "another process uses it".to_owned(),
             _ => match remove(&entry.path, &real) {
@@ -784,7 +791,7 @@ pub fn delete(journal: &Journal, keep: bool, in_use: &[PathBuf]) -> Deleted {
         let path = entry.path.clone();
         outcome.kept.push(KeptFile { path, reason });
     }
-    if !keep {
+    if keep.is_none() {
         for directory in journal.inventory.directories.iter().rev() {
             // Not empty: somebody else's too.
             let _ = std::fs::remove_dir(&directory.path);
@@ -806,7 +813,7 @@ fn is_gone(path: &Path) -> bool {
 /// Whether a file that was to be deleted is still there, as it was when it was copied. What does not move is not looked at.
 pub fn is_whole(entry: &Entry) -> bool {
     let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
-    entry.fate != Fate::Moves || place::is_ours(&real, entry) && !is_changed(&real, entry)
+    entry.fate != Fate::Moves || is_ours(&real, entry) && !is_changed(&real, entry)
 }
 
 /// Whether it has another length or time than the file that was copied.

@@ -26,6 +26,22 @@ pub fn user_id(name: &str) -> Option<u32> {
     }
 }
 
+/// The user of this name here; a number may be another one's, and is no name.
+pub fn named_user_id(name: &str) -> Option<u32> {
+    let found = User::from_name(name).ok().flatten();
+    found.filter(|_| !is_number(name)).map(|user| user.uid.as_raw())
+}
+
+/// The group of this name here; a number is no name.
+pub fn named_group_id(name: &str) -> Option<u32> {
+    let found = Group::from_name(name).ok().flatten();
+    found.filter(|_| !is_number(name)).map(|group| group.gid.as_raw())
+}
+
+fn is_number(name: &str) -> bool {
+    name.parse::<u32>().is_ok()
+}
+
 /// The group of this name here; `None` where there is none.
 pub fn group_id(name: &str) -> Option<u32> {
     match Group::from_name(name) {

@@ -65,7 +65,7 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
         Ok((kept, sources, mut recorder)) => {
             recorder.enter("registration");
             control.reply(Reply::ColdPlaced);
-            let ended = conclude(kept, &sources, control, signals);
+            let ended = conclude(kept, &sources, &mut recorder, control, signals);
             if let Some(journal) = ended {
                 recorder.publish(&journal, meter, Outcome::Completed, &order.settings.log_directory);
             }
@@ -169,12 +169,15 @@ fn place_all(
     }
     kept.note(|journal| {
         for (entry, pair) in journal.entries.iter_mut().zip(&pairs) {
-            entry.identity = pair.to.identity();
+            if let Some(identity) = pair.to.identity() {
+                identity.note(entry);
+            }
         }
     })?;
     copy::all(&pairs, signals, meter)?;
     for pair in &pairs {
-        pair.to.complete(&pair.from.looked(false)?)?;
+        pair.to
+            .complete(&pair.from.looked(false)?, pair.from.acl()?.as_ref())?;
     }
     signals.check()?;
     pairs.iter().try_for_each(|pair| pair.from.check())?;
@@ -199,7 +202,13 @@ fn place_all(
 
 /// Does what the plug-in asks until the guest's definition names one set of files and the other is gone. What is
 /// left by a plug-in that goes before is a recovery's. `Some` is what has come to its good end.
-pub fn conclude(mut kept: Kept, sources: &[Source], control: &Control, signals: &Signals) -> Option<Journal> {
+fn conclude(
+    mut kept: Kept,
+    sources: &[Source],
+    recorder: &mut Recorder,
+    control: &Control,
+    signals: &Signals,
+) -> Option<Journal> {
     let deadline = Instant::now() + UNTIL_FINISHED;
     let host = kept.host.clone();
     let fail = |error: &Error| control.reply(Reply::Failed(error.failure(&host)));
@@ -225,7 +234,8 @@ pub fn conclude(mut kept: Kept, sources: &[Source], control: &Control, signals: 
                     entries: journal.former.clone(),
                     ..journal.clone()
                 };
-                let deleted = delete(&former, keep, &in_use);
+                let deleted = delete(&former, keep.as_deref(), &in_use);
+                recorder.left(&deleted);
                 if let Err(error) = kept.remove() {
                     // It says that the guest has the new files, which is true.
                     tracing::warn!("{error}");
@@ -255,7 +265,7 @@ pub fn recover(kept: Kept, control: &Control, signals: &Signals) -> Result<(), E
         }
     };
     control.reply(Reply::ColdRecovered(found));
-    conclude(kept, &[], control, signals);
+    conclude(kept, &[], &mut Recorder::default(), control, signals);
     Ok(())
 }
 
@@ -306,6 +316,7 @@ fn unshared(file: &File) -> Looked {
         owner: String::new(),
         group: String::new(),
         attributes: Vec::new(),
+        acl: None,
         name: String::new(),
         has_nonce: false,
         sample: None,
@@ -338,7 +349,8 @@ fn journal_of(order: &Relocate, sources: &[Source]) -> Journal {
         size: source.size,
         fate: Fate::Moves,
         digest: None,
-        identity: Some(source.identity),
+        identity: Some(source.identity.number),
+        lasting: source.identity.lasting.clone(),
         modified: Some(source.modified),
     };
     let entry = |(source, place): (&Source, &PathBuf)| Entry {
@@ -346,6 +358,7 @@ fn journal_of(order: &Relocate, sources: &[Source]) -> Journal {
         temporary: Some(place::temporary(place, session)),
         kind: Kind::File,
         identity: None,
+        lasting: None,
         modified: None,
         ..former(source)
     };

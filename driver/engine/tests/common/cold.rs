@@ -9,6 +9,7 @@ use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::{Encryption, Guest};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
+use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -84,10 +85,21 @@ impl Engine {
     }
 
     pub fn refusal(&mut self, request: &Request) -> Failure {
-        match self.ask(request) {
-            Reply::Failed(failure) => failure,
-            other => panic!("{request:?} was answered by {other:?}"),
+        self.tell(request);
+        self.failure()
+    }
+
+    /// The answer is a failure: this one.
+    pub fn failure(&mut self) -> Failure {
+        match self.hear() {
+            Some(Reply::Failed(failure)) => failure,
+            other => panic!("no failure, but {other:?}"),
         }
+    }
+
+    /// The guest has its new files, and a source hears that it has left.
+    pub fn own(&mut self) {
+        assert_eq!(self.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -283,6 +295,13 @@ impl Scene {
         }))
     }
 
+    /// A scene whose source sends so many bytes a second.
+    pub fn limited(bandwidth: u64) -> Self {
+        let mut scene = Self::default();
+        scene.options.bandwidth = bandwidth;
+        scene
+    }
+
     /// A source that serves, and what it offers.
     pub fn begin(&self) -> (Engine, ColdOffer) {
         let mut source = Engine::start("cold-source");
@@ -292,12 +311,26 @@ impl Scene {
         }
     }
 
-    /// Both engines, and everything pulled.
-    pub fn pulled(&self) -> (Engine, Engine) {
+    /// A source that serves, and a destination that pulls from it.
+    pub fn pulling(&self) -> (Engine, Engine) {
         let (source, offer) = self.begin();
         let mut destination = Engine::start("cold-destination");
-        let pulled = destination.ask(&self.pull(&offer));
-        assert_eq!(pulled, Reply::ColdPulled);
+        destination.tell(&self.pull(&offer));
+        (source, destination)
+    }
+
+    /// A destination that cannot pull says why, and the source has the guest again.
+    pub fn refused(&self) -> Failure {
+        let (source, mut destination) = self.pulling();
+        let failure = destination.failure();
+        source.end_aborted();
+        failure
+    }
+
+    /// Both engines, and everything pulled.
+    pub fn pulled(&self) -> (Engine, Engine) {
+        let (source, mut destination) = self.pulling();
+        assert_eq!(destination.hear(), Some(Reply::ColdPulled));
         (source, destination)
     }
 
@@ -315,6 +348,23 @@ impl Scene {
 
     pub fn journal_path(&self, role: Role) -> PathBuf {
         journal::path(&self.state(role), self.guest.uuid)
+    }
+
+    /// What a crash left is changed.
+    pub fn change_journal(&self, role: Role, change: impl FnOnce(&mut Journal)) {
+        let mut journal = self.journal(role).unwrap();
+        change(&mut journal);
+        fs::write(self.journal_path(role), serde_json::to_vec(&journal).unwrap()).unwrap();
+    }
+
+    /// The host was started anew, and its file systems have other numbers.
+    pub fn reboot(&self, role: Role) {
+        self.change_journal(role, |journal| {
+            for entry in journal.entries.iter_mut().chain(&mut journal.former) {
+                let (device, _) = entry.identity.as_mut().unwrap();
+                *device += 1;
+            }
+        });
     }
 
     pub fn await_state(&self, role: Role, state: State) {
@@ -422,6 +472,51 @@ pub fn sha256(path: &Path) -> String {
         .unwrap()
         .trim_start_matches('\\')
         .to_owned()
+}
+
+/// An access control list as Linux has it, of (tag, permissions, number).
+pub fn list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, may, id) in entries {
+        list.extend(tag.to_le_bytes());
+        list.extend(may.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    list
+}
+
+/// Who has no number in a list.
+pub const NO_ID: u32 = u32::MAX;
+
+pub const ACCESS: &CStr = c"system.posix_acl_access";
+/// Of a directory: what is made in it has this.
+pub const DEFAULT: &CStr = c"system.posix_acl_default";
+
+fn c_path(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_encoded_bytes()).unwrap()
+}
+
+pub fn set_acl(path: &Path, kind: &CStr, list: &[u8]) {
+    let path = c_path(path);
+    // SAFETY: path and name end with NUL, the value is as long as said.
+    let done = unsafe { libc::setxattr(path.as_ptr(), kind.as_ptr(), list.as_ptr().cast(), list.len(), 0) };
+    assert_eq!(done, 0, "{:?}", std::io::Error::last_os_error());
+}
+
+/// The list that a file has; `None` where it has its mode alone.
+pub fn acl(path: &Path) -> Option<Vec<u8>> {
+    let (path, mut value) = (c_path(path), vec![0u8; 4096]);
+    // SAFETY: path and name end with NUL, the buffer is as long as said.
+    let length = unsafe {
+        libc::getxattr(
+            path.as_ptr(),
+            ACCESS.as_ptr(),
+            value.as_mut_ptr().cast(),
+            value.len(),
+        )
+    };
+    value.truncate(usize::try_from(length).ok()?);
+    Some(value)
 }
 
 pub fn allocated(path: &Path) -> u64 {

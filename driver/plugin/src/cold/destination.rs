@@ -261,7 +261,7 @@ fn taken(connection: Connection, guest: &Guest, places: &[PathBuf]) -> Vec<Strin
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     match inventory::others(connection, guest.uuid) {
         Ok(others) => {
-            let others: Vec<_> = others.iter().map(|path| real(path)).collect();
+            let others: Vec<_> = others.iter().map(|kept| real(&kept.path)).collect();
             devices
                 .into_iter()
                 .filter(|place| others.contains(&real(place)))

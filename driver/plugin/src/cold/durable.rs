@@ -2,13 +2,13 @@
 //! wait until the directory is on the disk (libvirt 11.3, `virFileRewrite`). Nothing may be deleted before.
 
 use super::here;
+use super::inventory::DEFINITIONS;
 use crate::libvirt::Error;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 
-/// Where libvirt keeps definitions, and below which, by guest, snapshots and checkpoints.
-const DEFINITIONS: &str = "/etc/libvirt/qemu";
+/// Below which libvirt keeps snapshots and checkpoints, by guest.
 const METADATA: [&str; 2] = [
     "/var/lib/libvirt/qemu/snapshot",
     "/var/lib/libvirt/qemu/checkpoint",

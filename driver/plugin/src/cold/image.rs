@@ -1,17 +1,14 @@
-//! A disk's layers: what `qemu-img` finds in the images' headers. The child is bounded in time and output, and runs
-//! without any lock held; what it says is read by a pure parser.
+//! A disk's layers: what `qemu-img` finds in the images' headers. It is bounded in time and output, and runs without any
+//! lock held; what it says is read by a pure parser.
 
+use ferry_host as host;
 use serde::Deserialize;
-use std::io::Read;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 /// Headers of a long chain on a slow network file system.
 const LIMIT: Duration = Duration::from_secs(60);
-/// The most that is read of its answer, in bytes: some KiB for each layer and snapshot.
-const MAX_ANSWER: u64 = 16 << 20;
 /// Layers of one chain, as in libvirt 11.3 (`virStorageSourceGetMetadata`).
 const MAX_LAYERS: usize = 200;
 
@@ -69,59 +66,13 @@ pub fn layers(path: &Path, format: &str) -> Result<Vec<Layer>, String> {
 }
 
 fn ask(path: &Path, format: &str) -> Result<Vec<u8>, String> {
-    let failed = |why: &dyn std::fmt::Display| format!("qemu-img cannot look at {}: {why}", path.display());
-    let mut child = Command::new("qemu-img")
-        .args([
-            "info",
-            "--force-share",
-            "--backing-chain",
-            "--output=json",
-            "-f",
-            format,
-        ])
+    let mut info = Command::new("qemu-img");
+    info.args(["info", "--force-share", "--backing-chain", "--output=json"])
+        .args(["-f", format])
         // An option it is not, nor a protocol of QEMU's.
         .arg("--")
-        .arg(path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()
-        .map_err(|error| failed(&error))?;
-    let (Some(mut out), Some(mut err)) = (child.stdout.take(), child.stderr.take()) else {
-        return Err(failed(&"it has no output"));
-    };
-    let answer = std::thread::spawn(move || {
-        let mut answer = Vec::new();
-        out.by_ref()
-            .take(MAX_ANSWER)
-            .read_to_end(&mut answer)
-            .map(|_| answer)
-    });
-    let said = std::thread::spawn(move || {
-        let mut said = String::new();
-        let _ = err.by_ref().take(MAX_ANSWER).read_to_string(&mut said);
-        said
-    });
-    let deadline = Instant::now() + LIMIT;
-    let status = loop {
-        match child.try_wait() {
-            Ok(Some(status)) => break status,
-            Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
-            _ => {
-                // Its pipes close with it, and so the two readers end.
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(failed(&format!("it took longer than {} s", LIMIT.as_secs())));
-            }
-        }
-    };
-    let answer = answer.join().map_err(|_| failed(&"its answer was not read"))?;
-    let said = said.join().unwrap_or_default();
-    match status.success() {
-        true => answer.map_err(|error| failed(&error)),
-        false => Err(failed(&said.trim())),
-    }
+        .arg(path);
+    host::run(&mut info, LIMIT).map_err(|why| format!("qemu-img cannot look at {}: {why}", path.display()))
 }
 
 /// The layers in what `qemu-img info --backing-chain --output=json` says.

@@ -17,7 +17,6 @@ use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
 use ferry_host as host;
 use std::collections::HashSet;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, Once};
 use std::time::{Duration, Instant};
@@ -236,14 +235,7 @@ fn define(connection: Connection, journal: &Journal, engine: &Engine) -> Result<
 }
 
 fn read(path: &Path) -> Result<Journal, String> {
-    let failed =
-        |why: &dyn std::fmt::Display| format!("the journal {} cannot be read: {why}", path.display());
-    let file = std::fs::File::open(path).map_err(|error| failed(&error))?;
-    let mut text = Vec::new();
-    file.take(journal::MAX_LENGTH)
-        .read_to_end(&mut text)
-        .map_err(|error| failed(&error))?;
-    Journal::parse(&text).map_err(|error| failed(&error))
+    host::journal(path).map_err(|why| format!("the journal {} cannot be read: {why}", path.display()))
 }
 
 /// Journals of guests that nobody deals with.
@@ -252,10 +244,7 @@ fn open(state_directory: &Path) -> Vec<(Uuid, PathBuf)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str()?.strip_suffix(".json"));
-        if let Some(uuid) = name.and_then(|name| name.parse().ok()) {
+        if let Some(uuid) = journal::guest(&path) {
             if !sessions::is_under_way(uuid) {
                 found.push((uuid, path));
             }

@@ -8,7 +8,7 @@ use crate::libvirt::phase::{self, Begun, MallocString};
 use crate::libvirt::{c_string, Connection, Cookie, Domain, Error, OwnedConnection, Params};
 use crate::live::options;
 use ferry_contract::cold::journal::Role;
-use ferry_contract::cold::{self, Deleted, Serve};
+use ferry_contract::cold::{self, Deleted, Serve, TO_STAY};
 use ferry_contract::config::{Config, SourceStorage};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::{self, ColdOffer};
@@ -286,20 +286,21 @@ fn left(flags: u32, config: &Config) -> Left {
 
 /// The guest is the destination's: its definition goes here, and then the files that moved.
 pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left) -> Result<(), Error> {
-    let mut keep = left.keep;
+    let mut keep = left.keep.then(|| TO_STAY.to_owned());
     let in_use = match keep {
-        true => Vec::new(),
+        Some(_) => Vec::new(),
         // Before the definition goes, so that a failure leaves a whole guest to look at.
-        false => inventory::others(connection, guest.uuid).unwrap_or_else(|why| {
+        None => inventory::others(connection, guest.uuid).unwrap_or_else(|why| {
             tracing::warn!(
                 guest = guest.name,
                 "the files that moved stay on host {}: {why}",
                 host::name()
             );
-            keep = true;
+            keep = Some(why);
             Vec::new()
         }),
     };
+    let sweeps = keep.is_none();
     // A recovery may find it undefined.
     if let (true, Ok(domain)) = (left.undefine, connection.domain(guest.uuid)) {
         if !domain.get().is_shut_off()? {
@@ -313,7 +314,7 @@ pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left)
     match engine.ask(&Request::ColdDelete { keep, in_use }, Some(LOCAL))? {
         Reply::ColdDeleted(deleted) => {
             tell(guest, &deleted);
-            if !keep {
+            if sweeps {
                 sweep(guest);
             }
             pools::refresh(connection, deleted.deleted.iter().map(PathBuf::as_path));

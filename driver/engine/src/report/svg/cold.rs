@@ -184,6 +184,7 @@ mod tests {
             size,
             fate,
             digest: None,
+            kept: None,
         };
         Record {
             version: VERSION,

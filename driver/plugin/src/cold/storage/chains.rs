@@ -7,7 +7,7 @@ use crate::cold::{image, inventory, pools};
 use crate::libvirt::Connection;
 use ferry_contract::cold::Kept;
 use ferry_contract::session::Guest;
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 /// The disks of a guest.
@@ -74,9 +74,10 @@ impl Disks {
             Err(_) if !moves && inventory::is_absent(&path) => return Ok(()),
             Err(why) => return Err(why),
         };
+        // What stays must be told from what moves.
+        inventory::all_certain(&layers)?;
         if moves {
             inventory::agree(disk, &layers)?;
-            inventory::all_certain(&layers)?;
             homes.have(&layers)?;
         }
         self.chains.push(Chain {
@@ -92,14 +93,17 @@ fn is_file(path: &Path) -> bool {
     path.metadata().is_ok_and(|found| found.is_file())
 }
 
-fn real(path: &Path) -> PathBuf {
-    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+/// Which file the kernel finds by this name; one that is yet to come, in which directory.
+pub fn real(path: &Path) -> PathBuf {
+    let to_come = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
+    let found = path.canonicalize().ok().or_else(to_come);
+    found.unwrap_or_else(|| path.to_owned())
 }
 
 /// What this host knows of files.
 pub struct Host {
-    /// What other guests refer to.
-    used: HashSet<PathBuf>,
+    /// What other guests refer to, and which.
+    used: HashMap<PathBuf, String>,
 }
 
 impl Host {
@@ -110,7 +114,10 @@ impl Host {
             Vec::new()
         });
         Self {
-            used: used.iter().map(|path| real(path)).collect(),
+            used: used
+                .into_iter()
+                .map(|kept| (real(&kept.path), kept.reason))
+                .collect(),
         }
     }
 }
@@ -126,11 +133,54 @@ impl Here for Host {
         real(parent) == real(directory)
     }
 
-    fn is_used(&self, path: &Path) -> bool {
-        self.used.contains(&real(path))
+    fn user(&self, path: &Path) -> Option<String> {
+        self.used.get(&real(path)).cloned()
     }
 
     fn is_shared(&self, path: &Path) -> bool {
         inventory::is_shared(path)
+    }
+
+    fn real(&self, path: &Path) -> PathBuf {
+        real(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cold::storage::rewrite::{rewritten, Destination};
+    use std::fs;
+
+    #[test]
+    fn a_definition_names_what_the_kernel_finds() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path().canonicalize().unwrap();
+        let at = |name: &str| directory.join(name);
+        fs::create_dir_all(at("far/images")).unwrap();
+        std::os::unix::fs::symlink(at("far/images"), at("images")).unwrap();
+        for name in ["raw", "far/raw"] {
+            fs::write(at(name), name).unwrap();
+        }
+        assert_eq!(real(&at("images/../raw")), at("far/raw"));
+        assert_eq!(real(&at("images/../new")), at("far/new"));
+        assert_eq!(real(Path::new("/no/such/../file")), Path::new("/no/such/../file"));
+        // The second disk's name only looks like the first one's file, the third one's only like another.
+        let xml = |names: [String; 3]| {
+            let disk = |name| format!("<disk type='file'><source file='{name}'/></disk>");
+            let disks: String = names.into_iter().map(disk).collect();
+            format!("<domain><devices>{disks}</devices></domain>")
+        };
+        let named = |name: &str| at(name).to_str().unwrap().to_owned();
+        let moves = real(&at("raw"));
+        let to = Destination {
+            place: &|path| (real(path) == moves).then(|| "/new/raw".into()),
+            volume: &|_, _| None,
+            pool: None,
+        };
+        let before = ["raw", "images/../raw", "images/../../raw"].map(named);
+        let after = [Path::new("/new/raw"), &at("images/../raw"), Path::new("/new/raw")];
+        let after = after.map(|path| path.to_str().unwrap().to_owned());
+        assert_eq!(rewritten(&xml(before), &to).unwrap(), xml(after));
     }
 }

@@ -1,13 +1,13 @@
 //! The end of a move within one host, also after a crash: libvirt's definition says which files are the guest's, and the
 //! others go.
 
-use crate::cold::definition::Definition;
+use crate::cold::definition::{Definition, Source};
 use crate::cold::destination::redefine;
 use crate::cold::{durable, here, inventory, pools, unexpected, LOCAL, SETTLED};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error};
 use ferry_contract::cold::journal::{Entry, Journal};
-use ferry_contract::cold::{Deleted, Metadata, Part, Recovered};
+use ferry_contract::cold::{Deleted, Kept, Metadata, Part, Recovered, TO_STAY};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
 use ferry_host as host;
@@ -63,20 +63,16 @@ pub fn give_up(guest: &Guest, engine: &Engine) {
 ///
 /// # Errors
 /// The engine's; the guest has its new files.
-pub fn clear(
-    connection: Connection,
-    guest: &Guest,
-    engine: &Engine,
-    mut keep: bool,
-) -> Result<Deleted, Error> {
+pub fn clear(connection: Connection, guest: &Guest, engine: &Engine, keep: bool) -> Result<Deleted, Error> {
+    let mut keep = keep.then(|| TO_STAY.to_owned());
     let in_use = match keep {
-        true => Vec::new(),
-        false => in_use(connection, guest).unwrap_or_else(|why| {
+        Some(_) => Vec::new(),
+        None => in_use(connection, guest).unwrap_or_else(|why| {
             tracing::warn!(
                 guest = guest.name,
                 "the files that moved stay at their old places, too: {why}"
             );
-            keep = true;
+            keep = Some(why);
             Vec::new()
         }),
     };
@@ -89,10 +85,10 @@ pub fn clear(
     }
 }
 
-fn in_use(connection: Connection, guest: &Guest) -> Result<Vec<PathBuf>, String> {
+fn in_use(connection: Connection, guest: &Guest) -> Result<Vec<Kept>, String> {
     let mut used = inventory::others(connection, guest.uuid)?;
     let domain = connection.domain(guest.uuid).map_err(|error| error.to_string())?;
-    used.extend(inventory::of(domain.get())?);
+    used.extend(inventory::of(domain.get(), &guest.name)?);
     Ok(used)
 }
 
@@ -204,11 +200,26 @@ pub fn names(
     let definition = Definition::read(&domain.get().definition()?).map_err(here)?;
     let mut named = HashSet::new();
     for disk in &definition.disks {
-        let path = pools::path_of(connection, &disk.source).map_err(here)?;
+        let path = match pools::path_of(connection, &disk.source) {
+            Ok(path) => path,
+            Err(why) if may_be(&disk.source, old.iter().chain(new)) => {
+                return Err(here(format!("disk {}: {why}", disk.target)))
+            }
+            Err(_) => continue,
+        };
         // One that may be another file is none of these.
         named.extend(path.map(|path| inventory::certain(&path).unwrap_or(path)));
     }
     Ok(judge(&named, old, new))
+}
+
+/// Whether a disk can have one of these files, as far as that is known without its pool, which may not be active: a volume
+/// that is a file has the file's name.
+fn may_be<'a>(source: &Source, mut files: impl Iterator<Item = &'a PathBuf>) -> bool {
+    match source {
+        Source::Volume { volume, .. } => files.any(|file| file.file_name() == Some(volume.as_ref())),
+        _ => true,
+    }
 }
 
 /// By the images that guests write to: each disk that moved has one.
@@ -224,6 +235,18 @@ fn judge(named: &HashSet<PathBuf>, old: &[PathBuf], new: &[PathBuf]) -> Names {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pool_is_needed_for_what_moved() {
+        let of = |volume: &str| Source::Volume {
+            pool: "p".into(),
+            volume: volume.into(),
+        };
+        let files = ["/a/x", "/b/x"].map(PathBuf::from);
+        let may_be = |source| may_be(&source, files.iter());
+        assert!(may_be(of("x")) && may_be(Source::File("/c".into())));
+        assert!(!may_be(of("x.iso")) && !may_be(of("a")));
+    }
 
     #[test]
     fn the_definition_decides() {

@@ -1,7 +1,7 @@
 //! What is to be done for one guest, down to the last definition, and everything that is in the way of it as far as it is
 //! known without the engine.
 
-use super::chains::{self, Disks, Host};
+use super::chains::{self, real, Disks, Host};
 use super::plan::{self, Plan};
 use super::rewrite::{self, Destination};
 use crate::cold::definition::{Definition, Source};
@@ -73,7 +73,7 @@ impl Intent {
             let rewriting = Rewriting {
                 plan: &plan,
                 to: Destination {
-                    place: &|path| plan.place(path).cloned(),
+                    place: &|path| plan.place(&real(path)).cloned(),
                     volume: &volume,
                     pool,
                 },
@@ -104,7 +104,7 @@ impl Intent {
 /// The directory, and the pool that it is of, where a pool was named.
 fn destination(connection: Connection, to: &str) -> Result<(PathBuf, Option<&str>), String> {
     match to.starts_with('/') {
-        true => Ok((inventory::plain(Path::new(to)), None)),
+        true => Ok((inventory::certain(Path::new(to))?, None)),
         false => Ok((pools::directory(connection, to)?, Some(to))),
     }
 }
@@ -121,7 +121,7 @@ fn place_of_volume(
         |source: &Source| matches!(source, Source::Volume { pool: p, volume: v } if p == pool && v == volume);
     let disk = definition.disks.iter().find(|disk| is_it(&disk.source))?;
     let chain = disks.chains.iter().find(|chain| chain.target == disk.target)?;
-    plan.place(&chain.layers.first()?.path).cloned()
+    plan.place(&real(&chain.layers.first()?.path)).cloned()
 }
 
 /// The definitions that must name the new paths.
@@ -134,12 +134,15 @@ impl Rewriting<'_> {
     /// One of them, whatever it is called.
     fn of(&self, what: &str, xml: &str, problems: &mut Vec<String>) -> Result<String, Error> {
         let xml = rewrite::rewritten(xml, &self.to).map_err(here)?;
-        let named = inventory::named(&xml).map_err(here)?;
-        let left = self.plan.items.iter().filter(|item| named.contains(&item.path));
-        problems.extend(left.map(|item| {
+        let written = inventory::written(&xml).map_err(here)?;
+        let left: BTreeSet<_> = written
+            .iter()
+            .filter_map(|path| self.plan.moves(&real(path)))
+            .collect();
+        problems.extend(left.into_iter().map(|path| {
             format!(
                 "{what} names {} outside of its disks, too: take that out first",
-                item.path.display()
+                path.display()
             )
         }));
         Ok(xml)
@@ -168,8 +171,8 @@ impl Disk {
     /// `None` where it does not move.
     fn of(chain: &plan::Chain, plan: &Plan) -> Option<Self> {
         let top = chain.layers.first()?;
-        plan.place(&top.path)?;
-        let place = |path: &PathBuf| plan.place(path).unwrap_or(path).clone();
+        plan.place(&real(&top.path))?;
+        let place = |path: &PathBuf| plan.place(&real(path)).unwrap_or(path).clone();
         Some(Self {
             format: top.format.clone(),
             images: chain.layers.iter().map(|layer| place(&layer.path)).collect(),
@@ -181,8 +184,8 @@ impl Disk {
             return Ok(());
         };
         let found = image::layers(top, &self.format)?;
-        let found: BTreeSet<_> = found.iter().map(|layer| inventory::plain(&layer.path)).collect();
-        let planned: BTreeSet<_> = self.images.iter().map(|path| inventory::plain(path)).collect();
+        let found: BTreeSet<_> = found.iter().map(|layer| real(&layer.path)).collect();
+        let planned: BTreeSet<_> = self.images.iter().map(|path| real(path)).collect();
         match found == planned {
             true => Ok(()),
             false => Err(format!(

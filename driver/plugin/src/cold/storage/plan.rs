@@ -5,7 +5,7 @@
 //! this one that stays, or, of a base on a network file system, maybe a guest of another host. Then all that its header names stays, too, for that must not be changed.
 
 use crate::cold::image::Layer;
-use crate::cold::inventory::plain;
+use crate::cold::inventory::{plain, OTHER_HOSTS};
 use ferry_contract::cold::storage::Rename;
 use ferry_contract::cold::{Item, Kept, Part};
 use std::collections::BTreeMap;
@@ -28,10 +28,13 @@ pub trait Here {
     fn is_file(&self, path: &Path) -> bool;
     /// Whether it is in this directory, however both are written.
     fn is_in(&self, path: &Path, directory: &Path) -> bool;
-    /// Whether another guest refers to it.
-    fn is_used(&self, path: &Path) -> bool;
+    /// Who else refers to it, in a sentence.
+    fn user(&self, path: &Path) -> Option<String>;
     /// Whether other hosts may see it, too.
     fn is_shared(&self, path: &Path) -> bool;
+    /// Which file the kernel finds by this name: two names may lead to one, and a name with `..` past a symlink to another
+    /// than it seems.
+    fn real(&self, path: &Path) -> PathBuf;
 }
 
 /// What is to be done.
@@ -45,14 +48,23 @@ pub struct Plan {
     pub renames: Vec<Rename>,
     /// Files of these disks that stay, and why.
     pub stays: Vec<Kept>,
+    /// What the files that move are, as [`Here::real`] has it.
+    reals: Vec<PathBuf>,
 }
 
 impl Plan {
-    /// Where this file goes; `None` where it stays.
-    pub fn place(&self, path: &Path) -> Option<&PathBuf> {
-        let mut moving = self.items.iter().zip(&self.places);
-        let path = plain(path);
-        moving.find(|(item, _)| item.path == path).map(|(_, place)| place)
+    /// Where this file goes, as [`Here::real`] has it; `None` where it stays.
+    pub fn place(&self, real: &Path) -> Option<&PathBuf> {
+        let mut moving = self.reals.iter().zip(&self.places);
+        moving.find(|(moves, _)| *moves == real).map(|(_, place)| place)
+    }
+
+    /// Whether this file moves, as [`Here::real`] has it, and how it is called.
+    pub fn moves(&self, real: &Path) -> Option<&Path> {
+        let mut moving = self.reals.iter().zip(&self.items);
+        moving
+            .find(|(moves, _)| *moves == real)
+            .map(|(_, item)| item.path.as_path())
     }
 }
 
@@ -83,10 +95,10 @@ pub fn plan(chains: &[Chain], directory: &Path, here: &impl Here) -> (Plan, Vec<
     let of_these = |path: &PathBuf| {
         let moving = chains.iter().filter(|chain| chain.moves);
         let mut files = moving.flat_map(|chain| chain.layers.iter().flat_map(Layer::files));
-        files.any(|file| plain(&file) == *path)
+        files.any(|file| here.real(&file) == *path)
     };
-    let stays = stays.into_iter().filter(|(path, _)| of_these(path));
-    plan.stays = stays.map(|(path, reason)| Kept { path, reason }).collect();
+    let stays = stays.into_iter().filter(|(real, _)| of_these(real));
+    plan.stays = stays.map(|(_, kept)| kept).collect();
     (plan, problems)
 }
 
@@ -94,7 +106,8 @@ struct Planning<'a, H> {
     chains: &'a [Chain],
     directory: &'a Path,
     here: &'a H,
-    stays: BTreeMap<PathBuf, String>,
+    /// By what they are.
+    stays: BTreeMap<PathBuf, Kept>,
     plan: Plan,
     problems: Vec<String>,
 }
@@ -105,12 +118,11 @@ impl<H: Here> Planning<'_, H> {
         match path {
             path if !self.here.is_file(path) => Some("it is no file, and only files are moved".into()),
             path if self.here.is_in(path, self.directory) => Some("it is there already".into()),
-            path if self.here.is_used(path) => Some("another guest refers to it".into()),
             // What a guest writes to is its own.
-            path if number > 0 && self.here.is_shared(path) => {
-                Some("it is on a network file system, where guests of other hosts may stand on it".into())
-            }
-            _ => None,
+            path => self
+                .here
+                .user(path)
+                .or_else(|| (number > 0 && self.here.is_shared(path)).then(|| OTHER_HOSTS.into())),
         }
     }
 
@@ -123,17 +135,16 @@ impl<H: Here> Planning<'_, H> {
                     (!chain.moves).then(|| format!("disk {}, which stays, needs it", chain.target));
                 for (number, layer) in chain.layers.iter().enumerate() {
                     let path = plain(&layer.path);
-                    let reason = self.stays.get(&path).cloned();
+                    let reason = self.why_stays(&path);
                     let reason = reason
                         .or_else(|| above.clone())
                         .or_else(|| self.reason(&path, number));
                     let Some(reason) = reason else { continue };
                     above = above.or_else(|| Some(format!("{}, which stays, needs it", path.display())));
                     if let Some(data) = &layer.data_file {
-                        let data = plain(&Layer::beside(&layer.path, data));
-                        self.stays.entry(data).or_insert_with(|| reason.clone());
+                        self.stay(plain(&Layer::beside(&layer.path, data)), reason.clone());
                     }
-                    self.stays.entry(path).or_insert(reason);
+                    self.stay(path, reason);
                 }
             }
             if self.stays.len() == before {
@@ -142,11 +153,25 @@ impl<H: Here> Planning<'_, H> {
         }
     }
 
+    fn stay(&mut self, path: PathBuf, reason: String) {
+        let real = self.here.real(&path);
+        self.stays.entry(real).or_insert(Kept { path, reason });
+    }
+
+    fn why_stays(&self, path: &Path) -> Option<String> {
+        let kept = self.stays.get(&self.here.real(path));
+        kept.map(|kept| kept.reason.clone())
+    }
+
+    fn place(&self, path: &Path) -> Option<PathBuf> {
+        self.plan.place(&self.here.real(path)).cloned()
+    }
+
     fn items(&mut self, chain: &Chain) {
         let target = &chain.target;
         for (number, layer) in chain.layers.iter().enumerate() {
             let path = plain(&layer.path);
-            if let Some(reason) = self.stays.get(&path) {
+            if let Some(reason) = self.why_stays(&path) {
                 if number == 0 && !self.here.is_in(&path, self.directory) {
                     self.problems
                         .push(format!("disk {target}: {} cannot move: {reason}", path.display()));
@@ -172,7 +197,7 @@ impl<H: Here> Planning<'_, H> {
     /// An image's data file goes along. Its header cannot be told another name: the name must still be right then.
     fn data(&mut self, target: &str, number: u16, layer: &Layer, named: &Path) {
         let path = plain(&Layer::beside(&layer.path, named));
-        let stays = self.stays.get(&path).cloned();
+        let stays = self.why_stays(&path);
         if let Some(reason) = stays.or_else(|| self.reason(&path, usize::from(number))) {
             if named.is_relative() {
                 self.problems.push(format!(
@@ -181,7 +206,7 @@ impl<H: Here> Planning<'_, H> {
                     named.display()
                 ));
             }
-            self.stays.insert(path, reason);
+            self.stay(path, reason);
             return;
         }
         let is_beside = named.file_name() == Some(named.as_os_str());
@@ -206,7 +231,7 @@ impl<H: Here> Planning<'_, H> {
 
     /// Adds a file, once.
     fn item(&mut self, path: PathBuf, part: Part) {
-        if self.plan.place(&path).is_some() {
+        if self.place(&path).is_some() {
             return;
         }
         let Some(name) = path.file_name() else {
@@ -222,6 +247,7 @@ impl<H: Here> Planning<'_, H> {
                 self.directory.display()
             ));
         }
+        self.plan.reals.push(self.here.real(&path));
         self.plan.items.push(Item { path, part });
         self.plan.places.push(place);
     }
@@ -229,12 +255,13 @@ impl<H: Here> Planning<'_, H> {
     /// Every image that moves must name its backing file where that is then.
     fn headers(&mut self, chain: &Chain) {
         for (layer, below) in chain.layers.iter().zip(chain.layers.iter().skip(1)) {
-            let (Some(image), Some(named)) = (self.plan.place(&layer.path).cloned(), &layer.backing) else {
+            let (Some(image), Some(named)) = (self.place(&layer.path), &layer.backing) else {
                 continue;
             };
-            let moved = self.plan.place(&below.path).cloned();
+            let moved = self.place(&below.path);
             let backing = moved.clone().unwrap_or_else(|| plain(&below.path));
-            if plain(&Layer::beside(&image, named)) == backing
+            // As QEMU will find it from there.
+            if self.here.real(&Layer::beside(&image, named)) == self.here.real(&backing)
                 || self.plan.renames.iter().any(|known| known.image == image)
             {
                 continue;
@@ -286,8 +313,10 @@ fn name(named: &Path, backing: &Path, moved: bool) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Component;
 
-    /// A host on which these are in use by another guest; what begins with `/dev` is no file, with `/nfs` other hosts' too.
+    /// A host on which these are in use by another guest; what begins with `/dev` is no file, with `/nfs` other hosts' too;
+    /// `/link` leads to `/far/a`.
     struct Host(&'static [&'static str]);
 
     impl Here for Host {
@@ -297,11 +326,25 @@ mod tests {
         fn is_in(&self, path: &Path, directory: &Path) -> bool {
             path.parent() == Some(directory)
         }
-        fn is_used(&self, path: &Path) -> bool {
-            self.0.iter().any(|used| Path::new(used) == path)
+        fn user(&self, path: &Path) -> Option<String> {
+            let used = self.0.iter().any(|used| Path::new(used) == path);
+            used.then(|| "guest web refers to it".into())
         }
         fn is_shared(&self, path: &Path) -> bool {
             path.starts_with("/nfs")
+        }
+        fn real(&self, path: &Path) -> PathBuf {
+            let mut real = PathBuf::new();
+            for component in path.components() {
+                match component {
+                    Component::ParentDir => drop(real.pop()),
+                    other => real.push(other),
+                }
+                if real == Path::new("/link") {
+                    real = "/far/a".into();
+                }
+            }
+            real
         }
     }
 
@@ -404,7 +447,7 @@ mod tests {
         assert_eq!(stays(&plan), ["/a/base.raw", "/a/mid.qcow2"]);
         // What the guest writes to is nobody else's.
         let problems = planned(&[chain("vda", true, images)], &["/a/top.qcow2"]).unwrap_err();
-        assert!(problems[0].contains("another guest"), "{problems:?}");
+        assert!(problems[0].contains("guest web"), "{problems:?}");
         // A disk of its own that stays is as good as another guest.
         let other = chain(
             "vdb",
@@ -462,6 +505,60 @@ mod tests {
         assert_eq!(moves(&plan), [("/a/one.qcow2", "/new/one.qcow2")]);
         assert_eq!(renames(&plan), [("/new/one.qcow2", "/a/base.raw", "raw")]);
         assert_eq!(stays(&plan), ["/a/base.raw", "/new/two.qcow2"]);
+    }
+
+    #[test]
+    fn a_file_is_one_by_all_of_its_names() {
+        let own = chain(
+            "vda",
+            true,
+            &[("/link/x", Some("base"), None), ("/link/base", None, None)],
+        );
+        let (plan, problems) = plan(std::slice::from_ref(&own), Path::new("/new"), &Host(&[]));
+        assert_eq!(problems, [""; 0]);
+        for (path, place) in [
+            ("/link/x", Some("/new/x")),
+            ("/far/a/x", Some("/new/x")),
+            ("/link/../a/x", Some("/new/x")),
+            ("/link/../x", None),
+            ("/x", None),
+        ] {
+            let found = plan.place(&Host(&[]).real(Path::new(path)));
+            assert_eq!(found.map(PathBuf::as_path), place.map(Path::new), "{path}");
+        }
+        // By the other name it is a disk's that stays, and by a third one another's that moves, too.
+        let other = |moves| {
+            chain(
+                "vdb",
+                moves,
+                &[("/b/y", Some("/far/a/base"), None), ("/far/a/base", None, None)],
+            )
+        };
+        let stays = planned(&[own.clone(), other(false)], &[]).unwrap();
+        assert_eq!(moves(&stays), [("/link/x", "/new/x")]);
+        let both = planned(&[own, other(true)], &[]).unwrap();
+        let expected = [
+            ("/link/x", "/new/x"),
+            ("/link/base", "/new/base"),
+            ("/b/y", "/new/y"),
+        ];
+        assert_eq!(moves(&both), expected);
+        assert_eq!(renames(&both), [("/new/y", "/new/base", "qcow2")]);
+    }
+
+    #[test]
+    fn from_behind_a_symlink_a_header_finds_another_file() {
+        let images: &[Image] = &[("/a/x", Some("../b/base"), None), ("/b/base", None, None)];
+        let (plan, problems) = plan(
+            &[chain("vda", true, images)],
+            Path::new("/link"),
+            &Host(&["/b/base"]),
+        );
+        // By its text, /link/../b/base would still be the base.
+        assert_eq!(
+            (problems, renames(&plan)),
+            (Vec::new(), vec![("/link/x", "/b/base", "qcow2")])
+        );
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! A guest's definition, and those in its snapshots, with other paths for its disks, and nothing else changed in them: not a
 //! space. Pure.
 
-use crate::cold::inventory::plain;
 use quick_xml::escape::escape;
 use roxmltree::{Document, Node};
 use std::ops::Range;
@@ -9,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// Where disks go.
 pub struct Destination<'a> {
-    /// Where this file goes; `None` where it stays.
+    /// Where this file goes, by the name that stands there; `None` where it stays.
     pub place: &'a dyn Fn(&Path) -> Option<PathBuf>,
     /// Where this volume of this pool goes; `None` where it stays.
     pub volume: &'a dyn Fn(&str, &str) -> Option<PathBuf>,
@@ -39,7 +38,7 @@ pub fn rewritten(xml: &str, to: &Destination) -> Result<String, String> {
             let Some(file) = source.attribute_node("file") else {
                 continue;
             };
-            if let Some(place) = (to.place)(&plain(Path::new(file.value()))) {
+            if let Some(place) = (to.place)(Path::new(file.value())) {
                 edits.push((file.range_value(), written(&place)?));
             }
         }
