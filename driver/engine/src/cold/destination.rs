@@ -20,7 +20,7 @@ use super::source::refuse_unfinished;
 use super::{extents, users, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
-use crate::report::Outcome;
+use crate::report::{self, Outcome};
 use crate::wire::{message, Connection, Identity, Protection, Purpose, Security};
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Digest, Kind, Options, Pull as Order, MAX_SIZE};
@@ -596,7 +596,8 @@ fn acl_here(acl: &Acl<String>, path: &Path) -> Acl<u32> {
         tracing::warn!(
             path = %path.display(),
             "not known on this host, and without the access that its list gave them: {}",
-            lost.join(", ")
+            // In the other host's words.
+            report::printable(&lost.join(", "), 500)
         );
     }
     acl
