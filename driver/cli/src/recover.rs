@@ -122,6 +122,15 @@ fn open() -> Result<Vec<Open>> {
     Ok(open)
 }
 
+/// How a journal goes that is only kept for the other host to be told.
+fn forget(journal: &Journal) -> String {
+    let (peer, name) = (&journal.peer, &journal.guest.name);
+    match peer.is_empty() {
+        true => String::new(),
+        false => format!(" (if {peer} is lost for good: \"virt-ferry recover --lost {peer} {name}\")"),
+    }
+}
+
 /// `None` for one that has just gone.
 fn read(path: &Path) -> Option<Open> {
     let mut text = Vec::new();
@@ -143,9 +152,15 @@ fn read(path: &Path) -> Option<Open> {
                     "has its new disks; the old ones are to be deleted".into()
                 }
                 None if journal.role == Role::Destination && journal.state == State::Aborted => {
-                    "did not come here; the other host has not heard it yet".into()
+                    format!(
+                        "did not come here; the other host has not heard it yet{}",
+                        forget(&journal)
+                    )
                 }
-                None => "is this host's; the other host has not heard it yet".into(),
+                None => format!(
+                    "is this host's; the other host has not heard it yet{}",
+                    forget(&journal)
+                ),
             },
             uuid: Some(journal.guest.uuid),
             peer: Some(journal.peer).filter(|peer| !peer.is_empty()),
