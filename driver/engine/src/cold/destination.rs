@@ -140,9 +140,12 @@ impl Link {
     pub fn ask(&mut self, ask: &Ask, signals: &Signals, patience: Duration) -> Result<Answer, Error> {
         let end = Instant::now() + patience;
         loop {
+            let connected = self.connection.is_some();
             match self.ask_once(ask, signals, end) {
                 Err(Error::Wire(error)) if is_cut(&error) && Instant::now() < end => {
-                    tracing::warn!(%error, "the control connection was cut: connecting again");
+                    if connected {
+                        tracing::warn!(%error, "the control connection was cut: connecting again");
+                    }
                     self.connection = None;
                     std::thread::sleep(Duration::from_millis(100));
                 }

@@ -55,7 +55,7 @@ pub fn prepare(
         Err(error) => return Err(here(error)),
     };
     host::hook().map_err(here)?;
-    let _held = recovery::hold(offer.inventory.guest.uuid)?;
+    let _held = recovery::hold_soon(offer.inventory.guest.uuid)?;
     let arrival = Arrival::plan(connection, params, flags, offer, config)?;
     let engine = arrival.pull(params, flags)?;
     arrival.register(connection, params, cookie, flags, engine)

@@ -25,6 +25,8 @@ use uuid::Uuid;
 
 /// For an engine to find the other host's, which may be on its way up itself.
 const ASKED: Duration = Duration::from_secs(150);
+/// How long an attempt of our own thread's takes where the other host does not answer, and a little more.
+const ATTEMPT: Duration = Duration::from_secs(60);
 /// The first and the longest pause between two attempts.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 /// How long a host that is said to be lost is given to show that it is not: to a migration that is at its end.
@@ -66,6 +68,21 @@ fn try_hold(uuid: Uuid) -> Option<Hold> {
 pub fn hold(uuid: Uuid) -> Result<Hold, Error> {
     try_hold(uuid)
         .ok_or_else(|| here("another migration of this guest is under way, or is being ended; try again"))
+}
+
+/// As [`hold`], once an attempt of our own thread's at an earlier one has ended: the source that it asks may have come with
+/// this migration.
+///
+/// # Errors
+/// As with [`hold`].
+pub fn hold_soon(uuid: Uuid) -> Result<Hold, Error> {
+    let deadline = Instant::now() + ATTEMPT;
+    loop {
+        match hold(uuid) {
+            Err(_) if !sessions::is_under_way(uuid) && Instant::now() < deadline => std::thread::sleep(LOOK),
+            outcome => return outcome,
+        }
+    }
 }
 
 /// Whether a migration of this guest is written down on this host, or may be.
