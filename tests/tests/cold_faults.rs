@@ -31,6 +31,10 @@ struct Scene<'a> {
     digest: String,
 }
 
+fn is_journal(path: &PathBuf) -> bool {
+    path.extension().is_some_and(|ending| ending == "json")
+}
+
 fn disk() -> String {
     format!("{IMAGES}/g.img")
 }
@@ -131,9 +135,14 @@ impl<'a> Scene<'a> {
 
     /// What a host has written down of the guest's move.
     fn journal(&self, host: &Host) -> Result<Option<Journal>> {
-        let uuid = self.one.virsh(&["domuuid", "g"])?.parse()?;
-        let path = journal::path("/var/lib/virt-ferry".as_ref(), uuid);
-        let Ok(text) = fs::read(host.path(&path)) else {
+        // Its daemon, whom one could ask for the guest's UUID, may be dead.
+        let directory = host.path("/var/lib/virt-ferry").join(journal::DIRECTORY);
+        let files = fs::read_dir(directory).into_iter().flatten().flatten();
+        let mut journals = files.map(|file| file.path()).filter(is_journal);
+        let Some(path) = journals.next() else {
+            return Ok(None);
+        };
+        let Ok(text) = fs::read(&path) else {
             return Ok(None);
         };
         Ok(Some(
@@ -372,7 +381,6 @@ fn the_other_host_is_lost() -> Result<()> {
         }
         // As if that had been a moment later: the destination had asked for the guest, and was told yes.
         let directory = one.path("/var/lib/virt-ferry/cold");
-        let is_journal = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "json");
         let mut journals = fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
         let journal = journals.find(is_journal).context("no journal")?;
         let mut written: serde_json::Value = serde_json::from_slice(&fs::read(&journal)?)?;
@@ -439,42 +447,64 @@ fn the_destination_is_lost_for_good() -> Result<()> {
     })
 }
 
-/// Everything has come, and the source is lost before it is asked: the destination keeps it, and it is the guest once the
-/// operator says so, with all that belongs to it.
+/// Everything has come, and the source is lost: the destination keeps it, and it is the guest once the operator says so, with
+/// all that belongs to it.
+fn is_owned_by_the_destination(
+    lab: &Lab,
+    ends: impl FnOnce(&Scene, &mut Phases) -> Result<()>,
+) -> Result<()> {
+    let mut scene = Scene::new(lab)?;
+    let (one, two) = (scene.one, scene.two);
+    one.virsh(&["undefine", "g"])?;
+    let raw = format!("{IMAGES}/raw");
+    one.run(&["mv", &disk(), &raw])?;
+    one.run(&["qemu-img", "convert", "-O", "qcow2", &raw, &disk()])?;
+    one.run(&["rm", &raw])?;
+    Guest::new("g").disk("vda", "qcow2", &disk()).define(one)?;
+    one.virsh(&["snapshot-create-as", "g", "first"])?;
+    one.virsh(&["autostart", "g"])?;
+    (scene.there, scene.digest) = (one.guests_files()?, one.sha256(&disk())?);
+
+    let mut client = scene.prepared()?;
+    scene.wait_for_state(two, State::Ready)?;
+    scene.crashes(one)?;
+    ends(&scene, &mut client)?;
+    let said = two.exec(&["virt-ferry", "recover", "--lost", "host3", "g"])?;
+    let error = String::from_utf8_lossy(&said.stderr).into_owned();
+    ensure!(error.contains("is host1, not host3"), "{error}");
+    two.run(&["virt-ferry", "recover", "--lost", "host1", "g"])?;
+    two.has_shut_off("g")?;
+    ensure!(two.sha256(&disk())? == scene.digest, "the disk has changed");
+    same_files(&scene.there, &two.guests_files()?).context("host2")?;
+    let snapshots = two.virsh(&["snapshot-list", "g", "--name"])?;
+    ensure!(snapshots.trim() == "first", "{snapshots}");
+    let about = two.virsh(&["dominfo", "g"])?;
+    let autostart = about.lines().find(|line| line.starts_with("Autostart:"));
+    ensure!(autostart.is_some_and(|line| line.ends_with("enable")), "{about}");
+    two.boots(lab, "g")
+}
+
+/// And the destination's daemon, with libvirt's half of the guest: its engine gives up, and the next daemon recovers.
 #[test]
 fn the_source_is_lost_and_its_guest_is_not() -> Result<()> {
     Lab::with(Options::default(), |lab| {
-        let mut scene = Scene::new(lab)?;
-        let (one, two) = (scene.one, scene.two);
-        one.virsh(&["undefine", "g"])?;
-        let raw = format!("{IMAGES}/raw");
-        one.run(&["mv", &disk(), &raw])?;
-        one.run(&["qemu-img", "convert", "-O", "qcow2", &raw, &disk()])?;
-        one.run(&["rm", &raw])?;
-        Guest::new("g").disk("vda", "qcow2", &disk()).define(one)?;
-        one.virsh(&["snapshot-create-as", "g", "first"])?;
-        one.virsh(&["autostart", "g"])?;
-        (scene.there, scene.digest) = (one.guests_files()?, one.sha256(&disk())?);
+        is_owned_by_the_destination(lab, |scene, _| scene.two.restart_libvirtd(true))
+    })
+}
 
-        let client = scene.prepared()?;
-        scene.wait_for_state(two, State::Ready)?;
-        scene.crashes(one)?;
-        // Its engine gives up, and its next daemon recovers.
-        two.restart_libvirtd(true)?;
-        drop(client);
-        let said = two.exec(&["virt-ferry", "recover", "--lost", "host3", "g"])?;
-        let error = String::from_utf8_lossy(&said.stderr).into_owned();
-        ensure!(error.contains("is host1, not host3"), "{error}");
-        two.run(&["virt-ferry", "recover", "--lost", "host1", "g"])?;
-        two.has_shut_off("g")?;
-        ensure!(two.sha256(&disk())? == scene.digest, "the disk has changed");
-        same_files(&scene.there, &two.guests_files()?).context("host2")?;
-        let snapshots = two.virsh(&["snapshot-list", "g", "--name"])?;
-        ensure!(snapshots.trim() == "first", "{snapshots}");
-        let about = two.virsh(&["dominfo", "g"])?;
-        let autostart = about.lines().find(|line| line.starts_with("Autostart:"));
-        ensure!(autostart.is_some_and(|line| line.ends_with("enable")), "{about}");
-        two.boots(lab, "g")
+/// And Finish fails for it.
+#[test]
+fn the_source_is_lost_when_it_is_asked() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        is_owned_by_the_destination(lab, |scene, client| {
+            let finished = client.finish(None, false)?;
+            println!("{finished:?}");
+            ensure!(finished.is_err(), "Finish succeeded without the source");
+            // libvirt gives it up, and it stays all the same.
+            scene.wait_for_state(scene.two, State::Returning)?;
+            ensure!(scene.two.state("g")?.is_none(), "host2 knows the guest");
+            Ok(())
+        })
     })
 }
 

@@ -733,7 +733,10 @@ impl Arrived {
             return Ok(());
         }
         signals.check()?;
-        commit(&mut self.kept, &mut self.link, signals, RECONNECT)
+        commit(&mut self.kept, &mut self.link, signals, RECONNECT).map_err(|error| match error {
+            Error::Wire(_) => silent(&self.kept, &error),
+            error => error,
+        })
     }
 
     /// The guest is registered here; says whether the source knows.
