@@ -2,7 +2,7 @@
 //! on no other, a second try succeeds, and no file is left that is not the guest's.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -31,7 +31,7 @@ struct Scene<'a> {
     digest: String,
 }
 
-fn is_journal(path: &PathBuf) -> bool {
+fn is_journal(path: &Path) -> bool {
     path.extension().is_some_and(|ending| ending == "json")
 }
 
@@ -138,7 +138,7 @@ impl<'a> Scene<'a> {
         // Its daemon, whom one could ask for the guest's UUID, may be dead.
         let directory = host.path("/var/lib/virt-ferry").join(journal::DIRECTORY);
         let files = fs::read_dir(directory).into_iter().flatten().flatten();
-        let mut journals = files.map(|file| file.path()).filter(is_journal);
+        let mut journals = files.map(|file| file.path()).filter(|path| is_journal(path));
         let Some(path) = journals.next() else {
             return Ok(None);
         };
@@ -382,7 +382,7 @@ fn the_other_host_is_lost() -> Result<()> {
         // As if that had been a moment later: the destination had asked for the guest, and was told yes.
         let directory = one.path("/var/lib/virt-ferry/cold");
         let mut journals = fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
-        let journal = journals.find(is_journal).context("no journal")?;
+        let journal = journals.find(|path| is_journal(path)).context("no journal")?;
         let mut written: serde_json::Value = serde_json::from_slice(&fs::read(&journal)?)?;
         ensure!(written["state"] == "prepared", "{written}");
         written["state"] = "committed".into();

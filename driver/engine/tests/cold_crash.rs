@@ -852,6 +852,6 @@ fn a_second_recovery_does_not_mind_that_the_first_still_listens() {
         here
     });
     assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
-    attempts.map(Engine::end);
+    attempts.into_iter().for_each(Engine::end);
     guest.scene.assert_clean();
 }
