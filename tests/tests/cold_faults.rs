@@ -2,14 +2,14 @@
 //! on no other, a second try succeeds, and no file is left that is not the guest's.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use ferry_contract::cold::journal::{self, Journal, State};
 use ferry_tests::cold::{same_files, Content, Guest, IMAGES};
 use ferry_tests::fault::{engine, names, signal, Cut, Held};
-use ferry_tests::host::Host;
+use ferry_tests::host::{Host, Process};
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
 use ferry_tests::phases::{Phases, COLD, PROTECTED};
@@ -29,6 +29,10 @@ struct Scene<'a> {
     there: Vec<String>,
     nowhere: [Vec<String>; 2],
     digest: String,
+}
+
+fn is_journal(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending == "json")
 }
 
 fn disk() -> String {
@@ -131,9 +135,14 @@ impl<'a> Scene<'a> {
 
     /// What a host has written down of the guest's move.
     fn journal(&self, host: &Host) -> Result<Option<Journal>> {
-        let uuid = self.one.virsh(&["domuuid", "g"])?.parse()?;
-        let path = journal::path("/var/lib/virt-ferry".as_ref(), uuid);
-        let Ok(text) = fs::read(host.path(&path)) else {
+        // Its daemon, whom one could ask for the guest's UUID, may be dead.
+        let directory = host.path("/var/lib/virt-ferry").join(journal::DIRECTORY);
+        let files = fs::read_dir(directory).into_iter().flatten().flatten();
+        let mut journals = files.map(|file| file.path()).filter(|path| is_journal(path));
+        let Some(path) = journals.next() else {
+            return Ok(None);
+        };
+        let Ok(text) = fs::read(&path) else {
             return Ok(None);
         };
         Ok(Some(
@@ -259,8 +268,12 @@ fn daemons_die_while_files_are_on_their_way() -> Result<()> {
 fn it_is_given_up() -> Result<()> {
     Lab::with(Options::default(), |lab| {
         let scene = Scene::new(lab)?;
-        for options in [&[][..], &["--p2p"]] {
-            let said = scene.interrupted(options, || scene.one.virsh(&["domjobabort", "g"]).map(drop))?;
+        for (options, command) in [
+            (&[][..], &["virsh", "domjobabort", "g"][..]),
+            (&["--p2p"], &["virsh", "domjobabort", "g"]),
+            (&[], &["virt-ferry", "recover", "--abort", "g"]),
+        ] {
+            let said = scene.interrupted(options, || scene.one.run(command).map(drop))?;
             names(&said, &["operation aborted", "canceled by client"])?;
             scene.is_at_the_source()?;
             scene.settles()?;
@@ -368,9 +381,8 @@ fn the_other_host_is_lost() -> Result<()> {
         }
         // As if that had been a moment later: the destination had asked for the guest, and was told yes.
         let directory = one.path("/var/lib/virt-ferry/cold");
-        let is_journal = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "json");
         let mut journals = fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
-        let journal = journals.find(is_journal).context("no journal")?;
+        let journal = journals.find(|path| is_journal(path)).context("no journal")?;
         let mut written: serde_json::Value = serde_json::from_slice(&fs::read(&journal)?)?;
         ensure!(written["state"] == "prepared", "{written}");
         written["state"] = "committed".into();
@@ -395,7 +407,8 @@ fn the_other_host_is_lost() -> Result<()> {
 }
 
 /// The source has let go, and the destination is lost before it has said that it has the guest: the operator takes the guest
-/// back. Should the destination come back, it does not have it.
+/// back, and not before saying that it is lost. Should the destination come back, it does not have it, and keeps nobody from
+/// moving it there.
 #[test]
 fn the_destination_is_lost_for_good() -> Result<()> {
     Lab::with(Options::default(), |lab| {
@@ -409,20 +422,89 @@ fn the_destination_is_lost_for_good() -> Result<()> {
         println!("{confirmed:?}");
         scene.does_not_start(one, "may belong to that host already")?;
         // The source's engine waits for the destination, which may still say that it has the guest.
-        let mut engines = one.processes_named("virt-ferry-engine")?;
-        engines.retain(|engine| engine.arguments.iter().any(|argument| argument == "cold-source"));
-        signal(&engines.pop().context("no engine")?, SIGKILL)?;
-        scene.gives_up(one)?;
+        let waits = |engine: &Process| engine.arguments.iter().any(|argument| argument == "cold-source");
+        ensure!(
+            one.processes_named("virt-ferry-engine")?.iter().any(waits),
+            "no engine"
+        );
+        let refused = one.exec(&["virt-ferry", "recover", "--abort", "g"])?;
+        let said = String::from_utf8_lossy(&refused.stdout).into_owned();
+        ensure!(said.contains("only host host2 knows whether it has it"), "{said}");
+        scene.does_not_start(one, "may belong to that host already")?;
+        one.run(&["virt-ferry", "recover", "--lost", "host2", "g"])?;
+        ensure!(
+            !one.processes_named("virt-ferry-engine")?.iter().any(waits),
+            "its engine still waits"
+        );
         one.has_shut_off("g")?;
         one.boots(lab, "g")?;
 
         two.restart_libvirtd(true)?;
-        two.run(&["virt-ferry", "recover"])?;
-        scene.settles()?;
-        scene.is_at_the_source()?;
-        same_files(&scene.nowhere[1], &two.guests_files()?).context("host2")?;
+        let waiting = scene.journal(two)?.context("no journal")?;
+        ensure!(waiting.state == State::Committing, "{:?}", waiting.state);
         scene.moves_again()?;
         scene.is_clean()
+    })
+}
+
+/// Everything has come, and the source is lost: the destination keeps it, and it is the guest once the operator says so, with
+/// all that belongs to it.
+fn is_owned_by_the_destination(
+    lab: &Lab,
+    ends: impl FnOnce(&Scene, &mut Phases) -> Result<()>,
+) -> Result<()> {
+    let mut scene = Scene::new(lab)?;
+    let (one, two) = (scene.one, scene.two);
+    one.virsh(&["undefine", "g"])?;
+    let raw = format!("{IMAGES}/raw");
+    one.run(&["mv", &disk(), &raw])?;
+    one.run(&["qemu-img", "convert", "-O", "qcow2", &raw, &disk()])?;
+    one.run(&["rm", &raw])?;
+    Guest::new("g").disk("vda", "qcow2", &disk()).define(one)?;
+    one.virsh(&["snapshot-create-as", "g", "first"])?;
+    one.virsh(&["autostart", "g"])?;
+    (scene.there, scene.digest) = (one.guests_files()?, one.sha256(&disk())?);
+
+    let mut client = scene.prepared()?;
+    scene.wait_for_state(two, State::Ready)?;
+    scene.crashes(one)?;
+    ends(&scene, &mut client)?;
+    let said = two.exec(&["virt-ferry", "recover", "--lost", "host3", "g"])?;
+    let error = String::from_utf8_lossy(&said.stderr).into_owned();
+    ensure!(error.contains("is host1, not host3"), "{error}");
+    two.run(&["virt-ferry", "recover", "--lost", "host1", "g"])?;
+    two.has_shut_off("g")?;
+    ensure!(two.sha256(&disk())? == scene.digest, "the disk has changed");
+    same_files(&scene.there, &two.guests_files()?).context("host2")?;
+    let snapshots = two.virsh(&["snapshot-list", "g", "--name"])?;
+    ensure!(snapshots.trim() == "first", "{snapshots}");
+    let about = two.virsh(&["dominfo", "g"])?;
+    let autostart = about.lines().find(|line| line.starts_with("Autostart:"));
+    ensure!(autostart.is_some_and(|line| line.ends_with("enable")), "{about}");
+    two.boots(lab, "g")
+}
+
+/// And the destination's daemon, with libvirt's half of the guest: its engine gives up, and the next daemon recovers.
+#[test]
+fn the_source_is_lost_and_its_guest_is_not() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        is_owned_by_the_destination(lab, |scene, _| scene.two.restart_libvirtd(true))
+    })
+}
+
+/// And Finish fails for it.
+#[test]
+fn the_source_is_lost_when_it_is_asked() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        is_owned_by_the_destination(lab, |scene, client| {
+            let finished = client.finish(None, false)?;
+            println!("{finished:?}");
+            ensure!(finished.is_err(), "Finish succeeded without the source");
+            // libvirt gives it up, and it stays all the same.
+            scene.wait_for_state(scene.two, State::Returning)?;
+            ensure!(scene.two.state("g")?.is_none(), "host2 knows the guest");
+            Ok(())
+        })
     })
 }
 

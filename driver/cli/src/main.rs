@@ -42,7 +42,8 @@ enum Command {
     Recover {
         /// Guests, by name; without any, all of this host's
         guests: Vec<String>,
-        /// Give one guest's move up where the other host will not answer any more; only if it cannot have the guest
+        /// Give one guest's move up; at a host to which it was to go, all of it that has come is removed, though the source may
+        /// be lost. Refused at a source that has let go of the guest
         #[arg(long, value_name = "GUEST", conflicts_with = "guests")]
         abort: Option<String>,
         /// Take these guests for this host's without asking HOST, which is lost for good with all its storage; should it come

@@ -1,7 +1,7 @@
 //! Interrupted cold migrations: the plug-in in the daemon brings them to an end, this makes it try and says how each stands.
 
 use anyhow::{ensure, Context, Result};
-use ferry_contract::cold::journal::{Role, State, DIRECTORY};
+use ferry_contract::cold::journal::{Journal, Role, State, DIRECTORY};
 use ferry_contract::recover::Word;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -135,6 +135,15 @@ fn open() -> Result<Vec<Open>> {
     Ok(open)
 }
 
+/// How a journal goes that is only kept for the other host to be told.
+fn forget(journal: &Journal) -> String {
+    let (peer, name) = (&journal.peer, &journal.guest.name);
+    match peer.is_empty() {
+        true => String::new(),
+        false => format!(" (if {peer} is lost for good: \"virt-ferry recover --lost {peer} {name}\")"),
+    }
+}
+
 /// `None` for one that has just gone.
 fn read(path: &Path) -> Option<Open> {
     Some(match ferry_host::journal(path) {
@@ -152,9 +161,15 @@ fn read(path: &Path) -> Option<Open> {
                     "has its new disks; the old ones are to be deleted".into()
                 }
                 None if journal.role == Role::Destination && journal.state == State::Aborted => {
-                    "did not come here; the other host has not heard it yet".into()
+                    format!(
+                        "did not come here; the other host has not heard it yet{}",
+                        forget(&journal)
+                    )
                 }
-                None => "is this host's; the other host has not heard it yet".into(),
+                None => format!(
+                    "is this host's; the other host has not heard it yet{}",
+                    forget(&journal)
+                ),
             },
             uuid: Some(journal.guest.uuid),
             peer: Some(journal.peer).filter(|peer| !peer.is_empty()),

@@ -154,11 +154,14 @@ fn what_a_crash_left_and_nobody_wants_is_removed() {
     destination.crash();
     assert_eq!(source.ask(&Request::ColdAbort), Reply::ColdAborted);
     source.end();
-    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
-    guest.scene.assert_not_there();
-    assert_eq!(guest.scene.journal(Role::Destination), None);
-    // The source keeps a note for a destination that might have been about to ask; it fences nothing.
+    // The source keeps a note for a destination that may ask; it fences nothing.
     assert_eq!(guest.owners(), (true, false));
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    assert_eq!(recovered(&mut here), Recovered::Stays);
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    here.end();
+    guest.scene.assert_not_there();
+    guest.scene.assert_clean();
     guest.assert_stays_and_moves_again();
 }
 
@@ -253,16 +256,18 @@ fn the_destination_is_lost_and_the_operator_takes_the_guest_back() {
     guest.scene.await_state(Role::Source, State::Committed);
     source.crash();
     assert_eq!(guest.owners(), (false, false));
-    let mut here = guest.scene.recovery(Role::Source, Wish::GiveUp);
-    assert_eq!(recovered(&mut here), Recovered::Stays);
+    assert!(refused(&guest, Role::Source, Wish::GiveUp).contains("--lost host2 g"));
+    assert_eq!(guest.owners(), (false, false));
+    let (here, found) = own(&guest, Role::Source);
+    assert_eq!(found, Recovered::Stays);
+    here.end();
     assert_eq!(guest.owners(), (true, false));
     guest.check();
-    // It was not lost after all.
-    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
-    guest.check();
-    here.end();
-    guest.scene.assert_not_there();
-    guest.scene.assert_clean();
+    // It was not lost after all: what it has does not keep the guest from coming again.
+    assert_eq!(
+        guest.scene.journal(Role::Destination).unwrap().state,
+        State::Committing
+    );
     guest.assert_stays_and_moves_again();
 }
 
@@ -408,7 +413,7 @@ fn the_plug_ins_die_and_the_engines_put_things_in_order() {
 fn one_engine_at_a_time_works_on_a_journal() {
     let guest = Guest::new();
     let (source, destination) = guest.scene.pulled();
-    let mut others = [Role::Source, Role::Destination].map(|role| guest.scene.recovery(role, Wish::GiveUp));
+    let mut others = [Role::Source, Role::Destination].map(|role| guest.scene.recovery(role, Wish::Settle));
     for other in &mut others {
         match other.hear() {
             Some(Reply::Failed(failure)) => assert!(failure.cause.contains("still works on"), "{failure}"),
@@ -494,6 +499,14 @@ fn a_recovery_deletes_no_file_that_was_changed_since() {
     here.end();
     assert!(guest.disk.exists());
     guest.scene.assert_clean();
+}
+
+/// Why a recovery is refused.
+fn refused(guest: &Guest, role: Role, wish: Wish) -> String {
+    match guest.scene.recovery(role, wish).hear() {
+        Some(Reply::Failed(failure)) => failure.cause,
+        reply => panic!("{reply:?}"),
+    }
 }
 
 /// The operator says so: nobody is asked.
@@ -600,6 +613,248 @@ fn what_has_come_in_part_is_nobodys() {
         Some(Reply::Failed(failure)) => assert!(failure.cause.contains("not all of"), "{failure}"),
         reply => panic!("{reply:?}"),
     }
+}
+
+/// What has come to a destination, as a whole: under its own name or not yet.
+fn has_all(guest: &Guest) -> bool {
+    let journal = guest.scene.journal(Role::Destination).unwrap();
+    let entry = &journal.entries[0];
+    let came = [Some(&entry.path), entry.temporary.as_ref()];
+    let came = came.into_iter().flatten().find(|path| path.exists());
+    journal.fence().is_some() && came.is_some_and(|path| sha256(path) == guest.digest)
+}
+
+#[test]
+fn a_destination_whose_source_is_silent_removes_nothing_until_it_has_answered() {
+    // libvirt gives it up before and after the commitment, and once the daemon just ends.
+    let [ready, placed, left] = [(); 3].map(|()| Guest::new());
+    let mut waiting = vec![];
+    for (guest, (source, mut destination)) in [
+        (&ready, ready.scene.pulled()),
+        (&placed, placed.scene.placed()),
+        (&left, left.scene.pulled()),
+    ] {
+        source.crash();
+        match std::ptr::eq(guest, &left) {
+            true => destination.let_go(),
+            false => destination.tell(&Request::ColdAbort),
+        }
+        waiting.push((guest, destination));
+    }
+    for (guest, mut destination) in waiting {
+        if !std::ptr::eq(guest, &left) {
+            match destination.hear() {
+                Some(Reply::Failed(failure)) => {
+                    assert!(failure.cause.contains("does not say whose"), "{failure}");
+                }
+                reply => panic!("{reply:?}"),
+            }
+            destination.let_go();
+        }
+        destination.end();
+        assert!(has_all(guest));
+        assert_eq!(guest.owners(), (false, false));
+    }
+
+    // The source is back, and was never lost: it has the guest, whether it had let go or not.
+    for guest in [ready, placed] {
+        let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+        let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
+        assert_eq!(recovered(&mut here), Recovered::Stays);
+        guest.check();
+        assert_eq!(recovered(&mut there), Recovered::Undone);
+        here.end();
+        there.end();
+        guest.scene.assert_not_there();
+        guest.scene.assert_clean();
+        guest.assert_stays_and_moves_again();
+    }
+
+    // It is lost: this is all there is of the guest.
+    let mut guest = left;
+    let (mut engine, found) = own(&guest, Role::Destination);
+    assert_eq!(found, Recovered::Define);
+    guest.at_source = false;
+    guest.define();
+    assert_eq!(engine.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    engine.end();
+    assert_eq!(guest.owners(), (false, true));
+}
+
+#[test]
+fn a_recovery_whose_source_is_silent_leaves_all_that_has_come() {
+    let [ready, committing_, placed] = [(); 3].map(|()| Guest::new());
+    let engines = [
+        (&ready, ready.scene.pulled()),
+        (&committing_, committing(&committing_)),
+        (&placed, placed.scene.placed()),
+    ];
+    let mut recoveries = vec![];
+    for (guest, (source, destination)) in engines {
+        source.crash();
+        destination.crash();
+        recoveries.push((guest, guest.scene.recovery(Role::Destination, Wish::Settle)));
+    }
+    for (guest, mut recovery) in recoveries {
+        match recovered(&mut recovery) {
+            Recovered::Unknown { cause } => assert!(cause.contains("does not say whose"), "{cause}"),
+            other => panic!("{other:?}"),
+        }
+        recovery.end();
+        assert!(has_all(guest));
+        assert_eq!(guest.owners(), (false, false));
+    }
+    // The operator decides, either way.
+    for (mut guest, wish) in [
+        (ready, Wish::GiveUp),
+        (committing_, Wish::Own),
+        (placed, Wish::Own),
+    ] {
+        if wish == Wish::GiveUp {
+            let mut recovery = guest.scene.recovery(Role::Destination, wish);
+            assert_eq!(recovered(&mut recovery), Recovered::Undone);
+            recovery.end();
+            guest.scene.assert_not_there();
+            // Kept to be told; there is nobody.
+            let journal = guest.scene.journal(Role::Destination).unwrap();
+            assert_eq!((journal.state, journal.fence()), (State::Aborted, None));
+            let (engine, found) = own(&guest, Role::Destination);
+            assert_eq!(found, Recovered::Undone);
+            engine.end();
+            assert_eq!(guest.scene.journal(Role::Destination), None);
+            continue;
+        }
+        let (mut engine, found) = own(&guest, Role::Destination);
+        assert_eq!(found, Recovered::Define);
+        guest.at_source = false;
+        guest.define();
+        assert_eq!(engine.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+        engine.end();
+        assert_eq!(guest.owners(), (false, true));
+    }
+}
+
+#[test]
+fn a_source_that_answers_is_not_lost() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    destination.crash();
+    let why = refused(&guest, Role::Destination, Wish::Own);
+    assert!(why.contains("host1 is not lost, it answers"), "{why}");
+    assert!(has_all(&guest));
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    source.end_aborted();
+    guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn a_source_that_has_let_go_does_not_give_up_alone() {
+    let mut guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    destination.crash();
+    source.let_go();
+    // While its engine still waits for the destination, which goes on.
+    let why = refused(&guest, Role::Source, Wish::GiveUp);
+    assert!(why.contains("only host host2 knows"), "{why}");
+    source.crash();
+    assert_eq!(refused(&guest, Role::Source, Wish::GiveUp), why);
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    let mut there = guest.scene.recovery(Role::Destination, Wish::Settle);
+    assert_eq!(recovered(&mut there), Recovered::Define);
+    guest.define();
+    assert_eq!(there.ask(&Request::ColdOwned), Reply::ColdOwned { told: true });
+    assert_eq!(recovered(&mut here), Recovered::Leaves);
+    guest.leave(&mut here);
+    here.end();
+    there.end();
+    guest.assert_moved();
+}
+
+#[test]
+fn an_engine_that_waits_for_a_lost_host_is_ended_by_the_operators_word() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    destination.crash();
+    source.let_go();
+    let (engine, found) = own(&guest, Role::Source);
+    assert_eq!(found, Recovered::Stays);
+    engine.end();
+    assert_eq!(source.killed_by(), Some(Signal::SIGTERM));
+    assert_eq!(guest.owners(), (true, false));
+    // The destination comes back all the same, and has the files in place: it asks, and registers nothing before it has heard.
+    match guest.scene.recover(Role::Destination) {
+        Recovered::Unknown { cause } => assert!(cause.contains("does not say whose"), "{cause}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(guest.owners(), (true, false));
+    guest.check();
+}
+
+#[test]
+fn a_destination_with_the_files_in_place_hears_that_the_source_has_the_guest_again() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    destination.crash();
+    source.crash();
+    // As a release before this one wrote it, for an operator who gave the migration up there.
+    let path = guest.scene.journal_path(Role::Source);
+    let text = std::fs::read_to_string(&path).unwrap();
+    let text = text.replace(r#""state":"committed""#, r#""state":"aborted""#);
+    std::fs::write(&path, text).unwrap();
+    assert_eq!(guest.owners(), (true, false));
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    assert_eq!(recovered(&mut here), Recovered::Stays);
+    match guest.scene.recover(Role::Destination) {
+        Recovered::Unknown { cause } => assert!(cause.contains("host1 has the guest again"), "{cause}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(guest.owners(), (true, false));
+    let mut there = guest.scene.recovery(Role::Destination, Wish::GiveUp);
+    assert_eq!(recovered(&mut there), Recovered::Undone);
+    here.end();
+    there.end();
+    guest.scene.assert_not_there();
+    guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn a_copy_that_waits_gives_way_to_its_own_source_only() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    destination.crash();
+    source.end_aborted();
+    let path = guest.scene.journal_path(Role::Destination);
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace(r#""peer":"host1""#, r#""peer":"host3""#)).unwrap();
+    let (source, offer) = guest.scene.begin();
+    let mut destination = Engine::start("cold-destination");
+    let why = destination.refusal(&guest.scene.pull(&offer)).cause;
+    assert!(why.contains("has come here from host3 before"), "{why}");
+    assert!(has_all(&guest));
+    source.end_aborted();
+
+    // Its own one has been interrupted while the files got their names.
+    let mut journal = guest.scene.journal(Role::Destination).unwrap();
+    (journal.peer, journal.state) = ("host1".into(), State::Committing);
+    std::fs::write(&path, serde_json::to_vec(&journal).unwrap()).unwrap();
+    std::fs::rename(journal.entries[0].temporary.as_ref().unwrap(), guest.there()).unwrap();
+    guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn a_second_recovery_does_not_mind_that_the_first_still_listens() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    destination.crash();
+    source.end_aborted();
+    let attempts = [(); 2].map(|()| {
+        let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+        assert_eq!(recovered(&mut here), Recovered::Stays);
+        here
+    });
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    attempts.into_iter().for_each(Engine::end);
+    guest.scene.assert_clean();
 }
 
 #[test]

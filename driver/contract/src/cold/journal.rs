@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   source       prepared ──commit?──▶ committed ──owned──▶ owned-there ──▶ (files deleted, journal gone)
-//!                   └─▶ (gone, or:) aborted ◀─┘ the destination says that it never will own the guest
+//!                   └─▶ (gone, or:) aborted ◀─┘ the destination asks it to keep the guest
 //!   destination  pulling ──▶ ready ──▶ committing ──committed──▶ placed ──defined──▶ owned ──source knows──▶ (gone)
-//!                   └──────────┴──▶ (gone)  └──────────────────────┴──▶ aborted ──source knows──▶ (gone)
+//!                   └─▶ (gone) └────────────┴──────────────────────┴─▶ returning ──source keeps it──▶ aborted ──source knows──▶ (gone)
 //!   within       pulling ──▶ committing ──▶ placed ──defined──▶ owned ──▶ (old files deleted, journal gone)
 //!                   └────────────┴────────────┴──▶ (gone)
 //! ```
@@ -12,6 +12,10 @@
 //! The source owns the guest in `prepared` and the destination in `owned`; in every pair of states in between, no host
 //! starts it ([`Journal::fence`]) and the one of both that cannot decide alone asks the other. `aborted` is kept for as
 //! long as the other host may still have to ask.
+//!
+//! `committed` decides once: from there the guest goes back only at the destination's word, or where the operator knows that
+//! host to be lost. From `ready` to `returning`, the destination removes nothing before the source has said that it keeps the
+//! guest: should the source be lost, this is all there is of it.
 
 use super::{Digest, Inventory, Kind, Options};
 use crate::session::{Encryption, Guest, Token};
@@ -60,6 +64,8 @@ pub enum State {
     Placed,
     /// Destination: the guest is ours. Within: its definition names the new files.
     Owned,
+    /// Destination: the guest is to stay at the source, which has not said yet that it does. All files are still here.
+    Returning,
     /// Both: this session is given up. The other host has not heard of it yet.
     Aborted,
 }
@@ -187,6 +193,23 @@ impl Journal {
         }
     }
 
+    /// Whether an operator may give this session up on this host, whatever the other one says.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    pub fn may_be_given_up(&self) -> Result<(), String> {
+        let (name, peer) = (&self.guest.name, &self.peer);
+        match (self.role, self.state) {
+            (Role::Source, State::Committed) => Err(format!(
+                "guest {name} has been let go of, and only host {peer} knows whether it has it: run \"virt-ferry recover {name}\" \
+                 there, or \"virt-ferry recover --abort {name}\" if it is not to have it; if {peer} is lost for good, \"virt-ferry \
+                 recover --lost {peer} {name}\" here makes it this host's again"
+            )),
+            (Role::Source, State::OwnedThere) => Err(format!("guest {name} is host {peer}'s")),
+            _ => Ok(()),
+        }
+    }
+
     /// Why the guest may not be started on this host now; `None`: it may.
     pub fn fence(&self) -> Option<String> {
         if self.role == Role::Within {
@@ -209,11 +232,19 @@ impl Journal {
                 "it is being moved to {peer}; end that migration first, or {recover} if nothing is under way"
             )),
             State::Committed => Some(format!(
-                "it was being moved to {peer} and may belong to that host already; {recover}"
+                "it was being moved to {peer} and may belong to that host already; {recover}; if {peer} is lost for good, \
+                 \"virt-ferry recover --lost {peer} {}\" makes it this host's again",
+                self.guest.name
             )),
             State::OwnedThere => Some(format!("it has been moved to {peer}: start it there")),
-            State::Pulling | State::Ready | State::Committing | State::Placed => Some(format!(
+            State::Pulling => Some(format!(
                 "it is being moved here from {peer} and is not here yet; {recover} if nothing is under way"
+            )),
+            State::Ready | State::Committing | State::Placed | State::Returning => Some(format!(
+                "it is being moved here from {peer}, which has not said yet whose it is; {recover} if nothing is under way; if \
+                 {peer} is lost for good, \"virt-ferry recover --lost {peer} {name}\" makes it this host's, and \"virt-ferry \
+                 recover --abort {name}\" removes all of it that has come",
+                name = self.guest.name
             )),
             State::Owned | State::Aborted => None,
         }
@@ -230,7 +261,7 @@ mod tests {
         use State::*;
         let fenced = |state| Journal { state, ..a_journal() }.fence().is_some();
         // The destination may start it in one state only, and reaches that from `placed`, which the source's `committed` precedes.
-        for state in [Pulling, Ready, Committing, Placed] {
+        for state in [Pulling, Ready, Committing, Placed, Returning] {
             assert!(fenced(state), "{state:?}");
         }
         assert!(!fenced(Owned));
@@ -260,6 +291,42 @@ mod tests {
             assert_eq!(guest(&other), None, "{other:?}");
         }
         assert_eq!(guest(&path.with_extension("json.part")), None);
+    }
+
+    #[test]
+    fn what_waits_for_the_other_host_says_both_ways_out() {
+        for state in [State::Ready, State::Committing, State::Placed, State::Returning] {
+            let waiting = Journal {
+                state,
+                role: Role::Destination,
+                peer: "host1".into(),
+                ..a_journal()
+            };
+            let fence = waiting.fence().unwrap();
+            for way in ["--lost host1 g", "--abort g"] {
+                assert!(
+                    fence.contains(&format!("\"virt-ferry recover {way}\"")),
+                    "{fence}"
+                );
+            }
+            assert_eq!(waiting.may_be_given_up(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn what_was_let_go_of_is_not_given_up_without_the_other_host() {
+        let may = |state| {
+            let peer = "host2".into();
+            Journal {
+                state,
+                peer,
+                ..a_journal()
+            }
+            .may_be_given_up()
+        };
+        assert!(may(State::Prepared).is_ok() && may(State::Aborted).is_ok());
+        assert!(may(State::Committed).is_err_and(|why| why.contains("--lost host2 g")));
+        assert!(may(State::OwnedThere).is_err());
     }
 
     #[test]

@@ -2,9 +2,12 @@
 //!
 //! ```text
 //!   ColdPull ─▶ pulling ─▶ ready ──ColdCommit──▶ committing ──the source let go──▶ placed ──ColdOwned──▶ owned ──told──▶ gone
-//!                  └─────────┴── failure, ColdAbort, the end of the plug-in ──▶ gone
-//!                                                   └── ColdAbort, the source says no ──▶ aborted ──told──▶ gone
+//!                  └── failure, ColdAbort,     └──────────────┬───────────────────────────┘
+//!                      the end of the plug-in ──▶ gone        └─▶ returning ──the source keeps it──▶ aborted ──told──▶ gone
 //! ```
+//!
+//! From `ready` on, what is here may be all that is left of the guest: it is removed once the source has said that it keeps
+//! the guest, or the operator says so. As long as neither has, it stays, and nobody starts the guest here.
 
 use super::acl::Acl;
 use super::files::{self, Reader};
@@ -139,9 +142,12 @@ impl Link {
     pub fn ask(&mut self, ask: &Ask, signals: &Signals, patience: Duration) -> Result<Answer, Error> {
         let end = Instant::now() + patience;
         loop {
+            let connected = self.connection.is_some();
             match self.ask_once(ask, signals, end) {
                 Err(Error::Wire(error)) if is_cut(&error) && Instant::now() < end => {
-                    tracing::warn!(%error, "the control connection was cut: connecting again");
+                    if connected {
+                        tracing::warn!(%error, "the control connection was cut: connecting again");
+                    }
                     self.connection = None;
                     std::thread::sleep(Duration::from_millis(100));
                 }
@@ -245,6 +251,19 @@ impl Link {
         }
     }
 
+    /// Asks the source to keep the guest, in a session that has ended for this host.
+    ///
+    /// # Errors
+    /// As with [`ask`](Self::ask): the source may be lost.
+    pub fn keep(&mut self, cause: &Error, patience: Duration) -> Result<(), Error> {
+        self.connection = None;
+        let Failure { kind, cause, .. } = cause.failure(&self.host);
+        match self.ask(&Ask::Keep { kind, cause }, &Signals::default(), patience)? {
+            Answer::Keeps => Ok(()),
+            other => Err(out_of_turn(&other)),
+        }
+    }
+
     /// Tells the source that the guest stays there, in a session that has ended for this host.
     ///
     /// # Errors
@@ -304,7 +323,10 @@ struct Arrived {
 fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<Arrived, Error> {
     let claim = Claim::take(&pull.settings.state_directory, pull.guest.uuid)?;
     let earlier = claim.find()?;
-    refuse_unfinished(earlier.as_ref())?;
+    // Of one that waits for its source, that host's name decides.
+    if !earlier.as_ref().is_some_and(waits) {
+        refuse_unfinished(earlier.as_ref())?;
+    }
     let earlier = earlier.filter(|journal| journal.role == Role::Destination);
     let inventory = &pull.offer.inventory;
     if pull.plan.places.len() != inventory.files.len() {
@@ -389,6 +411,9 @@ impl Arriving<'_, '_> {
         let inventory = &pull.offer.inventory;
         self.told.recorder.enter("reservation");
         let (source_host, nonce) = link.open(signals)?;
+        if let Some(waiting) = earlier.as_ref().filter(|earlier| waits(earlier)) {
+            follow(waiting, &source_host)?;
+        }
         let (mut looked, mut attributes) = (Vec::new(), 0);
         for (number, file) in inventory.files.iter().enumerate() {
             let found = link.look(number as u32, signals)?;
@@ -629,6 +654,32 @@ fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf,
     useful.collect()
 }
 
+/// Whether a session has all of the guest, and waits for its source to say whose it is.
+fn waits(journal: &Journal) -> bool {
+    journal.role == Role::Destination
+        && matches!(journal.state, State::Ready | State::Committing | State::Returning)
+}
+
+/// Lets a new session take the place of one that waits. A source that offers the guest anew has it: it begins none before it
+/// knows that. Another host has another copy, and does not know which one is the guest.
+///
+/// # Errors
+/// It comes from another host.
+fn follow(waiting: &Journal, source_host: &str) -> Result<(), Error> {
+    if waiting.peer != source_host {
+        let (name, peer) = (&waiting.guest.name, &waiting.peer);
+        return Err(Error::Other(format!(
+            "all of guest {name} has come here from {peer} before, which has not said whose it is: \"virt-ferry recover --abort \
+             {name}\" here removes that copy, \"virt-ferry recover --lost {peer} {name}\" makes it the guest"
+        )));
+    }
+    // Some of it has its names already, which the new session wants.
+    if waiting.entries.iter().any(|entry| is_ours(&entry.path, entry)) {
+        place::undo(waiting);
+    }
+    Ok(())
+}
+
 fn remove_useless(earlier: Option<&Journal>, left: &BTreeMap<PathBuf, PathBuf>) {
     let Some(earlier) = earlier else { return };
     let used: BTreeSet<_> = left.values().collect();
@@ -669,10 +720,10 @@ impl Arrived {
                     tracing::warn!(?other, "a request out of turn");
                     continue;
                 }
-                // The plug-in has gone. As long as the source has not been asked, it keeps the guest; later, libvirt's
-                // part is still to be done, and a recovery does it.
+                // The plug-in has gone. Once the source has been asked, it may have let go: a recovery finds out, and does
+                // libvirt's part.
                 None => {
-                    if matches!(self.kept.state, State::Pulling | State::Ready) {
+                    if self.kept.state == State::Ready {
                         if let Err(error) =
                             self.abort(record, signals, "the destination's daemon gave the migration up")
                         {
@@ -698,7 +749,10 @@ impl Arrived {
             return Ok(());
         }
         signals.check()?;
-        commit(&mut self.kept, &mut self.link, signals, RECONNECT)
+        commit(&mut self.kept, &mut self.link, signals, RECONNECT).map_err(|error| match error {
+            Error::Wire(_) => silent(&self.kept, &error),
+            error => error,
+        })
     }
 
     /// The guest is registered here; says whether the source knows.
@@ -726,25 +780,34 @@ impl Arrived {
             .check()
             .map_or_else(Error::from, |()| Error::Other(cause.to_owned()));
         record.ended(&self.kept, Some(&cause));
-        abort(self.kept, self.link, &cause)
+        if !hand_back(self.kept, self.link, &cause)? {
+            tracing::warn!("the source could not be told that nothing is left here");
+        }
+        Ok(())
     }
 }
 
-/// Asks the source to let go and puts the files in place; from the journal's `ready` or `committing`.
+/// Asks the source to let go and puts the files in place; from the journal's `ready` or `committing`. In `placed` it asks
+/// once more: the operator may have made the guest the source's again, for this host was taken for lost.
 ///
 /// # Errors
 /// [`Error::Refused`]: the source keeps the guest. Any other: it is not known whether it does, unless the state is `ready`.
 pub fn commit(kept: &mut Kept, link: &mut Link, signals: &Signals, patience: Duration) -> Result<(), Error> {
     let manifest = match (kept.state, kept.manifest) {
-        (State::Ready | State::Committing, Some(manifest)) => manifest,
+        (State::Ready | State::Committing | State::Placed, Some(manifest)) => manifest,
         (state, _) => {
             return Err(Error::Other(format!(
                 "the guest cannot be taken over in state {state:?}"
             )))
         }
     };
-    kept.enter(State::Committing, |_| {})?;
+    if kept.state == State::Ready {
+        kept.enter(State::Committing, |_| {})?;
+    }
     link.commit(manifest, signals, patience)?;
+    if kept.state == State::Placed {
+        return Ok(());
+    }
     place::put_in_place(kept)?;
     kept.enter(State::Placed, |_| {})
 }
@@ -765,38 +828,59 @@ pub fn owned(kept: &mut Kept, link: &mut Link, signals: &Signals) -> Result<bool
     }
     let told = link.owned(signals);
     if let Err(error) = &told {
-        tracing::warn!("the source could not be told that the guest is here: {error}");
+        tracing::debug!("the source could not be told that the guest is here: {error}");
     }
     Ok(told.is_ok())
 }
 
-/// Gives the guest up for good, removes everything, and tells the source.
+/// Gives the guest up once its source has said that it keeps it; says whether that has heard that nothing is left here.
+///
+/// # Errors
+/// The source does not answer, and all that has come stays; or as with [`give_up`].
+pub fn hand_back(mut kept: Kept, mut link: Link, cause: &Error) -> Result<bool, Error> {
+    if matches!(kept.state, State::Ready | State::Committing | State::Placed) {
+        // Before it is asked: a question that is late must not find that this host has asked for the guest again.
+        kept.enter(State::Returning, |_| {})?;
+    }
+    if kept.state == State::Returning {
+        link.keep(cause, TELL).map_err(|error| silent(&kept, &error))?;
+    }
+    give_up(kept, link, cause)
+}
+
+/// The source has not answered, so that all that has come stays.
+pub fn silent(waiting: &Journal, error: &Error) -> Error {
+    Error::Other(format!(
+        "host {} does not say whose guest {} is, so that all of it that has come to host {} stays there, and is not started: \
+         {error}",
+        waiting.peer, waiting.guest.name, waiting.host
+    ))
+}
+
+/// Gives the guest up for good, removes everything, and tells the source; says whether that has heard it. The source keeps the
+/// guest, or the operator says so.
 ///
 /// # Errors
 /// The guest is this host's already, or the journal cannot be written.
-pub fn abort(mut kept: Kept, mut link: Link, cause: &Error) -> Result<(), Error> {
+pub fn give_up(mut kept: Kept, mut link: Link, cause: &Error) -> Result<bool, Error> {
+    let undone = Journal::clone(&kept);
     match kept.state {
         State::Owned => {
             return Err(Error::Other(
                 "the guest is registered here: it cannot be given back".into(),
             ))
         }
-        // The source may have let go: before anything is removed, it is written down that this host never will own it.
-        State::Committing | State::Placed => kept.enter(State::Aborted, |_| {})?,
-        _ => {}
+        State::Aborted => {}
+        // Before anything is removed, it is written down that this host never will own it.
+        _ => kept.enter(State::Aborted, |_| {})?,
     }
-    place::undo(&kept);
+    place::undo(&undone);
     match link.abort(cause, TELL) {
-        Ok(()) => kept.remove(),
-        // It has no such session any more: nothing is left to be known.
-        Err(Error::Refused { .. }) => kept.remove(),
-        Err(error) if kept.state == State::Aborted => {
-            tracing::warn!("the source could not be told that it keeps the guest: {error}");
-            Ok(())
-        }
+        // Or it has no such session any more: nothing is left to be known.
+        Ok(()) | Err(Error::Refused { .. }) => kept.remove().map(|()| true),
         Err(error) => {
-            tracing::warn!("the source could not be told: {error}");
-            kept.remove()
+            tracing::debug!("the source could not be told that it keeps the guest: {error}");
+            Ok(false)
         }
     }
 }

@@ -4,6 +4,8 @@ use super::Error;
 use ferry_contract::cold::journal::{self, Journal, State, MAX_LENGTH};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -39,12 +41,13 @@ impl Claim {
             .mode(0o700)
             .create(directory)
             .map_err(Error::file("make the directory", directory))?;
-        Self::of(&journal)
+        Self::of(&journal, Holder::MayStay)
     }
 
-    fn of(journal: &Path) -> Result<Self, Error> {
+    fn of(journal: &Path, holder: Holder) -> Result<Self, Error> {
         let path = journal.with_extension("lock");
         let end = Instant::now() + LEAVING;
+        let mut told = holder == Holder::MayStay;
         loop {
             match try_lock(&path).map_err(Error::file("lock", &path))? {
                 Some(locked) => {
@@ -54,12 +57,15 @@ impl Claim {
                         _locked: locked,
                     })
                 }
-                None if Instant::now() < end => std::thread::sleep(LOOK),
+                None if Instant::now() < end => {
+                    told = told || end_holder(&path);
+                    std::thread::sleep(LOOK);
+                }
                 None => {
                     let holder = fs::read_to_string(&path).unwrap_or_default();
                     return Err(Error::Other(format!(
-                        "an engine (process {}) still works on the migration that {} speaks of: wait for its end, or end \
-                         that process",
+                        "an engine (process {}) still works on the migration that {} speaks of: it ends within 10 minutes, \
+                         or with \"virt-ferry recover --abort\" or \"--lost\"",
                         holder.trim(),
                         journal.display()
                     )));
@@ -82,6 +88,37 @@ impl Drop for Claim {
         // Still locked: whoever waits for it sees that it has gone, and makes its own.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// What becomes of an engine that has the right already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    MayStay,
+    /// The operator decides now, and not the other host that it waits for.
+    Ends,
+}
+
+/// Ends the engine that has this lock, which the journal makes as safe as a crash; says whether it was told to.
+fn end_holder(lock: &Path) -> bool {
+    let program = |process: &str| {
+        let program = fs::read_link(format!("/proc/{process}/exe")).ok()?;
+        let name = program.file_name()?.to_string_lossy().into_owned();
+        // One that was replaced by a newer release.
+        Some(name.trim_end_matches(" (deleted)").to_owned())
+    };
+    let holder = fs::read_to_string(lock).ok();
+    let holder = holder.and_then(|number| number.trim().parse::<i32>().ok());
+    // Not written yet, or left by one that has died.
+    let Some(holder) =
+        holder.filter(|holder| program(&holder.to_string()).is_some_and(|it| program("self") == Some(it)))
+    else {
+        return false;
+    };
+    tracing::warn!(
+        process = holder,
+        "the operator decides: the engine that waits for the other host is ended"
+    );
+    kill(Pid::from_raw(holder), Signal::SIGTERM).is_ok()
 }
 
 /// The lock, with this process's number in it; `None` where another one has it.
@@ -145,10 +182,28 @@ impl Kept {
     /// # Errors
     /// It cannot be read, or is none; another engine works on it.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let claim = Claim::of(path)?;
-        let journal = claim
-            .find()?
-            .ok_or_else(|| Error::Other(format!("there is no journal {}", path.display())))?;
+        Self::claimed(path, Holder::MayStay)
+    }
+
+    /// As [`open`](Self::open), and an engine that works on it is ended: the operator decides.
+    ///
+    /// # Errors
+    /// As with [`open`](Self::open), if that engine does not end.
+    pub fn take_over(path: &Path) -> Result<Self, Error> {
+        Self::claimed(path, Holder::Ends)
+    }
+
+    /// What is written at `path`, whoever works on it.
+    ///
+    /// # Errors
+    /// It cannot be read, or is none.
+    pub fn look(path: &Path) -> Result<Journal, Error> {
+        read(path)?.ok_or_else(|| none(path))
+    }
+
+    fn claimed(path: &Path, holder: Holder) -> Result<Self, Error> {
+        let claim = Claim::of(path, holder)?;
+        let journal = claim.find()?.ok_or_else(|| none(path))?;
         Ok(Self {
             path: path.to_owned(),
             journal,
@@ -188,7 +243,7 @@ impl Kept {
     pub fn remove(self) -> Result<(), Error> {
         let claim = match self.claim {
             Some(claim) => claim,
-            None => Claim::of(&self.path)?,
+            None => Claim::of(&self.path, Holder::MayStay)?,
         };
         let session = self.journal.session;
         if claim.find()?.is_some_and(|found| found.session != session) {
@@ -210,6 +265,10 @@ impl Kept {
             .map_err(|error| Error::Other(format!("the journal cannot be written: {error}")))?;
         replace(&self.path, &text).map_err(Error::file("write the journal", &self.path))
     }
+}
+
+fn none(path: &Path) -> Error {
+    Error::Other(format!("there is no journal {}", path.display()))
 }
 
 fn read(path: &Path) -> Result<Option<Journal>, Error> {

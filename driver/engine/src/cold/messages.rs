@@ -53,6 +53,13 @@ pub enum Ask {
     },
     /// The guest is registered here.
     Owned,
+    /// This host would give the guest up: does the source keep it? Until it has said so, this may be all there is of it.
+    Keep {
+        /// Whether the operator cancelled it.
+        kind: FailureKind,
+        /// Why.
+        cause: String,
+    },
     /// The guest is not here and never will be by this session.
     Abort {
         /// Whether the operator cancelled it.
@@ -88,6 +95,8 @@ pub enum Answer {
     Committed,
     /// To `owned`: and knows.
     OwnedThere,
+    /// To `keep`: the guest is the source's, and stays so.
+    Keeps,
     /// To `abort`: and has the guest again.
     Aborted,
     /// To anything: no.

@@ -361,7 +361,10 @@ pub fn is_device(path: &Path) -> bool {
 pub fn undo(journal: &Journal) {
     // Before it has asked the source, a session has nothing in place: a file there is of a later one that took up what
     // this one left.
-    let may_be_placed = matches!(journal.state, State::Committing | State::Placed | State::Aborted);
+    let may_be_placed = matches!(
+        journal.state,
+        State::Committing | State::Placed | State::Returning | State::Aborted
+    );
     for entry in &journal.entries {
         if entry.fate != Fate::Moves || entry.kind == Kind::Block {
             continue;

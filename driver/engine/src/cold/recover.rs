@@ -3,17 +3,21 @@
 //! | this host's journal | what happens |
 //! |---|---|
 //! | source, prepared | the guest stays: nobody else can have it |
-//! | source, committed | the door is opened again, where it was: the destination says owned, or aborted; the operator may say aborted for it |
+//! | source, committed | the door is opened again, where it was: the destination says owned, or asks this host to keep it |
 //! | source, owned-there | the guest leaves: undefine and delete |
 //! | source, aborted | the door is opened: a destination that still asks is told no |
-//! | destination, pulling or ready | undone, with all that was pulled: the source cannot have let go |
-//! | destination, committing | the source is asked: it let go (go on), or says no (undo) |
-//! | destination, placed | the guest is to be registered |
+//! | destination, pulling | undone, with all that was pulled |
+//! | destination, ready or returning | the source is asked to keep the guest; once it has said so, undone |
+//! | destination, committing or placed | the source is asked: it let go (go on: rename, register), or says no (undo) |
 //! | destination, owned or aborted | the source is told |
-//!
-//! Where the operator says that the other host is lost for good ([`Wish::Own`]), nobody is asked: the source keeps the
-//! guest as long as its own files are what they were, the destination takes what has come as a whole.
 //! | within, any | see [`within`](super::within::recover) |
+//!
+//! A source that does not answer leaves a destination that has all of the guest as it is: there may be no other copy.
+//!
+//! Where the operator gives the migration up on this host ([`Wish::GiveUp`]), the destination undoes without an answer; a source
+//! that has let go cannot. Where the operator says that the other host is lost for good ([`Wish::Own`]), the source keeps the
+//! guest as long as its own files are what they were, and the destination, if the source does not answer, takes what has
+//! come as a whole. For both words the engine of the session is ended, should it still wait for the other host.
 
 use super::destination::{self, Link};
 use super::journal::Kept;
@@ -30,6 +34,7 @@ use ferry_contract::cold::{Deleted, Recovered, Wish};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Encryption;
 use std::net::ToSocketAddrs;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -38,6 +43,8 @@ use std::time::{Duration, Instant};
 const UNTIL_ASKED: Duration = Duration::from_secs(5 * 60);
 /// How long the other host is waited for.
 const PATIENCE: Duration = Duration::from_secs(45);
+/// How long a host that is said to be lost is given to show that it is not.
+const LAST_WORD: Duration = Duration::from_secs(5);
 
 /// Serves one plug-in, or a person's command, from its first request to its end.
 pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), crate::live::Error> {
@@ -49,7 +56,7 @@ pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<
     let host = nix::unistd::gethostname().unwrap_or_default();
     let host = host.to_string_lossy();
     let fail = |error: &Error| control.reply(Reply::Failed(error.failure(&host)));
-    let kept = match Kept::open(&journal) {
+    let kept = match open(&journal, wish) {
         Ok(kept) => kept,
         Err(error) => {
             fail(&error);
@@ -65,10 +72,56 @@ pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<
         Role::Within => within::recover(kept, control, signals),
     };
     if let Err(error) = outcome {
-        tracing::error!("{error}");
+        // The plug-in knows whether it has been said before.
+        tracing::debug!("{error}");
         fail(&error);
     }
     Ok(())
+}
+
+/// The journal, for what is wished of it.
+fn open(path: &Path, wish: Wish) -> Result<Kept, Error> {
+    let may = |journal: &Journal| match wish {
+        Wish::GiveUp => journal.may_be_given_up().map_err(Error::Other),
+        Wish::Own | Wish::Settle => Ok(()),
+    };
+    if wish == Wish::Settle {
+        return Kept::open(path);
+    }
+    // Before an engine is ended for it.
+    let found = Kept::look(path)?;
+    may(&found)?;
+    if (wish, found.role) == (Wish::Own, Role::Destination) {
+        is_silent(&found)?;
+    }
+    let kept = Kept::take_over(path)?;
+    may(&kept)?;
+    Ok(kept)
+}
+
+/// Whether the source, which is said to be lost, does not answer.
+///
+/// # Errors
+/// It does.
+fn is_silent(journal: &Journal) -> Result<(), Error> {
+    match peer(journal).connect(Purpose::Control, &Signals::default(), LAST_WORD) {
+        Err(_) => Ok(()),
+        Ok(_) => Err(Error::Other(format!(
+            "host {peer} is not lost, it answers: run \"virt-ferry recover {name}\" on both hosts, or \"virt-ferry recover --abort \
+             {name}\" here for the guest to stay at {peer}",
+            peer = journal.peer,
+            name = journal.guest.name
+        ))),
+    }
+}
+
+/// Where the source listens, or did.
+fn peer(journal: &Journal) -> Peer {
+    let addresses = (journal.address.as_str(), journal.port).to_socket_addrs();
+    Peer {
+        addresses: addresses.map(Iterator::collect).unwrap_or_default(),
+        security: security(journal),
+    }
 }
 
 fn unknown(error: &Error) -> Reply {
@@ -132,39 +185,30 @@ fn source(kept: Kept, wish: Wish, control: &Control, signals: &Signals) -> Resul
         control.reply(Reply::ColdRecovered(Recovered::Stays));
         return Ok(());
     }
-    let state = kept.state;
     let ownership = Arc::new(Ownership::new(kept));
-    match state {
-        State::Prepared | State::Aborted => {
-            let anew = "the source's host or engine was started anew";
-            ownership.give_up(&Error::Other(anew.into()))?;
-        }
-        State::Committed if wish == Wish::GiveUp => {
-            let operator = "the operator gave the migration up at the source";
-            ownership.take_back(&Error::Other(operator.into()))?;
-        }
-        _ => {}
-    }
+    let anew = "the source's host or engine was started anew";
+    // Not where it has been let go of.
+    ownership.give_up(&Error::Other(anew.into()))?;
     let connected = Arc::<AtomicUsize>::default();
-    let state = match ownership.state() {
-        Some(State::OwnedThere) => Some(State::OwnedThere),
-        Some(waiting) => {
-            open_door(&journal, &ownership, &connected)?;
-            match waiting {
-                // The guest is ours whoever asks: only the tombstone waits, and not for ever.
-                State::Aborted => {
-                    control.reply(Reply::ColdRecovered(Recovered::Stays));
-                    ownership.wait_while(State::Aborted, PATIENCE);
-                    linger(&connected);
-                    return Ok(());
-                }
-                waiting => ownership.wait_while(waiting, PATIENCE),
-            }
+    let mut state = ownership.state();
+    if state == Some(State::Committed) {
+        open_door(&journal, &ownership, &connected)?;
+        state = ownership.wait_while(State::Committed, PATIENCE);
+    } else if state == Some(State::Aborted) {
+        // The engine of an attempt before may still listen there, and answers the same; or another migration has got the port.
+        if let Err(error) = open_door(&journal, &ownership, &connected) {
+            tracing::debug!("a destination that asks is not answered now: {error}");
+            control.reply(Reply::ColdRecovered(Recovered::Stays));
+            return Ok(());
         }
-        None => None,
-    };
+    }
     match state {
         None => control.reply(Reply::ColdRecovered(Recovered::Stays)),
+        // The guest is ours whoever asks: only the tombstone waits, and not for ever.
+        Some(State::Aborted) => {
+            control.reply(Reply::ColdRecovered(Recovered::Stays));
+            ownership.wait_while(State::Aborted, PATIENCE);
+        }
         Some(State::OwnedThere) => {
             control.reply(Reply::ColdRecovered(Recovered::Leaves));
             if let Some(Request::ColdDelete { keep, in_use }) =
@@ -196,7 +240,15 @@ fn open_door(
     ownership: &Arc<Ownership>,
     connected: &Arc<AtomicUsize>,
 ) -> Result<(), Error> {
-    let listener = bind(None, journal.port..=journal.port)?;
+    let port = journal.port;
+    let listener = bind(None, port..=port).map_err(|error| match error {
+        crate::live::Error::Wire(crate::wire::Error::NoFreePort { .. }) => Error::Other(format!(
+            "host {} asks at TCP port {port} of this host, which another process has now (ss -ltnp 'sport = {port}'): once that \
+             has ended, it is asked there again",
+            journal.peer
+        )),
+        error => error.into(),
+    })?;
     let (ownership, connected, host) = (Arc::clone(ownership), Arc::clone(connected), journal.host.clone());
     listen(listener, security(journal), move |purpose, mut connection| {
         if purpose != Purpose::Control {
@@ -210,6 +262,7 @@ fn open_door(
                     .commit(manifest, || Err(no()))
                     .map(|()| Answer::Committed),
                 Ask::Owned => ownership.owned().map(|()| Answer::OwnedThere),
+                Ask::Keep { kind, cause } => ownership.keep(kind, cause).map(|()| Answer::Keeps),
                 Ask::Abort { kind, cause } => ownership.given_back(kind, cause).map(|()| Answer::Aborted),
                 _ => Err(no()),
             };
@@ -226,58 +279,62 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
     if wish == Wish::Own {
         return take(kept, control, signals);
     }
-    let addresses = (kept.address.as_str(), kept.port).to_socket_addrs();
-    let peer = Peer {
-        addresses: addresses.map(Iterator::collect).unwrap_or_default(),
-        security: security(&kept),
-    };
-    let mut link = Link::new(peer, &kept.host);
-    let undone = |control: &Control| control.reply(Reply::ColdRecovered(Recovered::Undone));
+    let mut link = Link::new(peer(&kept), &kept.host);
+    let undone = |_told| control.reply(Reply::ColdRecovered(Recovered::Undone));
+    let other = |cause: &str| Error::Other(cause.to_owned());
     match kept.state {
         State::Owned => {
-            return match destination::owned(&mut kept, &mut link, signals)? {
-                true => {
-                    kept.remove()?;
-                    control.reply(Reply::ColdRecovered(Recovered::Arrived));
-                    Ok(())
-                }
-                false => {
-                    control.reply(unknown(&Error::Other(
-                        "the guest is here, but the source cannot be told; it may be started here".into(),
-                    )));
-                    Ok(())
-                }
+            let told = destination::owned(&mut kept, &mut link, signals)?;
+            if told {
+                kept.remove()?;
             }
+            control.reply(match told {
+                true => Reply::ColdRecovered(Recovered::Arrived),
+                false => unknown(&other(
+                    "the guest is here, but the source cannot be told; it may be started here",
+                )),
+            });
+            return Ok(());
         }
-        // The source cannot have let go. A next attempt that begins before this takes up what was pulled.
-        State::Pulling | State::Ready => {
+        // Not all of it is here. A next attempt that begins before this takes up what was pulled.
+        State::Pulling => {
             place::undo(&kept);
             kept.remove()?;
-            undone(control);
+            undone(true);
             return Ok(());
         }
         State::Aborted => {
-            let before = "the destination gave the migration up before a crash";
-            destination::abort(kept, link, &Error::Other(before.into()))?;
-            undone(control);
-            return Ok(());
+            let before = other("the destination gave the migration up before a crash");
+            return destination::give_up(kept, link, &before).map(undone);
         }
         _ if wish == Wish::GiveUp => {
-            let operator = "the operator gave the migration up";
-            destination::abort(kept, link, &Error::Other(operator.into()))?;
-            undone(control);
+            let operator = other("the operator gave the migration up");
+            return destination::give_up(kept, link, &operator).map(undone);
+        }
+        // The client that was to go on has gone, or was told that it failed.
+        State::Ready | State::Returning => {
+            let interrupted = other("the migration was interrupted at the destination");
+            match destination::hand_back(kept, link, &interrupted) {
+                Ok(told) => undone(told),
+                Err(error) => control.reply(unknown(&error)),
+            }
             return Ok(());
         }
-        State::Placed => {}
         _ => match destination::commit(&mut kept, &mut link, signals, PATIENCE) {
             Ok(()) => {}
-            Err(refused @ Error::Refused { .. }) => {
-                destination::abort(kept, link, &refused)?;
-                undone(control);
+            // libvirt may know it here already: that goes first, and by the operator's word.
+            Err(refused @ Error::Refused { .. }) if kept.state == State::Placed => {
+                control.reply(unknown(&other(&format!(
+                    "host {} has the guest again ({refused}): \"virt-ferry recover --abort {}\" removes what has come here",
+                    kept.peer, kept.guest.name
+                ))));
                 return Ok(());
             }
+            Err(refused @ Error::Refused { .. }) => {
+                return destination::give_up(kept, link, &refused).map(undone);
+            }
             Err(error @ (Error::Wire(_) | Error::Ended(_))) => {
-                control.reply(unknown(&error));
+                control.reply(unknown(&destination::silent(&kept, &error)));
                 return Ok(());
             }
             Err(error) => return Err(error),
@@ -293,8 +350,8 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
             control.reply(Reply::ColdOwned { told });
         }
         Some(Request::ColdAbort) => {
-            let libvirt = "libvirt cannot register the guest at the destination";
-            destination::abort(kept, link, &Error::Other(libvirt.into()))?;
+            let libvirt = Error::Other("the guest is not registered at the destination".into());
+            destination::hand_back(kept, link, &libvirt)?;
             control.reply(Reply::ColdAborted);
         }
         // It stays placed: the next recovery asks again.
@@ -311,7 +368,13 @@ fn take(mut kept: Kept, control: &Control, signals: &Signals) -> Result<(), Erro
             control.reply(Reply::ColdRecovered(Recovered::Arrived));
             return Ok(());
         }
-        State::Ready | State::Committing => {
+        // Given up here before, and nobody is left to be told.
+        State::Aborted => {
+            kept.remove()?;
+            control.reply(Reply::ColdRecovered(Recovered::Undone));
+            return Ok(());
+        }
+        State::Ready | State::Committing | State::Returning => {
             // Also where the files have got their places already, but nothing was written down of it.
             kept.enter(State::Committing, |_| {})?;
             place::put_in_place(&kept)?;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   ColdServe ─▶ prepared ──Commit──▶ committed ──Owned──▶ owned-there ──ColdDelete──▶ gone
+//!                   │                     ├──Keep──▶ aborted ──Abort──▶ gone
 //!                   │                     └──Abort──▶ gone
 //!                   └── ColdAbort, the end of the plug-in, nobody there for too long ──▶ gone, or aborted
 //! ```
@@ -140,6 +141,25 @@ impl Ownership {
         Ok(())
     }
 
+    /// The destination would give the guest up, and removes what it has once it knows that this host has it: it does, and
+    /// that stays written down for as long as the destination may have to ask again.
+    pub fn keep(&self, kind: FailureKind, cause: String) -> Result<(), Error> {
+        let mut kept = self.lock();
+        match kept.as_mut().map(|kept| (kept.state, kept)) {
+            Some((State::Prepared | State::Committed, kept)) => {
+                let _ = self.cause.set((kind, cause));
+                kept.enter(State::Aborted, |_| {})?;
+                kept.loosen();
+            }
+            Some((State::Aborted, _)) => {}
+            // Given up, and nothing was left to be told.
+            None if self.cause.get().is_some() => {}
+            _ => return Err(Error::Other("the guest was said to be registered there".into())),
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
     /// The destination says that it will never own the guest: it is ours, and nothing is left to be asked.
     pub fn given_back(&self, kind: FailureKind, cause: String) -> Result<(), Error> {
         let mut kept = self.lock();
@@ -179,18 +199,6 @@ impl Ownership {
         }
         self.changed.notify_all();
         Ok(true)
-    }
-
-    /// Takes the guest back from a destination that never will have it: the operator says so, who knows that it is lost.
-    /// Should it come back and ask, it is told no.
-    pub fn take_back(&self, cause: &Error) -> Result<(), Error> {
-        if let Some(kept) = self.lock().as_mut().filter(|kept| kept.state == State::Committed) {
-            let _ = self.cause.set((cause.failure("").kind, cause.to_string()));
-            kept.enter(State::Aborted, |_| {})?;
-            kept.loosen();
-        }
-        self.changed.notify_all();
-        Ok(())
     }
 
     /// What a destination was found to have.
@@ -449,7 +457,7 @@ impl Session {
 /// A journal of an earlier session that is not at its end must not be lost.
 pub fn refuse_unfinished(earlier: Option<&Journal>) -> Result<(), Error> {
     match earlier.map(|journal| (journal.role, journal.state)) {
-        None | Some((_, State::Aborted | State::Prepared | State::Pulling | State::Ready)) => Ok(()),
+        None | Some((_, State::Aborted | State::Prepared | State::Pulling)) => Ok(()),
         Some((role, state)) => Err(Error::Other(format!(
             "an earlier migration of this guest has not come to its end on this host ({role:?}, {state:?}): run \"virt-ferry \
              recover\" on both hosts first"
@@ -678,6 +686,13 @@ impl Shared {
                 self.ownership.owned()?;
                 tracing::info!("the guest is registered at the destination");
                 Ok(Answer::OwnedThere)
+            }
+            Ask::Keep { kind, cause } => {
+                tracing::info!(
+                    "the destination would give the migration up, and is told that the guest stays here"
+                );
+                self.ownership.keep(kind, cause)?;
+                Ok(Answer::Keeps)
             }
             Ask::Abort { kind, cause } => {
                 tracing::warn!("the destination gave the migration up: {cause}");

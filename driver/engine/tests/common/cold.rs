@@ -15,6 +15,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
@@ -120,8 +121,19 @@ impl Engine {
 
     /// Closes the plug-in's end, as a daemon that dies does, and waits for the engine to end.
     pub fn hang_up(self) {
-        self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        self.let_go();
         self.end();
+    }
+
+    /// As a daemon that dies: what the engine still has to do, it does alone.
+    pub fn let_go(&self) {
+        self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+
+    /// Waits until it has ended; by which signal.
+    pub fn killed_by(mut self) -> Option<Signal> {
+        let status = self.child.wait().unwrap();
+        status.signal().and_then(|number| Signal::try_from(number).ok())
     }
 
     /// Waits until it has ended by itself.

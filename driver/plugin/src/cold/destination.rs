@@ -56,7 +56,7 @@ pub fn prepare(
     };
     super::options::check(params, flags, host::tls_is_forced()).map_err(here)?;
     host::hook().map_err(here)?;
-    let _held = recovery::hold(offer.inventory.guest.uuid)?;
+    let _held = recovery::hold_soon(offer.inventory.guest.uuid)?;
     let arrival = Arrival::plan(connection, params, flags, offer, config)?;
     let engine = arrival.pull(params, flags)?;
     arrival.register(connection, params, cookie, flags, engine)
@@ -183,6 +183,7 @@ impl Arrival {
         let prepared = prepared.inspect_err(|_| {
             give_up(&engine, &self.guest);
             exorcise(connection, &self.guest, &self.plan.definition);
+            attend(connection, &self.guest);
         })?;
         let session = sessions::add(Session {
             role: Role::Destination,
@@ -324,6 +325,7 @@ pub fn finish(
         let libvirts = own(true);
         give_up(&session.engine, &session.guest);
         exorcise(connection, &session.guest, &arrived.definition);
+        attend(connection, &session.guest);
         match (error, libvirts) {
             (Some(error), _) | (None, Err(error)) => Err(error),
             (None, Ok(arrived)) => Ok(arrived),
@@ -344,6 +346,7 @@ pub fn finish(
     let finished = finished.inspect_err(|_| {
         withdraw(connection, &session.engine, &session.guest);
         exorcise(connection, &session.guest, &arrived.definition);
+        attend(connection, &session.guest);
     })?;
     if !own_it(connection, &session.engine, &session.guest, &arrived.places) {
         recovery::watch(connection);
@@ -401,14 +404,21 @@ pub fn own_it(connection: Connection, engine: &Engine, guest: &Guest, places: &[
     false
 }
 
-/// Has the engine remove what it pulled; what it cannot is in its journal.
+/// A source that does not say that it keeps the guest is asked again.
+fn attend(connection: Connection, guest: &Guest) {
+    if recovery::is_pending(guest.uuid) {
+        recovery::watch(connection);
+    }
+}
+
+/// Has the engine remove what it pulled, once the source has said that it keeps the guest; until then its journal keeps it.
 pub fn give_up(engine: &Engine, guest: &Guest) {
     match engine.ask(&Request::ColdAbort, Some(SETTLED)) {
         Ok(Reply::ColdAborted) => {}
         Ok(reply) => tracing::warn!(guest = guest.name, "{}", unexpected(&reply)),
         // An engine that has failed has undone its work and said so.
         Err(failure) if engine.has_failed() => tracing::debug!(guest = guest.name, "{failure}"),
-        Err(failure) => tracing::warn!(guest = guest.name, "what was pulled may be left: {failure}"),
+        Err(failure) => tracing::warn!(guest = guest.name, "what has come stays for now: {failure}"),
     }
 }
 
@@ -422,7 +432,6 @@ pub fn withdraw(connection: Connection, engine: &Engine, guest: &Guest) {
                 guest = guest.name,
                 "the guest stays registered here, though it is not complete, and cannot be started: {error}"
             );
-            recovery::watch(connection);
         }
     }
 }
@@ -504,7 +513,7 @@ fn is_over(watched: &Weak<Session>, uri: &str, flags: u32, told: &mut bool) -> b
     if !std::mem::replace(told, true) {
         tracing::warn!(
             guest = session.guest.name,
-            "the migration's client or engine has gone: what was pulled is removed"
+            "the migration's client or engine has gone: what was pulled is removed, if the source keeps the guest"
         );
     }
     let params = Params::none().with(VIR_MIGRATE_PARAM_DEST_NAME, &session.guest.name);

@@ -5,6 +5,7 @@
 //! something to bring to an end; it is woken by the first call after the daemon's start, and by whatever finds a journal.
 
 use super::destination::{complete, own_it, unregister, withdraw};
+use super::sessions::Session;
 use super::source::{leave, Left};
 use super::{here, sessions, storage, unexpected};
 use crate::awake;
@@ -16,16 +17,22 @@ use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
 use ferry_host as host;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, MutexGuard, Once};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// For an engine to find the other host's, which may be on its way up itself.
 const ASKED: Duration = Duration::from_secs(150);
+/// How long an attempt of our own thread's takes where the other host does not answer, and a little more.
+const ATTEMPT: Duration = Duration::from_secs(60);
 /// The first and the longest pause between two attempts.
 const PAUSES: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
+/// How long a host that is said to be lost is given to show that it is not: to a migration that is at its end.
+const LAST_WORD: Duration = Duration::from_secs(10);
+/// Between two looks whether a migration that was told to end has.
+const LOOK: Duration = Duration::from_millis(200);
 /// Attempts without a call that wakes us: about an hour.
 const ATTEMPTS: u32 = 60;
 
@@ -63,6 +70,21 @@ pub fn hold(uuid: Uuid) -> Result<Hold, Error> {
         .ok_or_else(|| here("another migration of this guest is under way, or is being ended; try again"))
 }
 
+/// As [`hold`], once an attempt of our own thread's at an earlier one has ended: the source that it asks may have come with
+/// this migration.
+///
+/// # Errors
+/// As with [`hold`].
+pub fn hold_soon(uuid: Uuid) -> Result<Hold, Error> {
+    let deadline = Instant::now() + ATTEMPT;
+    loop {
+        match hold(uuid) {
+            Err(_) if !sessions::is_under_way(uuid) && Instant::now() < deadline => std::thread::sleep(LOOK),
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Whether a migration of this guest is written down on this host, or may be.
 pub fn is_pending(uuid: Uuid) -> bool {
     let state = host::state_directory();
@@ -90,57 +112,70 @@ pub fn settle(connection: Connection, role: Role, guest: &Guest, config: &Config
         return Ok(());
     }
     let pulled = |journal: &Journal| {
-        journal.role == Role::Destination && matches!(journal.state, State::Pulling | State::Ready)
+        use State::{Committing, Pulling, Ready, Returning};
+        journal.role == Role::Destination && matches!(journal.state, Pulling | Ready | Committing | Returning)
     };
     if role == Role::Destination && read(&path).is_ok_and(|journal| pulled(&journal)) {
-        // A recovery would remove what the engine takes up.
+        // A recovery would remove what the engine takes up, or ask a source that has come here with its guest by itself.
         return Ok(());
     }
     match recover(connection, &path, config, Wish::Settle) {
-        Ok(None) => Ok(()),
+        Ok(Standing::Ended(how)) => {
+            tracing::warn!(guest = guest.name, "{how}");
+            Ok(())
+        }
         // The other host may never come back to hear whose the guest is; that is settled without it.
-        Ok(Some(_)) | Err(_) if read(&path).is_ok_and(|journal| journal.fence().is_none()) => {
+        Ok(Standing::Open(_)) | Err(_) if read(&path).is_ok_and(|journal| journal.fence().is_none()) => {
             tracing::warn!(
                 guest = guest.name,
-                "the other host of an earlier migration has not heard how it ended: virt-ferry recover --abort there, if it waits"
+                "the other host of an earlier migration has not heard how it ended: virt-ferry recover there, if it waits, says \
+                 what to do"
             );
             Ok(())
         }
         Err(error) => Err(error),
-        Ok(Some(cause)) => {
+        Ok(Standing::Open(cause)) => {
             watch(connection);
             Err(here(format!(
                 "an earlier migration of guest {} has not come to its end: {cause}. It is tried again until the other host \
-                 answers; virt-ferry recover {} says how it stands, and with --abort gives it up",
+                 answers; virt-ferry recover {} says how it stands, and what to do if that host is lost",
                 guest.name, guest.name
             )))
         }
     }
 }
 
-/// Ends a guest's migration as the operator wants it.
+/// Ends a guest's migration as the operator wants it; one that is under way is told to end first.
 ///
 /// # Errors
 /// Why that cannot be done now.
 pub fn by_hand(connection: Connection, uuid: Uuid, wish: Wish) -> Result<(), Error> {
     let config = host::config().map_err(here)?;
     let path = journal::path(&config.state_directory, uuid);
-    let deadline = Instant::now() + ASKED;
-    let _held = loop {
-        match hold(uuid) {
-            Ok(hold) => break hold,
-            // An attempt of our own thread's.
-            Err(_) if !sessions::is_under_way(uuid) && Instant::now() < deadline => {
-                std::thread::sleep(PAUSES[0]);
-            }
-            Err(error) => return Err(error),
-        }
-    };
-    if sessions::is_under_way(uuid) {
-        return Err(here(
-            "its migration is under way: virsh domjobabort GUEST at its source ends it",
-        ));
+    if let (Wish::GiveUp, Ok(journal)) = (wish, read(&path)) {
+        journal.may_be_given_up().map_err(here)?;
     }
+    let began = Instant::now();
+    let mut told = false;
+    let _held = loop {
+        match sessions::under_way(uuid) {
+            Some(session) if !told => told = end(&session, &path, wish, began.elapsed()),
+            Some(_) => {}
+            // If not, an attempt of our own thread's is.
+            None => {
+                if let Some(hold) = try_hold(uuid) {
+                    break hold;
+                }
+            }
+        }
+        if began.elapsed() > ASKED {
+            return Err(here(format!(
+                "its migration is under way and did not end within {} s: virsh domjobabort GUEST at its source ends it",
+                ASKED.as_secs()
+            )));
+        }
+        std::thread::sleep(LOOK);
+    };
     if path.symlink_metadata().is_err() {
         // An attempt of our own thread's has ended it, and not as wanted where the guest is not here.
         return match wish {
@@ -150,23 +185,48 @@ pub fn by_hand(connection: Connection, uuid: Uuid, wish: Wish) -> Result<(), Err
     }
     let journal = read(&path).map_err(here)?;
     let arrives = journal.role == Role::Destination;
-    if wish == Wish::GiveUp && arrives && matches!(journal.state, State::Committing | State::Placed) {
+    if wish == Wish::GiveUp
+        && arrives
+        && matches!(
+            journal.state,
+            State::Committing | State::Placed | State::Returning
+        )
+    {
         // Before its files go.
         unregister(connection, &journal.guest)?;
     }
-    let open = recover(connection, &path, &config, wish)?;
-    open.map_or(Ok(()), |cause| {
-        Err(here(format!("that cannot be done now: {cause}")))
-    })
+    match recover(connection, &path, &config, wish)? {
+        Standing::Ended(how) => {
+            tracing::warn!(guest = journal.guest.name, "{how}, as the operator wished");
+            Ok(())
+        }
+        Standing::Open(cause) => Err(here(format!("that cannot be done now: {cause}"))),
+    }
 }
 
-/// One attempt; `Some` says why it is still open.
-fn recover(
-    connection: Connection,
-    path: &Path,
-    config: &Config,
-    wish: Wish,
-) -> Result<Option<String>, Error> {
+/// Has a session that is under way end, as the operator wants it; says whether it has been told. One that is given up ends
+/// as with Ctrl-C. One whose other host is said to be lost notices that by itself, but for a source that has let go: its
+/// engine waits for that host, and is let go of.
+fn end(session: &Arc<Session>, path: &Path, wish: Wish, waited: Duration) -> bool {
+    let has_let_go = || read(path).is_ok_and(|journal| journal.may_be_given_up().is_err());
+    match wish {
+        Wish::GiveUp => session.cancel(),
+        Wish::Own if waited > LAST_WORD && has_let_go() => drop(sessions::take(session)),
+        Wish::Own | Wish::Settle => return false,
+    }
+    true
+}
+
+/// How an attempt left a migration.
+pub enum Standing {
+    /// This way, as far as this host goes.
+    Ended(&'static str),
+    /// Open, for this reason.
+    Open(String),
+}
+
+/// One attempt.
+fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> Result<Standing, Error> {
     let journal = read(path).map_err(here)?;
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
@@ -181,30 +241,22 @@ fn recover(
     if journal.role == Role::Within {
         return storage::ending::recovered(connection, &journal, &engine, recovered);
     }
-    let guest = journal.guest.name.as_str();
-    match recovered {
-        Recovered::Stays => tracing::warn!(guest, "an interrupted migration was ended: the guest stays here"),
-        Recovered::Undone => tracing::warn!(
-            guest,
-            "an interrupted migration was ended: the guest did not come here"
-        ),
-        Recovered::Arrived => tracing::warn!(guest, "an interrupted migration was ended: the guest is here"),
+    Ok(Standing::Ended(match recovered {
+        Recovered::Stays => "an interrupted migration was ended: the guest stays here",
+        Recovered::Undone => "an interrupted migration was ended: the guest did not come here",
+        Recovered::Arrived => "an interrupted migration was ended: the guest is here",
         Recovered::Leaves => {
             leaves(connection, &journal, &engine)?;
-            tracing::warn!(
-                guest,
-                "an interrupted migration was ended: the guest is the other host's"
-            );
+            "an interrupted migration was ended: the guest is the other host's"
         }
         Recovered::Define => {
             if !define(connection, &journal, &engine)? {
-                return Ok(Some("its former host does not answer".into()));
+                return Ok(Standing::Open("its former host does not answer".into()));
             }
-            tracing::warn!(guest, "an interrupted migration was ended: the guest is here now");
+            "an interrupted migration was ended: the guest is here now"
         }
-        Recovered::Unknown { cause } => return Ok(Some(cause)),
-    }
-    Ok(None)
+        Recovered::Unknown { cause } => return Ok(Standing::Open(cause)),
+    }))
 }
 
 fn leaves(connection: Connection, journal: &Journal, engine: &Engine) -> Result<(), Error> {
@@ -313,7 +365,7 @@ fn attendance(uri: &str) {
     // Also between attempts, when nobody calls: for about an hour.
     let _awake = awake::stay();
     let [mut pause, longest] = PAUSES;
-    let mut attempts = 0;
+    let (mut attempts, mut news) = (0, News::default());
     while attempts < ATTEMPTS {
         attempts += 1;
         let config = match host::config() {
@@ -326,7 +378,7 @@ fn attendance(uri: &str) {
         }
         // A connection of its own each time: the daemon must be able to end.
         if let Ok(connection) = OwnedConnection::open(&crate::libvirt::c_string(uri)) {
-            round(connection.get(), &config);
+            round(connection.get(), &config, &mut news);
         }
         if open(&config.state_directory).is_empty() {
             return;
@@ -344,16 +396,30 @@ fn attendance(uri: &str) {
     );
 }
 
+/// What was last told of each guest: an attempt that ends as the one before is no news.
+#[derive(Default)]
+struct News(HashMap<Uuid, String>);
+
+impl News {
+    fn is(&mut self, uuid: Uuid, said: &str) -> bool {
+        self.0.insert(uuid, said.to_owned()).as_deref() != Some(said)
+    }
+}
+
 /// One attempt at each journal.
-fn round(connection: Connection, config: &Config) {
+fn round(connection: Connection, config: &Config, news: &mut News) {
     for (uuid, path) in open(&config.state_directory) {
         let Some(_hold) = try_hold(uuid) else {
             continue;
         };
-        match recover(connection, &path, config, Wish::Settle) {
-            Ok(None) => {}
-            Ok(Some(cause)) => tracing::warn!("{} stays open: {cause}", path.display()),
-            Err(error) => tracing::warn!("{} stays open: {error}", path.display()),
+        let guest = read(&path).map_or_else(|_| path.display().to_string(), |journal| journal.guest.name);
+        let said = match recover(connection, &path, config, Wish::Settle) {
+            Ok(Standing::Ended(how)) => how.to_owned(),
+            Ok(Standing::Open(cause)) => format!("it stays open, and is tried again: {cause}"),
+            Err(error) => format!("it stays open, and is tried again: {error}"),
+        };
+        if news.is(uuid, &said) {
+            tracing::warn!(guest, "{said}");
         }
     }
 }
@@ -370,6 +436,14 @@ mod tests {
         assert!(try_hold(Uuid::from_u128(78)).is_some());
         drop(first);
         assert!(try_hold(uuid).is_some());
+    }
+
+    #[test]
+    fn only_a_change_is_news() {
+        let (mut news, uuid) = (News::default(), Uuid::from_u128(7));
+        assert!(news.is(uuid, "silent") && !news.is(uuid, "silent"));
+        assert!(news.is(Uuid::from_u128(8), "silent"));
+        assert!(news.is(uuid, "it answers") && news.is(uuid, "silent"));
     }
 
     #[test]

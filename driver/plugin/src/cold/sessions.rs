@@ -66,11 +66,17 @@ pub fn by_name(role: Role, name: &str) -> Option<Arc<Session>> {
         .cloned()
 }
 
-/// Whether an engine works on this guest, of either role.
-pub fn is_under_way(uuid: Uuid) -> bool {
+/// The session in which an engine works on this guest, of any role.
+pub fn under_way(uuid: Uuid) -> Option<Arc<Session>> {
     let list = sessions();
     list.iter()
-        .any(|session| session.guest.uuid == uuid && !session.engine.is_gone())
+        .find(|session| session.guest.uuid == uuid && !session.engine.is_gone())
+        .cloned()
+}
+
+/// Whether an engine works on this guest, of any role.
+pub fn is_under_way(uuid: Uuid) -> bool {
+    under_way(uuid).is_some()
 }
 
 /// Whether a session has not been taken off the list.

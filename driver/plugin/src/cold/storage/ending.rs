@@ -3,6 +3,7 @@
 
 use crate::cold::definition::{Definition, Source};
 use crate::cold::destination::redefine;
+use crate::cold::recovery::Standing;
 use crate::cold::{durable, here, inventory, pools, unexpected, LOCAL, SETTLED};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error};
@@ -103,7 +104,7 @@ pub enum Names {
     Unclear,
 }
 
-/// Does what is left to do after a crash, in which the engine has found this; `Some` says why it is still open.
+/// Does what is left to do after a crash, in which the engine has found this.
 ///
 /// # Errors
 /// libvirt's, or the engine's.
@@ -112,17 +113,13 @@ pub fn recovered(
     journal: &Journal,
     engine: &Engine,
     found: Recovered,
-) -> Result<Option<String>, Error> {
+) -> Result<Standing, Error> {
+    const UNDONE: &str = "an interrupted move of storage was undone: its disks are where they were";
+    const MOVED: &str = "an interrupted move of storage was ended: its disks have moved";
     let guest = &journal.guest;
-    let name = guest.name.as_str();
     let keep = journal.options.keep;
-    match found {
-        Recovered::Undone => {
-            tracing::warn!(
-                guest = name,
-                "an interrupted move of storage was undone: its disks are where they were"
-            );
-        }
+    Ok(Standing::Ended(match found {
+        Recovered::Undone => UNDONE,
         Recovered::Define => match names(
             connection,
             guest,
@@ -131,43 +128,30 @@ pub fn recovered(
         )? {
             Names::Old => {
                 give_up(guest, engine);
-                tracing::warn!(
-                    guest = name,
-                    "an interrupted move of storage was undone: its disks are where they were"
-                );
+                UNDONE
             }
             Names::New => {
                 conclude(connection, guest, engine, &journal.inventory.metadata, keep)?;
-                tracing::warn!(
-                    guest = name,
-                    "an interrupted move of storage was ended: its disks have moved"
-                );
+                MOVED
             }
             Names::Unclear => {
                 own(engine)?;
                 clear(connection, guest, engine, true)?;
-                tracing::warn!(
-                    guest = name,
-                    "after an interrupted move of storage its definition names neither what it had nor all that was copied: \
-                     nothing is deleted; remove by hand what it does not need"
-                );
+                "after an interrupted move of storage its definition names neither what it had nor all that was copied: nothing \
+                 is deleted; remove by hand what it does not need"
             }
         },
         Recovered::Leaves => {
             clear(connection, guest, engine, keep)?;
-            tracing::warn!(
-                guest = name,
-                "an interrupted move of storage was ended: its disks have moved"
-            );
+            MOVED
         }
-        Recovered::Unknown { cause } => return Ok(Some(cause)),
+        Recovered::Unknown { cause } => return Ok(Standing::Open(cause)),
         other => {
             return Err(here(format!(
                 "the engine found what cannot be within one host ({other:?})"
             )))
         }
-    }
-    Ok(None)
+    }))
 }
 
 /// The images of these that guests write to.
