@@ -15,6 +15,7 @@ mod devices;
 pub mod inject;
 pub mod injector;
 pub mod monitor;
+pub mod nested;
 pub mod process;
 pub mod ram;
 pub mod throttle;
