@@ -7,6 +7,7 @@ use ferry_engine::control::{Control, Meter};
 use ferry_engine::live::signals::Signals;
 use ferry_engine::live::{destination, source};
 use ferry_engine::qemu::{injector, Monitor, MonitorError};
+use nix::sys::signal::{raise, SigSet, Signal};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -107,9 +108,35 @@ type Role = fn(&Control, &Arc<Meter>, &Arc<Signals>) -> Result<(), ferry_engine:
 fn serve(role: Role) -> anyhow::Result<()> {
     let socket = standard_input()?;
     let (meter, signals) = (Arc::new(Meter::default()), Arc::new(Signals::default()));
+    outlive_the_guest(&signals).context("cannot take signals")?;
     let control = Control::open(socket, Arc::clone(&meter), Arc::clone(&signals))
         .context("cannot listen to the plug-in")?;
     Ok(role(&control, &meter, &signals)?)
+}
+
+/// Whoever ends a guest's cgroup ends all that is in it by SIGTERM: systemd, at libvirt's bidding. While this process is
+/// there to fill the guest's memory, it is not meant: it leaves, and its session ends as that of any guest that dies.
+/// Otherwise it does what it is told. To be called before there are other threads.
+fn outlive_the_guest(signals: &Arc<Signals>) -> anyhow::Result<()> {
+    let mut told = SigSet::empty();
+    told.add(Signal::SIGTERM);
+    told.thread_block()?;
+    let signals = Arc::clone(signals);
+    let take = move || loop {
+        match told.wait() {
+            Ok(_) if signals.leave_cgroups() => {
+                tracing::info!("told to end (SIGTERM) in the guest's cgroup: left it, and went on");
+            }
+            Ok(_) => {
+                tracing::warn!("told to end (SIGTERM)");
+                // As without this thread. Nothing gets past it.
+                let _ = told.thread_unblock().and_then(|()| raise(Signal::SIGTERM));
+            }
+            Err(_) => return,
+        }
+    };
+    std::thread::Builder::new().name("told".into()).spawn(take)?;
+    Ok(())
 }
 
 fn standard_input() -> anyhow::Result<UnixStream> {

@@ -3,9 +3,10 @@
 use super::signals::Signals;
 use super::watch::{deadline, Watch, COMMAND};
 use super::Error;
-use crate::memory::probe;
+use crate::memory::{probe, probe_huge, PAGE};
 use crate::qemu::{discover, Process, RamBlock};
 use ferry_contract::control::Verdict;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -29,6 +30,10 @@ pub fn look(monitor: &Path, signals: Arc<Signals>) -> Result<Looked, Error> {
     let pid = watch.command(|monitor| monitor.peer_pid())?;
     let process = Process::open(pid)?;
     let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
+    let pages: BTreeSet<u64> = blocks.iter().map(|block| block.file.backing().page()).collect();
+    for page in pages.into_iter().filter(|page| *page > PAGE) {
+        probe_huge(page).map_err(|unsupported| Error::Elsewhere(unsupported.to_string()))?;
+    }
     Ok(Looked {
         watch,
         process,

@@ -233,6 +233,11 @@ impl Precopy {
         Ok((count, self.sent.data))
     }
 
+    /// Of all the guest's memory.
+    pub fn bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| block.size).sum()
+    }
+
     /// The digests of all memory as it is now.
     pub fn digest(&self) -> Result<Digests, Error> {
         verify::digest(files(&self.blocks))

@@ -32,6 +32,8 @@ const CHUNK: usize = 64 << 10;
 /// Chunks of device state withheld at most; then the source's QEMU waits. At [`CHUNK`] bytes each this is 64 MiB,
 /// far beyond the device state of any machine type without big local memory.
 const WITHHELD: usize = 1024;
+/// Chunks besides the first that one answer of QEMU's is for: what more of them would save is not worth their memory.
+const BATCH: usize = 63;
 /// How often, a millisecond apart, a thread that has the monitor is given the time to note what QEMU has said on it.
 const HEARING: u32 = 100;
 /// Between two looks whether QEMU writes device state: the guest stands still meanwhile.
@@ -243,18 +245,34 @@ fn from_qemu(
     mut to: Connection,
     signals: &Arc<Signals>,
     before: impl Fn(&UnixStream) -> Result<(), Error> + Send + 'static,
-    mut kind: impl FnMut(bool) -> Result<Kind, Error>,
+    kind: impl FnMut(bool) -> Result<Kind, Error>,
 ) -> Result<(), Error> {
     let (queue, chunks) = sync_channel(WITHHELD);
     run("read-qemu", signals, move || read_all(qemu, before, &queue))?;
-    let mut held = false;
-    while let Ok(chunk) = chunks.recv() {
-        let kind = kind(held)?;
-        held |= kind == Kind::Held;
-        chunk::send(&mut to, kind, &chunk)?;
-    }
+    pass_on(&chunks, kind, |kind, chunk| {
+        Ok(chunk::send(&mut to, kind, chunk)?)
+    })?;
     chunk::send(&mut to, Kind::Eof, &[])?;
     Ok(to.end_sending()?)
+}
+
+/// Sends what is read until nothing more is. What has been read by the time of a question goes by its answer: QEMU's main
+/// loop gives each, and a display's memory alone makes a thousand chunks.
+fn pass_on(
+    chunks: &Receiver<Vec<u8>>,
+    mut kind: impl FnMut(bool) -> Result<Kind, Error>,
+    mut send: impl FnMut(Kind, &[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut held = false;
+    while let Ok(first) = chunks.recv() {
+        let read: Vec<_> = std::iter::once(first)
+            .chain(chunks.try_iter().take(BATCH))
+            .collect();
+        let kind = kind(held)?;
+        held |= kind == Kind::Held;
+        read.iter().try_for_each(|chunk| send(kind, chunk))?;
+    }
+    Ok(())
 }
 
 /// Reads until QEMU closes.
@@ -316,4 +334,30 @@ fn write(mut qemu: &UnixStream, bytes: &[u8]) -> Result<bool, Error> {
 fn end_writing(qemu: &UnixStream) {
     // ENOTCONN: QEMU has closed already.
     let _ = qemu.shutdown(Shutdown::Write);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qemu_is_asked_once_for_all_that_has_been_read() {
+        let (queue, chunks) = sync_channel(WITHHELD);
+        (0..200).for_each(|number| queue.send(vec![number]).unwrap());
+        drop(queue);
+        let (mut asked, mut sent) = (Vec::new(), Vec::new());
+        let kind = |held| {
+            asked.push(held);
+            Ok(if asked.len() < 3 { Kind::Early } else { Kind::Held })
+        };
+        let send = |kind, chunk: &[u8]| {
+            sent.push((kind, chunk[0]));
+            Ok(())
+        };
+        pass_on(&chunks, kind, send).unwrap();
+        assert_eq!(asked, [false, false, false, true]);
+        let early = |number| if number < 128 { Kind::Early } else { Kind::Held };
+        let expected: Vec<_> = (0..200).map(|number| (early(number), number)).collect();
+        assert_eq!(sent, expected);
+    }
 }

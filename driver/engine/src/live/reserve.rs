@@ -8,7 +8,7 @@ use std::path::Path;
 /// What this host has, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
-    /// Free on the file system that holds guests' RAM files.
+    /// Free on the file system that holds guests' RAM files; as good as endless where that has no limit.
     pub file_system: u64,
     /// Memory that can be had without swapping (MemAvailable).
     pub memory: u64,
@@ -102,31 +102,14 @@ pub enum Backing {
 
 /// Looks at this host.
 pub fn survey(directory: &Path) -> Result<(Room, Backing), Error> {
-    let existing = directory
-        .ancestors()
-        .find(|ancestor| ancestor.exists())
-        .unwrap_or(Path::new("/"));
-    let look = Error::system("look at the directory of guests' memory");
-    let statistics = nix::sys::statvfs::statvfs(existing).map_err(|errno| look(errno.into()))?;
-    let kind = nix::sys::statfs::statfs(existing)
-        .map_err(|errno| Error::system("look at the directory of guests' memory")(errno.into()))?;
-    let free = statistics
-        .blocks_available()
-        .saturating_mul(statistics.fragment_size());
-    let backing = match kind.filesystem_type() {
-        nix::sys::statfs::TMPFS_MAGIC => Backing::Memory,
-        _ => Backing::Other,
+    let (file_system, backing) = match ferry_host::tmpfs(directory) {
+        Some(room) => (room.free, Backing::Memory),
+        None => (0, Backing::Other),
     };
     let text = std::fs::read_to_string("/proc/meminfo").map_err(Error::system("read /proc/meminfo"))?;
     let memory =
         available(&text).ok_or_else(|| Error::Elsewhere("/proc/meminfo has no MemAvailable".into()))?;
-    Ok((
-        Room {
-            file_system: free,
-            memory,
-        },
-        backing,
-    ))
+    Ok((Room { file_system, memory }, backing))
 }
 
 /// MemAvailable in bytes.
@@ -220,5 +203,45 @@ mod tests {
         assert_eq!(backing, Backing::Memory);
         assert!(room.file_system > 0 && room.memory > 0);
         assert_eq!(survey(Path::new("/proc")).unwrap().1, Backing::Other);
+    }
+
+    /// A tmpfs of its own, as `mount` was told.
+    struct Mounted(tempfile::TempDir);
+
+    impl Mounted {
+        fn new(options: &str) -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let mut mount = std::process::Command::new("mount");
+            let mount = mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]);
+            assert!(mount.arg(directory.path()).status().unwrap().success());
+            Self(directory)
+        }
+    }
+
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("umount").arg(self.0.path()).status();
+        }
+    }
+
+    #[test]
+    fn a_tmpfs_without_a_limit_is_never_full() {
+        let endless = Mounted::new("size=0");
+        let (room, backing) = survey(endless.0.path()).unwrap();
+        assert_eq!((room.file_system, backing), (u64::MAX, Backing::Memory));
+        assert_eq!(
+            check(
+                &blocks(),
+                0,
+                Room {
+                    memory: u64::MAX,
+                    ..room
+                },
+                endless.0.path()
+            ),
+            Ok(())
+        );
+        let small = Mounted::new("size=8m");
+        assert_eq!(survey(small.0.path()).unwrap().0.file_system, 8 << 20);
     }
 }

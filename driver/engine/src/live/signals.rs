@@ -1,15 +1,17 @@
 //! What has happened and who must hear of it: the one place where the threads of a migration meet.
 //!
 //! The plug-in's requests, QEMU's events and anybody's failure come in; whoever waits for one of them wakes. The
-//! first [`End`] wins and breaks every connection of the session, so that no thread stays blocked on the network.
+//! first [`End`] wins and breaks every connection of the session, so that no thread stays blocked on the network; and
+//! it takes this process out of the guest's cgroups, with which libvirt may end it before the other engine has heard.
 
 use super::pace::Pace;
 use super::Error;
+use crate::qemu::cgroup::Membership;
 use crate::wire::{Breaker, Stopper};
 use ferry_contract::control::Request;
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// How long an engine whose migration has ended waits to be asked about it: libvirt's phases return soon then. The
@@ -67,6 +69,7 @@ struct State {
     sockets: Vec<UnixStream>,
     listener: Option<Stopper>,
     listening: Option<Breaker>,
+    membership: Option<Arc<Membership>>,
 }
 
 /// The meeting place.
@@ -144,7 +147,12 @@ impl Signals {
             state.ended = Some(Instant::now());
             state.break_off();
         }
+        let over = state.end.is_some();
+        drop(state);
         self.changed.notify_all();
+        if over {
+            self.leave_cgroups();
+        }
     }
 
     /// Fails where the migration has ended.
@@ -194,6 +202,25 @@ impl Signals {
         let mut state = self.lock();
         state.listener = Some(stopper);
         state.break_off_if_ended();
+    }
+
+    /// This process is in the guest's cgroups, until the migration ends or [`leave_cgroups`](Self::leave_cgroups).
+    pub fn is_member(&self, membership: Membership) {
+        let mut state = self.lock();
+        state.membership = Some(Arc::new(membership));
+        let over = state.end.is_some();
+        drop(state);
+        if over {
+            self.leave_cgroups();
+        }
+    }
+
+    /// Leaves the guest's cgroups; says whether this process was in them still. Whoever has to be out of them before
+    /// going on asks, too: it waits for a thread that is at it.
+    pub fn leave_cgroups(&self) -> bool {
+        // Not under the lock: it takes a while.
+        let membership = self.lock().membership.clone();
+        membership.is_some_and(|membership| membership.leave())
     }
 
     /// Whether nobody will ask any more: the plug-in has let go, or has said nothing for some time after the end.

@@ -5,7 +5,7 @@ use crate::memory::RamFile;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
-/// Digests a block is cut into at most, so that a control message stays small.
+/// Digests of a guest, of all its blocks together, so that a control message stays small; one a block at least.
 const MAX_PIECES: u64 = 2048;
 /// The smallest piece, bytes.
 const MIN_PIECE: u64 = 1 << 20;
@@ -18,9 +18,10 @@ pub struct Digests(Vec<Vec<String>>);
 
 /// Computes the digests of these files.
 pub fn digest<'a>(files: impl IntoIterator<Item = &'a RamFile>) -> Result<Digests, Error> {
+    let files: Vec<_> = files.into_iter().collect();
     files
-        .into_iter()
-        .map(digest_file)
+        .iter()
+        .map(|file| digest_file(file, piece(file.len(), files.len())))
         .collect::<Result<_, _>>()
         .map(Digests)
 }
@@ -31,22 +32,26 @@ pub fn difference<'a>(
     theirs: &Digests,
     files: impl IntoIterator<Item = &'a RamFile>,
 ) -> Option<(usize, u64, u64)> {
+    let blocks = ours.0.len();
     files.into_iter().enumerate().find_map(|(block, file)| {
         let (ours, theirs) = (ours.0.get(block)?, theirs.0.get(block));
         let same = |index: usize| theirs.and_then(|theirs| theirs.get(index)) == ours.get(index);
         let index = (0..ours.len()).find(|index| !same(*index))?;
-        Some((block, index as u64 * piece(file.len()), piece(file.len())))
+        let piece = piece(file.len(), blocks);
+        Some((block, index as u64 * piece, piece))
     })
 }
 
-fn piece(length: u64) -> u64 {
-    length.div_ceil(MAX_PIECES).next_multiple_of(MIN_PIECE)
+/// Bytes of a piece of a block of this length, of a guest of so many.
+fn piece(length: u64, blocks: usize) -> u64 {
+    let share = (MAX_PIECES / blocks.max(1) as u64).max(1);
+    length.div_ceil(share).next_multiple_of(MIN_PIECE)
 }
 
-fn digest_file(file: &RamFile) -> Result<Vec<String>, Error> {
+fn digest_file(file: &RamFile, piece: u64) -> Result<Vec<String>, Error> {
     let mut buffer = vec![0; READ];
     let mut digests = Vec::new();
-    let (length, piece) = (file.len(), piece(file.len()));
+    let length = file.len();
     for start in (0..length).step_by(piece as usize) {
         let mut digest = xxhash_rust::xxh3::Xxh3Default::new();
         let end = (start + piece).min(length);
@@ -100,5 +105,19 @@ mod tests {
             difference(&ours, &Digests(vec![]), [&file]),
             Some((0, 0, 1 << 20))
         );
+    }
+
+    #[test]
+    fn the_digests_of_many_large_blocks_fit_a_message() {
+        // 8 NUMA cells and 7 DIMMs; more than there can be.
+        for blocks in [1, 15, 300, 5000] {
+            for length in [1_u64 << 20, 1 << 31, 1 << 33, 1 << 43] {
+                let all = length.div_ceil(piece(length, blocks)) * blocks as u64;
+                assert!(
+                    all <= MAX_PIECES.max(blocks as u64),
+                    "{blocks} of {length}: {all}"
+                );
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The private monitor, shared: commands from any thread, and QEMU's events noted the moment they come.
 
-use super::signals::{End, Signals};
+use super::signals::{End, Seen, Signals};
 use super::Error;
 use crate::qemu::monitor::{Event, Monitor, MonitorError};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -125,16 +125,22 @@ fn note(signals: &Signals, event: &Event) {
         .and_then(|status| status.as_str())
         .unwrap_or_default();
     tracing::trace!(event = event.name, status, "from QEMU");
-    signals.saw(|seen| match (event.name.as_str(), status) {
+    signals.saw(|seen| saw(seen, &event.name, status, now));
+}
+
+/// What an event, with its status where it has one, adds to what has been seen.
+fn saw(seen: &mut Seen, event: &str, status: &str, now: Instant) {
+    match (event, status) {
         ("STOP", _) => seen.stopped = seen.stopped.or(Some(now)),
-        ("RESUME", _) => seen.resumed = Some(now),
+        // Of a guest that was suspended while its memory moved, the pause that counts is still to come.
+        ("RESUME", _) => (seen.stopped, seen.resumed) = (None, Some(now)),
         ("MIGRATION", "setup" | "active") => seen.migrating = true,
         ("MIGRATION", "pre-switchover") => seen.drained = seen.drained.or(Some(now)),
         ("MIGRATION", "device") => seen.switched = true,
         ("MIGRATION", "completed") => seen.completed = Some(now),
         ("MIGRATION", "failed" | "cancelled") => seen.failed = true,
         _ => {}
-    });
+    }
 }
 
 /// Waits a little for something to read; also true when nothing came, so that the caller looks whether it is
@@ -150,4 +156,23 @@ fn wait_readable(descriptor: &OwnedFd) -> bool {
 /// A time limit from now.
 pub fn deadline(limit: Duration) -> Instant {
     Instant::now() + limit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_is_the_last_one() {
+        let (mut seen, began) = (Seen::default(), Instant::now());
+        let at = |minute: u64| began + Duration::from_secs(60 * minute);
+        saw(&mut seen, "STOP", "", at(1));
+        saw(&mut seen, "RESUME", "", at(5));
+        assert_eq!((seen.stopped, seen.resumed), (None, Some(at(5))));
+        saw(&mut seen, "STOP", "", at(6));
+        // QEMU says so again of a guest that stands still already.
+        saw(&mut seen, "STOP", "", at(7));
+        saw(&mut seen, "MIGRATION", "pre-switchover", at(8));
+        assert_eq!((seen.stopped, seen.drained), (Some(at(6)), Some(at(8))));
+    }
 }

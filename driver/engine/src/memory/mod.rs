@@ -23,7 +23,7 @@ pub mod zero;
 
 pub use file::{Backing, Extents, FileError, RamFile};
 pub use pages::PageSet;
-pub use probe::{probe, Unsupported};
+pub use probe::{probe, probe_huge, Unsupported, UnsupportedPages};
 pub use punches::PunchWatch;
 pub use tracker::{ScanReport, TrackError, TrackedRange, WriteTracker};
 pub use zero::{is_zero, split_zero, Run};

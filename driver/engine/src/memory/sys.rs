@@ -20,6 +20,7 @@ const UFFDIO_API: u64 = ioc::<UffdApi>(READ_WRITE, UFFD, 0x3f);
 const UFFDIO_REGISTER: u64 = ioc::<UffdRegister>(READ_WRITE, UFFD, 0x00);
 const UFFDIO_UNREGISTER: u64 = ioc::<UffdRange>(READ, UFFD, 0x01);
 const UFFDIO_CONTINUE: u64 = ioc::<UffdContinue>(READ_WRITE, UFFD, 0x07);
+const UFFDIO_POISON: u64 = ioc::<UffdPoison>(READ_WRITE, UFFD, 0x08);
 const UFFDIO_WRITEPROTECT: u64 = ioc::<UffdWriteProtect>(READ_WRITE, UFFD, 0x06);
 
 /// `userfaultfd(2)` flag: faults of user mode only; what an unprivileged process may ask for.
@@ -34,6 +35,9 @@ pub const TRACKING_FEATURES: u64 = UFFD_FEATURE_PAGEFAULT_FLAG_WP
     | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
     | UFFD_FEATURE_WP_UNPOPULATED
     | UFFD_FEATURE_WP_ASYNC;
+
+/// What [`uffd_poison`] needs, there since Linux 6.6.
+pub const POISON_FEATURE: u64 = 1 << 14;
 
 /// What looking for huge pages needs, there since Linux 5.13.
 pub const PRESENCE_FEATURES: u64 = 1 << 9; // MINOR_HUGETLBFS
@@ -67,6 +71,13 @@ struct UffdContinue {
     range: UffdRange,
     mode: u64,
     mapped: i64,
+}
+
+#[repr(C)]
+struct UffdPoison {
+    range: UffdRange,
+    mode: u64,
+    updated: i64,
 }
 
 #[repr(C)]
@@ -174,6 +185,16 @@ pub fn uffd_continue(uffd: BorrowedFd<'_>, addresses: Range<u64>) -> io::Result<
             },
         }
     }
+}
+
+/// UFFDIO_POISON: whoever touches `addresses`, of which no page is mapped, gets SIGBUS. It takes no memory.
+pub fn uffd_poison(uffd: BorrowedFd<'_>, addresses: Range<u64>) -> io::Result<()> {
+    let mut poison = UffdPoison {
+        range: addresses.into(),
+        mode: 0,
+        updated: 0,
+    };
+    ioctl(uffd, UFFDIO_POISON, &mut poison).map(drop)
 }
 
 /// UFFDIO_UNREGISTER.

@@ -145,7 +145,8 @@ pub struct ScanReport {
 }
 
 /// Tracks the writes of a process (and of all that writes on its behalf in the kernel: KVM, vhost-net, buffered
-/// and completed direct I/O) to its mappings of guest RAM files.
+/// and completed direct I/O) to its mappings of guest RAM files. What a CPU writes by host-physical address is not seen:
+/// see [`nested`](crate::qemu::nested).
 #[derive(Debug)]
 pub struct WriteTracker {
     uffd: OwnedFd,

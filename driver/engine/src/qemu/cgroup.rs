@@ -1,60 +1,110 @@
-//! Joining a guest's cgroups.
+//! Membership in a guest's cgroups, for as long as its memory is filled.
 //!
 //! Memory is charged to whoever touches it first. The engine that fills an arriving guest's RAM must be in that
 //! guest's cgroups, or the host's limits and NUMA bindings (cpuset) for the guest would not apply to its memory.
+//!
+//! But what befalls the guest's group befalls who is in it: where systemd is in charge, libvirt ends a guest by its
+//! scope, of which every process then gets SIGTERM (libvirt 11.3, `virCgroupTerminateMachine`), and elsewhere a group
+//! that is not empty cannot be removed. So the engine goes back to where it was once the memory is there; what it has
+//! filled stays charged to the guest.
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
-use super::process::Process;
+use super::process::{Process, ProcessError};
 
-/// Puts this process into each cgroup that `process` is in: the v1 hierarchies and v2. Best effort: returns the
-/// directories that were joined, and logs those that could not be.
-///
-/// The process then also is subject to what befalls the guest's cgroup: when its systemd scope is stopped, so is it.
-pub fn join_cgroups_of(process: &Process) -> Vec<PathBuf> {
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    let pid = process.pid();
-    let (groups, mounts) = match (
-        process.read("cgroup", "read the cgroups"),
-        fs::read("/proc/self/mountinfo"),
-    ) {
-        (Ok(groups), Ok(mounts)) => (text(groups), text(mounts)),
-        (Err(error), _) => {
-            tracing::warn!(pid, %error, "memory will not be charged to the guest");
-            return Vec::new();
-        }
-        (_, Err(error)) => {
-            tracing::warn!(pid, %error, "cannot read /proc/self/mountinfo; memory will not be charged to the guest");
-            return Vec::new();
-        }
-    };
-    let mounts: Vec<Mount> = mounts.lines().filter_map(Mount::parse).collect();
-    let directories = groups
-        .lines()
-        .filter_map(Group::parse)
-        .filter_map(|group| group.directory(&mounts));
-    let mut joined: Vec<PathBuf> = Vec::new();
-    for directory in directories {
-        if joined.contains(&directory) {
-            continue;
-        }
-        match join(&directory) {
-            Ok(()) => joined.push(directory),
-            Err(error) => {
-                tracing::warn!(pid, directory = %directory.display(), %error, "cannot join the guest's cgroup")
+/// This process in a guest's cgroups; it leaves them when this is dropped.
+#[derive(Debug)]
+pub struct Membership {
+    /// The directory of each group that was joined, and of the one in the same hierarchy that was left for it.
+    joined: Mutex<Vec<(PathBuf, Option<PathBuf>)>>,
+}
+
+impl Membership {
+    /// Puts this process into each cgroup that `process` is in: the v1 hierarchies and v2. Best effort: those that
+    /// could not be joined are logged.
+    pub fn join(process: &Process) -> Self {
+        let pid = process.pid();
+        let mut joined = Vec::new();
+        match changes(process) {
+            Ok(changes) => {
+                for (theirs, ours) in changes {
+                    match enter(&theirs) {
+                        Ok(()) => joined.push((theirs, ours)),
+                        Err(error) => {
+                            tracing::warn!(pid, directory = %theirs.display(), %error, "cannot join the guest's cgroup")
+                        }
+                    }
+                }
             }
+            Err(error) => tracing::warn!(pid, %error, "memory will not be charged to the guest"),
+        }
+        Self {
+            joined: Mutex::new(joined),
         }
     }
-    joined
+
+    /// Goes back to where this process was; returns once it is there, also where another thread is at it. Says whether
+    /// there was anything to leave. Takes some 10 ms: the kernel waits for a grace period (Linux 6.18,
+    /// `cgroup_threadgroup_rwsem`).
+    pub fn leave(&self) -> bool {
+        let mut joined = self.joined.lock().unwrap_or_else(PoisonError::into_inner);
+        let any = !joined.is_empty();
+        for (theirs, ours) in joined.drain(..) {
+            // A group that has lost its last process may have been removed: the nearest above it that takes us.
+            let above = ours.iter().flat_map(|ours| ours.ancestors());
+            match above.map(enter).find(Result::is_ok) {
+                Some(_) => tracing::debug!(directory = %theirs.display(), "left the guest's cgroup"),
+                None => {
+                    tracing::warn!(directory = %theirs.display(), "cannot leave the guest's cgroup, and ends with it")
+                }
+            }
+        }
+        any
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// The directories of the groups that `process` is in and this process is not, each with ours in its hierarchy.
+fn changes(process: &Process) -> Result<Vec<(PathBuf, Option<PathBuf>)>, ProcessError> {
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let own = Process::open(std::process::id() as i32)?;
+    let mounts = text(own.read("mountinfo", "read the mounts")?);
+    let mounts: Vec<Mount> = mounts.lines().filter_map(Mount::parse).collect();
+    let groups = text(process.read("cgroup", "read the cgroups")?);
+    let ours = text(own.read("cgroup", "read the cgroups")?);
+    let ours: Vec<Group> = ours.lines().filter_map(Group::parse).collect();
+    let mut changes: Vec<(PathBuf, Option<PathBuf>)> = Vec::new();
+    for group in groups.lines().filter_map(Group::parse) {
+        let Some(directory) = group.directory(&mounts) else {
+            continue;
+        };
+        let same = ours.iter().find(|own| own.controllers == group.controllers);
+        let left = same.and_then(|own| own.directory(&mounts));
+        if left.as_ref() != Some(&directory) && !changes.iter().any(|(known, _)| *known == directory) {
+            changes.push((directory, left));
+        }
+    }
+    Ok(changes)
 }
 
 /// Writes our number to `cgroup.procs`. libvirt makes a v2 guest's groups threaded; such a group is entered by way of
 /// the threaded domain it belongs to.
-fn join(directory: &Path) -> io::Result<()> {
+fn enter(directory: &Path) -> io::Result<()> {
     let own = std::process::id().to_string();
-    let enter = |directory: &Path| fs::write(directory.join("cgroup.procs"), &own);
+    let enter = |directory: &Path| {
+        let mut members = OpenOptions::new()
+            .write(true)
+            .open(directory.join("cgroup.procs"))?;
+        members.write_all(own.as_bytes())
+    };
     let is_threaded = |directory: &Path| {
         fs::read_to_string(directory.join("cgroup.type")).is_ok_and(|kind| kind.trim_end() == "threaded")
     };
@@ -172,16 +222,71 @@ mod tests {
         }
     }
 
-    #[test]
-    fn joins_where_this_process_is_already() {
-        let own = Process::open(std::process::id() as i32).expect("this process");
-        for directory in join_cgroups_of(&own) {
-            let members = fs::read_to_string(directory.join("cgroup.procs")).expect("a cgroup's members");
-            assert!(
-                members.lines().any(|pid| pid == own.pid().to_string()),
-                "{}",
-                directory.display()
-            );
+    /// A process in a cgroup of its own.
+    struct Guest {
+        child: std::process::Child,
+        group: PathBuf,
+    }
+
+    impl Guest {
+        /// `None` where there is no hierarchy to make a group in.
+        fn start() -> Option<Self> {
+            let group = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"]
+                .map(|hierarchy| Path::new(hierarchy).join(format!("virt-ferry-{}", std::process::id())))
+                .into_iter()
+                .find(|group| fs::create_dir(group).is_ok_and(|()| group.join("cgroup.procs").exists()))?;
+            let mut sleep = std::process::Command::new("sleep");
+            let child = sleep.arg("600").spawn().expect("a process");
+            fs::write(group.join("cgroup.procs"), child.id().to_string()).expect("its group");
+            Some(Self { child, group })
         }
+
+        fn members(&self) -> Vec<u32> {
+            let members = fs::read_to_string(self.group.join("cgroup.procs")).expect("a cgroup's members");
+            members.lines().filter_map(|pid| pid.parse().ok()).collect()
+        }
+    }
+
+    impl Drop for Guest {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            let _ = fs::remove_dir(&self.group);
+        }
+    }
+
+    #[test]
+    fn a_process_is_a_member_until_it_leaves() {
+        let Some(guest) = Guest::start() else {
+            println!("SKIPPED: no cgroup can be made here");
+            return;
+        };
+        let own = || fs::read_to_string("/proc/self/cgroup").expect("own cgroups");
+        let (before, this, other) = (own(), std::process::id(), guest.child.id());
+        let process = Process::open(other as i32).expect("the process");
+        let membership = Membership::join(&process);
+        assert_eq!(
+            {
+                let mut members = guest.members();
+                members.sort_unstable();
+                members
+            },
+            {
+                let mut both = [this, other];
+                both.sort_unstable();
+                both
+            }
+        );
+        assert!(membership.leave());
+        assert_eq!((guest.members(), own()), (vec![other], before.clone()));
+        assert!(!membership.leave(), "it has left");
+        drop(Membership::join(&process));
+        assert_eq!((guest.members(), own()), (vec![other], before));
+    }
+
+    #[test]
+    fn whoever_shares_our_groups_is_joined_already() {
+        let own = Process::open(std::process::id() as i32).expect("this process");
+        assert_eq!(changes(&own).expect("own cgroups"), []);
     }
 }

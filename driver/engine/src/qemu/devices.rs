@@ -9,6 +9,7 @@ use std::time::Instant;
 use serde_json::{json, Value};
 
 use super::monitor::{Monitor, MonitorError};
+use super::nested;
 
 /// What makes a guest ineligible: a name and the reason.
 pub(super) type Objection = (String, &'static str);
@@ -16,6 +17,7 @@ pub(super) type Objection = (String, &'static str);
 const OTHER_PROCESS: &str = "another process writes guest RAM";
 const DMA: &str = "a physical device writes guest RAM";
 const PINNED: &str = "the kernel writes guest RAM by pages it keeps pinned";
+const CPU: &str = "the CPU writes guest RAM by host-physical address while they run";
 const NOT_RAM: &str = "its contents are memory of the guest that is kept outside of guest RAM";
 const ENCRYPTED: &str = "guest RAM is encrypted and unreadable to the host";
 
@@ -74,6 +76,9 @@ pub(super) fn objections(monitor: &mut Monitor, deadline: Instant) -> Result<Vec
         .unwrap_or(Value::Null);
     if guest.as_str().is_some_and(|path| !path.is_empty()) {
         found.push(("confidential guest".into(), ENCRYPTED));
+    }
+    if nested::in_the_way(monitor, deadline)? {
+        found.push(("the guest's own guests".into(), CPU));
     }
     let networks = human(monitor, "info network", deadline)?;
     found.extend(networks.lines().filter_map(network_objection));

@@ -16,6 +16,7 @@ pub mod inject;
 pub mod injector;
 pub mod monitor;
 mod narrow;
+pub mod nested;
 pub mod process;
 pub mod ram;
 pub mod throttle;

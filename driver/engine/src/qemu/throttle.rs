@@ -8,7 +8,9 @@
 //! ```
 //!
 //! - Between two holds nothing is traced: signals to the vCPUs, by which QEMU kicks them, take their usual way. A signal
-//!   that comes while a thread is held is delivered as it goes on.
+//!   that comes while a thread is held waits in the kernel until it goes on; one that it was about to receive as it was
+//!   asked to stop is given to it before it is held. None is kept here: it would end with us, and a vCPU whose kick is
+//!   lost is not kicked again.
 //! - A thread may be held while it owns QEMU's big lock; its main loop, monitor and disks then wait for [`HOLD`] at most.
 //! - The tracer is a thread of its own. However it ends, the engine's end by SIGKILL included, the kernel detaches what
 //!   it held and lets it run (Linux 6.12, `exit_ptrace`): no guest stays slow.
@@ -102,7 +104,7 @@ fn hold_and_let_go(pid: i32, threads: &[i32], percent: &AtomicU8, ended: &Receiv
         let mut held = Vec::new();
         for thread in &seized {
             match stopped(*thread, deadline) {
-                Stop::Held { signal } => held.push((*thread, signal)),
+                Stop::Held => held.push(*thread),
                 Stop::Gone => {}
                 Stop::Not => {
                     tracing::warn!(
@@ -114,9 +116,7 @@ fn hold_and_let_go(pid: i32, threads: &[i32], percent: &AtomicU8, ended: &Receiv
             }
         }
         let end = over(hold);
-        for (thread, signal) in held {
-            detach(thread, signal);
-        }
+        held.into_iter().for_each(detach);
         if end {
             return;
         }
@@ -125,8 +125,8 @@ fn hold_and_let_go(pid: i32, threads: &[i32], percent: &AtomicU8, ended: &Receiv
 
 /// Where a seized thread is.
 enum Stop {
-    /// It stands still; it goes on with this signal, 0 for none.
-    Held { signal: i32 },
+    /// It stands still, with no signal to be delivered.
+    Held,
     /// It has ended.
     Gone,
     /// It has not stopped.
@@ -153,22 +153,27 @@ fn stopped(thread: i32, deadline: Instant) -> Stop {
             0 if Instant::now() < deadline => std::thread::sleep(LOOK),
             0 => return Stop::Not,
             _ if !libc::WIFSTOPPED(status) => return Stop::Gone,
-            // The stop that was asked for, or that of all the process (SIGSTOP): no signal to deliver.
-            _ if status >> 16 == libc::PTRACE_EVENT_STOP => return Stop::Held { signal: 0 },
+            // The stop that was asked for, or that of all the process (SIGSTOP).
+            _ if status >> 16 == libc::PTRACE_EVENT_STOP => return Stop::Held,
+            // About to receive a signal: it does, and then stops as asked. One that is killed is seen the next time.
             _ => {
-                return Stop::Held {
-                    signal: libc::WSTOPSIG(status),
-                }
+                go_on(libc::PTRACE_CONT, thread, libc::WSTOPSIG(status));
             }
         }
     }
 }
 
-fn detach(thread: i32, signal: i32) {
-    // SAFETY: the data of this request is a signal's number in a pointer's place. It fails for a thread that was killed.
+fn detach(thread: i32) {
+    // It fails for a thread that was killed.
+    go_on(libc::PTRACE_DETACH, thread, 0);
+}
+
+/// Lets a stopped thread go on, with this signal, 0 for none.
+fn go_on(request: libc::c_uint, thread: i32, signal: i32) {
+    // SAFETY: the data of these requests is a signal's number in a pointer's place.
     unsafe {
         libc::ptrace(
-            libc::PTRACE_DETACH,
+            request,
             thread,
             std::ptr::null_mut::<libc::c_void>(),
             signal as usize as *mut libc::c_void,
@@ -179,10 +184,12 @@ fn detach(thread: i32, signal: i32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
     use std::io::Read;
+    use std::os::fd::AsFd;
     use std::process::{Child, Command, Stdio};
 
-    /// A process that is always busy, and takes SIGUSR1.
+    /// A process that is always busy, and says when it gets SIGUSR1.
     struct Busy(Child);
 
     impl Drop for Busy {
@@ -194,7 +201,7 @@ mod tests {
 
     impl Busy {
         fn start() -> Self {
-            let script = "i=0; trap 'i=$((i+1))' USR1; echo; while :; do :; done";
+            let script = "trap 'echo USR1' USR1; echo; while :; do :; done";
             let mut child = Command::new("bash")
                 .args(["-c", script])
                 .stdout(Stdio::piped())
@@ -214,6 +221,21 @@ mod tests {
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
             let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
             fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        }
+
+        /// The next line it says.
+        fn heard(&mut self) -> String {
+            let mut line = String::new();
+            let said = self.0.stdout.as_mut().unwrap();
+            while !line.ends_with('\n') {
+                let mut polled = [PollFd::new(said.as_fd(), PollFlags::POLLIN)];
+                let patience = PollTimeout::from(60_000u16);
+                assert_eq!(poll(&mut polled, patience), Ok(1), "it says nothing");
+                let mut byte = [0];
+                said.read_exact(&mut byte).unwrap();
+                line.push(char::from(byte[0]));
+            }
+            line
         }
 
         fn tracer(&self) -> String {
@@ -251,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_held_process_is_slow_then_free_and_gets_its_signals() {
-        let child = Busy::start();
+        let mut child = Busy::start();
         let process = Process::open(child.pid()).unwrap();
         // A thread that is not the process's: this one.
         let throttle = Throttle::new(&process, vec![child.pid(), std::process::id() as i32]).unwrap();
@@ -262,10 +284,38 @@ mod tests {
         });
         let slow = child.pace();
         drop(throttle);
+        assert_eq!(child.heard(), "USR1\n");
         assert_eq!(child.tracer(), "0");
         let free = child.pace();
         // 5 % and, on a busy machine, less than 100 %.
         assert!(slow * 2 < free, "{slow} ticks held, {free} free");
+    }
+
+    /// The end of the tracing thread is what the end of the engine is: the kernel detaches what it held.
+    #[test]
+    fn a_signal_on_its_way_outlives_who_holds() {
+        let mut child = Busy::start();
+        let thread = child.pid();
+        let hold = move || {
+            const NULL: *mut libc::c_void = std::ptr::null_mut();
+            // SAFETY: ptrace takes no pointers here, and the signal is to a child of ours.
+            unsafe {
+                assert_eq!(libc::ptrace(libc::PTRACE_SEIZE, thread, NULL, NULL), 0);
+                libc::kill(thread, libc::SIGUSR1);
+            }
+            // It is about to receive the signal, and is asked to stop only then.
+            let stat = || std::fs::read_to_string(format!("/proc/{thread}/stat")).unwrap();
+            while !stat().contains(") t ") {
+                std::thread::sleep(LOOK);
+            }
+            // SAFETY: as above.
+            unsafe { assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, thread, NULL, NULL), 0) };
+            let deadline = Instant::now() + Duration::from_secs(60);
+            assert!(matches!(stopped(thread, deadline), Stop::Held));
+        };
+        std::thread::spawn(hold).join().unwrap();
+        assert_eq!(child.heard(), "USR1\n");
+        assert_eq!(child.tracer(), "0");
     }
 
     #[test]

@@ -54,6 +54,8 @@ pub(super) fn finish(
         ));
     }
     watch.honour_shared(COMMAND)?;
+    // Should libvirt end the guest from here on, there must be somebody to tell the source so.
+    place.signals.leave_cgroups();
     recorder.enter(Stage::Activation);
     place.control.reply(Reply::Committed);
     Ok(())

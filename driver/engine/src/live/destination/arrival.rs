@@ -239,6 +239,8 @@ impl Arrival {
         self.signals.commit();
         let _ = self.noted.send(Note::Committed { totals });
         message::send(control, &Answer::Committed)?;
+        // Not sooner, for the guest stands still; libvirt's Finish waits for it.
+        self.signals.leave_cgroups();
         Ok(())
     }
 

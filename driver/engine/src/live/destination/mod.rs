@@ -18,7 +18,7 @@ use crate::live::reserve::{self, Backing};
 use crate::live::signals::{End, Signals};
 use crate::live::watch::{deadline, Watch, COMMAND};
 use crate::live::Error;
-use crate::qemu::cgroup::join_cgroups_of;
+use crate::qemu::cgroup::Membership;
 use crate::qemu::{discover, Process, RamBlock};
 use crate::report::{self, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::{Listener, Security};
@@ -176,10 +176,8 @@ impl Attached {
         let process = Process::open(pid)?;
         let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
         let files = in_order(&place.offer, blocks)?;
-        // What we write first is charged to us: to the guest, that is, once we are in its groups.
-        for group in join_cgroups_of(&process) {
-            tracing::debug!(group = %group.display(), "joined the guest's control group");
-        }
+        // What we write first is charged to us: to the guest, that is, while we are in its groups.
+        place.signals.is_member(Membership::join(&process));
         let landing = Landing::new(files, Arc::clone(place.meter), Arc::clone(place.signals))?;
         watch.ignore_shared()?;
         let (first, last) = place.settings.ports;

@@ -25,7 +25,7 @@ use crate::live::protection;
 use crate::live::signals::{End, Signals};
 use crate::live::watch::{deadline, Watch, COMMAND};
 use crate::live::Error;
-use crate::qemu::{Process, RamBlock};
+use crate::qemu::{nested, Process, RamBlock};
 use crate::report::{self, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::Identity;
 use ferry_contract::control::{Options, Reply, Request, Settings};
@@ -247,6 +247,17 @@ impl Inspected {
         let mut brake = Brake::new(allowed, &self.process, &self.watch, place.meter);
         converge(place, recorder, &mut precopy, brake.as_mut())
             .map_err(|error| last_words(place, &mut links.control, error))?;
+        // It may have begun since it was looked at.
+        if self
+            .watch
+            .command(|monitor| nested::in_the_way(monitor, deadline(COMMAND)))?
+        {
+            return Err(Error::Elsewhere(
+                "the guest has begun to run guests of its own while it was migrated, which this host's CPU does past \
+                 write tracking; migrate it again: it goes libvirt's own way then"
+                    .into(),
+            ));
+        }
         Ok(Converged {
             control: links.control,
             ready: Ready {
