@@ -3,6 +3,9 @@
 //!
 //! The destination's daemon is made to stand still while the guest is handed over, so that its Finish comes late.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use anyhow::{ensure, Context, Error, Result};
 use ferry_tests::fault::Disturbed::StopAndCopy;
 use ferry_tests::fault::{engine, names, signal, Cut};
@@ -165,6 +168,56 @@ fn a_client_that_goes_leaves_no_guest_standing() -> Result<()> {
             scene.is_unharmed(here).with_context(context)?;
         }
         scene.move_to(two, one, &[])
+    })
+}
+
+/// A client that has lost its connection to the destination notices late. By then the engine may have died, other guests
+/// have left, and half a minute have passed: the guest runs once all the same.
+#[test]
+fn a_late_confirm_finds_what_is_known() -> Result<()> {
+    const NOTICED: Duration = Duration::from_secs(33);
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let begin = |name: &str, number| -> Result<_> {
+            let scene = Scene::start(lab, one, usual(name), number)?;
+            let client = Phases::new(&scene, one, two, LIVE | PROTECTED)?;
+            Ok((scene, client))
+        };
+        let finish = |client: &mut Phases| -> Result<()> {
+            let (xml, cookie) = client.begin()?;
+            let (cookie, uri) = client.prepare(&xml, &cookie)?.map_err(Error::msg)?;
+            let cookie = client.perform(&uri, &cookie)?.map_err(Error::msg)?;
+            client.finish(Some(&cookie), false)?.map_err(Error::msg)?;
+            Ok(())
+        };
+        let (first, mut ours) = begin("first", 1)?;
+        let (second, mut others) = begin("second", 2)?;
+        finish(&mut ours)?;
+        signal(&engine(one)?, SIGKILL)?;
+        wait_until("host1 to notice its engine's death", PATIENCE, || {
+            Ok(said(one, "an engine died at work") > 0)
+        })?;
+        finish(&mut others)?;
+        let finished = Instant::now();
+
+        let refused = ours.confirm(None, true)?.err().unwrap_or_default();
+        println!("{refused}");
+        ensure!(
+            refused.contains("does not say whether it runs there"),
+            "Confirm said '{refused}'"
+        );
+        one.wait_for_state("first", "paused")?;
+        drop(ours);
+        one.remove("first")?;
+        first.lives_on(two)?;
+
+        // This one's engine lives, and asks.
+        thread::sleep(NOTICED.saturating_sub(finished.elapsed()));
+        others.confirm(None, true)?.map_err(Error::msg)?;
+        wait_until("host1 to forget the guest", PATIENCE, || {
+            Ok(one.state("second")?.is_none())
+        })?;
+        second.lives_on(two)
     })
 }
 
