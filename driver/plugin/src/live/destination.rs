@@ -217,16 +217,12 @@ impl Arrival {
         prepared: Prepared,
     ) -> Result<Prepared, Error> {
         let domain = connection.domain(self.guest.uuid)?;
-        let monitor = domain
-            .get()
-            .id()
-            .and_then(|id| host::monitor(id, &self.guest.name))
-            .ok_or_else(|| {
-                Error::failed(format!(
-                    "the QEMU that libvirt started on host {} has no private monitor",
-                    self.host
-                ))
-            })?;
+        let monitor = super::monitor(domain.get()).ok_or_else(|| {
+            Error::failed(format!(
+                "the QEMU that libvirt started on host {} has no private monitor",
+                self.host
+            ))
+        })?;
         session.engine.guard(&monitor, Moving::here(self.guest.uuid))?;
         let attach = Request::Attach {
             monitor,

@@ -71,9 +71,12 @@ impl Candidate {
         if flags & VIR_MIGRATE_CHANGE_PROTECTION == 0 {
             return Err("the client holds no job across the phases (no change protection)".into());
         }
-        let guest = domain.guest().ok_or("libvirt does not say who it is")?;
-        let id = domain.id().ok_or("it is not running")?;
-        let monitor = host::monitor(id, &guest.name).ok_or(
+        let asked = domain.guest().ok_or("libvirt does not say who it is")?;
+        let found = domain.connection().domain(asked.uuid);
+        let found = found.map_err(|error| error.to_string())?;
+        let guest = found.get().guest().ok_or("libvirt does not say who it is")?;
+        found.get().id().ok_or("it is not running")?;
+        let monitor = super::monitor(found.get()).ok_or(
             "its QEMU was started without the plug-in's monitor; it is eligible after its next start or move",
         )?;
         Ok(Self {

@@ -12,6 +12,7 @@ use activation::{conclude, finish};
 use arrival::Arrival;
 
 use crate::control::{Control, Meter};
+use crate::live::inspect;
 use crate::live::land::Landing;
 use crate::live::protection::{self, AtDestination};
 use crate::live::reserve::{self, Backing};
@@ -172,6 +173,7 @@ struct Attached {
 impl Attached {
     fn take_hold(place: &Place<'_>, monitor: &Path, listen: Option<&str>) -> Result<Self, Error> {
         let watch = Watch::open(monitor, Arc::clone(place.signals))?;
+        inspect::is(&watch, monitor, place.guest.uuid)?;
         let pid = watch.command(|monitor| monitor.peer_pid())?;
         let process = Process::open(pid)?;
         let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
