@@ -136,6 +136,15 @@ pub fn tmpfs(directory: &Path) -> Option<Room> {
     })
 }
 
+/// Whether what is in a directory is in memory alone: a tmpfs, or huge pages.
+pub fn is_in_memory(directory: &Path) -> bool {
+    use nix::sys::statfs::{statfs, HUGETLBFS_MAGIC, TMPFS_MAGIC};
+    let there = directory.ancestors().find(|ancestor| ancestor.exists());
+    there
+        .and_then(|there| statfs(there).ok())
+        .is_some_and(|found| [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&found.filesystem_type()))
+}
+
 /// The socket of the private monitor of a running domain; `None` where its QEMU was started without one.
 pub fn monitor(id: u32, name: &str) -> Option<PathBuf> {
     let sockets = private_directories(id, name).map(|directory| directory.join(MONITOR));
