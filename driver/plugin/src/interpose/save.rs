@@ -4,7 +4,8 @@
 //! The daemon's own saves come this way too, when a host shuts down (libvirt 11.3, `virDomainDriverAutoShutdown`).
 
 use super::border;
-use crate::libvirt::{real, Domain, Error};
+use crate::guest_memory::as_it_runs;
+use crate::libvirt::{c_string, real, Domain, Error, Params};
 use crate::live::guard;
 use crate::turns::Writing;
 use std::borrow::Cow;
@@ -66,14 +67,59 @@ macro_rules! writes_memory {
 }
 
 writes_memory!(virDomainSave(to: *const c_char) -> c_int, real::save);
-writes_memory!(
-    virDomainSaveFlags(to: *const c_char, xml: *const c_char, flags: c_uint) -> c_int,
-    real::save_flags
-);
-writes_memory!(
-    virDomainSaveParams(params: virTypedParameterPtr, nparams: c_int, flags: c_uint) -> c_int,
-    real::save_params
-);
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainSaveFlags(
+    domain: virDomainPtr,
+    to: *const c_char,
+    xml: *const c_char,
+    flags: c_uint,
+) -> c_int {
+    border(c_int::FAILURE, || {
+        let missing = || Error::failed("this libvirt has no virDomainSaveFlags");
+        let real = real::save_flags().ok_or_else(missing)?;
+        // SAFETY: the dispatcher's arguments; the other definition lives as long as the call.
+        unsafe {
+            let asked = Domain::borrow(domain);
+            let given = (!xml.is_null()).then(|| CStr::from_ptr(xml).to_str().ok());
+            let other = given.flatten().and_then(|xml| as_it_runs(xml, asked));
+            let other = other.map(|xml| c_string(&xml));
+            written(guard::with_its_memory(asked), || {
+                real(domain, to, other.as_deref().map_or(xml, CStr::as_ptr), flags)
+            })
+        }
+    })
+}
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainSaveParams(
+    domain: virDomainPtr,
+    params: virTypedParameterPtr,
+    nparams: c_int,
+    flags: c_uint,
+) -> c_int {
+    border(c_int::FAILURE, || {
+        let missing = || Error::failed("this libvirt has no virDomainSaveParams");
+        let real = real::save_params().ok_or_else(missing)?;
+        // SAFETY: the dispatcher's arguments, which live as long as the call.
+        unsafe {
+            let asked = Domain::borrow(domain);
+            let mut params = Params::borrow(params, nparams);
+            let given = params.utf8(VIR_DOMAIN_SAVE_PARAM_DXML);
+            if let Some(other) = given.and_then(|xml| as_it_runs(xml, asked)) {
+                params = params.with(VIR_DOMAIN_SAVE_PARAM_DXML, &other);
+            }
+            written(guard::with_its_memory(asked), || {
+                real(domain, params.pointer(), params.count(), flags)
+            })
+        }
+    })
+}
+
 writes_memory!(virDomainManagedSave(flags: c_uint) -> c_int, real::managed_save);
 writes_memory!(virDomainCoreDump(to: *const c_char, flags: c_uint) -> c_int, real::core_dump);
 writes_memory!(

@@ -42,6 +42,7 @@ pub fn perform(
     cookie: &[u8],
     flags: u32,
 ) -> Result<Cookie, Error> {
+    let params = &source::with_its_memory(domain, params);
     let own = || phase::perform(domain, destination, params, cookie, flags);
     // A cookie, no destination, or a user who may not, are errors of libvirt's own to tell.
     let Some(uri) = destination.filter(|_| cookie.is_empty() && domain.may_migrate()) else {

@@ -2,6 +2,7 @@
 
 use super::{guard, job, moved, options, orphan, settings, unexpected, uri, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
+use crate::guest_memory;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
 use crate::sessions::{self, Opening, Role, Session};
@@ -14,13 +15,14 @@ use ferry_host as host;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_sys::{
-    VIR_MIGRATE_ABORT_ON_ERROR, VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
-    VIR_MIGRATE_PARAM_URI,
+    VIR_MIGRATE_ABORT_ON_ERROR, VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_DEST_XML,
+    VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI,
 };
 
 /// Begin: libvirt's own, and where the guest is eligible, our offer in its cookie.
 pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error> {
     let opening = domain.guest().map(|guest| Opening::of(guest.uuid));
+    let params = &with_its_memory(domain, params);
     let begun = phase::begin(domain, params, flags)?;
     job::forget(domain);
     match Candidate::of(domain, params, flags).and_then(|candidate| candidate.open(domain, opening.as_ref()))
@@ -33,6 +35,15 @@ pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error
             native(domain, &reason);
             Ok(begun)
         }
+    }
+}
+
+/// The parameters; an operator's own definition among them says of the guest's memory what libvirt compares it with.
+pub fn with_its_memory<'a>(domain: Domain, params: &'a Params) -> Params<'a> {
+    let given = params.utf8(VIR_MIGRATE_PARAM_DEST_XML);
+    match given.and_then(|xml| guest_memory::as_it_runs(xml, domain)) {
+        Some(xml) => params.share().with(VIR_MIGRATE_PARAM_DEST_XML, &xml),
+        None => params.share(),
     }
 }
 
