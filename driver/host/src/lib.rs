@@ -179,25 +179,20 @@ pub fn monitors() -> Vec<PathBuf> {
         .collect()
 }
 
-/// Where incoming QEMUs bind the sockets the engine connects to.
-pub fn incoming_directory(config: &Config) -> PathBuf {
-    config.runtime_directory.join("incoming")
-}
+/// Where incoming QEMUs bind the sockets the engine connects to. Below libvirt's own directory of QEMU's: SELinux's policy
+/// lets guests make sockets only there (`qemu_var_run_t`), and libvirt's AppArmor profiles let them anywhere below
+/// /run/libvirt (virt-aa-helper.c).
+pub const INCOMING: &str = "/run/libvirt/qemu/virt-ferry";
 
 /// Makes that directory: QEMU's alone, as the user that libvirt runs QEMU as.
-pub fn make_incoming_directory(config: &Config) -> std::io::Result<()> {
+pub fn make_incoming_directory() -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
-    let directory = incoming_directory(config);
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o711)
-        .create(&config.runtime_directory)?;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(&directory)?;
+        .create(INCOMING)?;
     let user = std::fs::metadata(QEMU_LIB)?;
-    std::os::unix::fs::chown(&directory, Some(user.uid()), Some(user.gid()))
+    std::os::unix::fs::chown(INCOMING, Some(user.uid()), Some(user.gid()))
 }
 
 #[cfg(test)]
