@@ -150,6 +150,10 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
     };
     match (answer, session) {
         (Some(answer), Some(session)) => {
+            // To the end of this call: a job of libvirt's that has failed has not lost its client.
+            let Some(_claim) = session.claim() else {
+                return Err(claimed());
+            };
             let performed = through_engine(domain, params, cookie, flags, answer, &session);
             if performed.is_err() {
                 sessions::remove(&session);
