@@ -120,8 +120,11 @@ impl Move<'_> {
             Ok(_) => Ok(self.own(
                 "the destination has no plug-in, one of another version, or is not to use it (see its log)",
             )),
-            // libvirt's own code meets the same failure and words it.
-            Err(_) => Ok(self.own("the destination cannot be reached")),
+            // libvirt's own code meets the same failure, unless it has passed by then.
+            Err(error) => Ok(self.own(format!(
+                "the destination {} cannot be reached: {error}",
+                self.uri.to_string_lossy()
+            ))),
         };
         sessions::remove(&session);
         outcome

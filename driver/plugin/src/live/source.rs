@@ -98,6 +98,11 @@ impl Candidate {
         })
     }
 
+    /// Who it is, as libvirt has it.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
+    }
+
     /// Opens a session if the engine finds the guest eligible. libvirt's job must be held: a device that is plugged
     /// in after this look would be missed.
     pub fn open(self, domain: Domain, opening: Option<&Opening>) -> Result<Arc<Session>, String> {
@@ -314,10 +319,7 @@ pub fn confirm(
     };
     // Taken only where the client was thought to have gone, which then is not so.
     let Some(_claim) = session.claim() else {
-        return Err(Error::failed(format!(
-            "host {} is ending this migration, whose client had no job any more",
-            host::name()
-        )));
+        return Err(claimed());
     };
     if !(cancelled && session.is_handed_over()) {
         phase::confirm(domain, params, cookie, flags, cancelled)?;
@@ -345,6 +347,14 @@ pub fn confirm(
     };
     sessions::remove(&session);
     phase::confirm(domain, params, cookie, flags, go_on)
+}
+
+/// The error of a call for a migration that is being ended.
+fn claimed() -> Error {
+    Error::failed(format!(
+        "host {} is ending this migration, whose client had no job any more",
+        host::name()
+    ))
 }
 
 /// Tells the engine how it ended; `None` where it does not answer.
