@@ -12,6 +12,9 @@ One JSON object a line on standard input, one in return on standard output, {"er
   {"phase": "perform", "domain": NAME, "uri": URI, "cookie": C, "flags": N} -> {"cookie"}
   {"phase": "finish",  "host": URI, "domain": NAME, "cookie": C, "flags": N, "cancelled": BOOL} -> {"cookie"}
   {"phase": "migrate", "host": URI, "domain": NAME, "flags": N}             -> {}, all phases as virDomainMigrate2 runs them
+  {"phase": "p2p",     "host": URI, "domain": NAME, "flags": N}             -> {}, the peer-to-peer migration of a client that stays
+  {"phase": "look",    "domain": NAME}                                      -> {}, "save" takes this guest as it is known now
+  {"phase": "save",    "path": FILE}                                        -> {}
   {"phase": "confirm", "domain": NAME, "cookie": C, "flags": N, "cancelled": BOOL} -> {}
 
 "domain" is a guest of this host, but for finish, where it is the one that arrives. Connections stay open until the end of input.
@@ -138,7 +141,28 @@ def migrate(ask):
     return {}
 
 
-PHASES = {"begin": begin, "prepare": prepare, "perform": perform, "finish": finish, "confirm": confirm, "migrate": migrate}
+def p2p(ask):
+    cookie = Returned()
+    result = libvirt.virDomainMigratePerform3Params(domain(ask["domain"]), ask["host"].encode(), *parameters(), None, 0,
+                                                    *cookie.places(), c_uint(ask["flags"]))
+    succeeded(result == 0)
+    return {}
+
+
+looked = []
+
+
+def look(ask):
+    looked[:] = [domain(ask["domain"])]
+    return {}
+
+
+def save(ask):
+    succeeded(libvirt.virDomainSave(looked[0], ask["path"].encode()) == 0)
+    return {}
+
+
+PHASES = {"p2p": p2p, "look": look, "save": save, "begin": begin, "prepare": prepare, "perform": perform, "finish": finish, "confirm": confirm, "migrate": migrate}
 
 for line in sys.stdin:
     asked = json.loads(line)

@@ -44,13 +44,9 @@ fn leftovers(host: &Host) -> Result<Vec<String>> {
             engine.arguments.join(" ")
         ));
     }
-    for directory in ["/run/libvirt/virt-ferry", "/run/libvirt/virt-ferry/incoming"] {
+    for directory in ["/run/libvirt/virt-ferry", "/run/libvirt/qemu/virt-ferry"] {
         let left = names_in(&host.path(directory));
-        found.extend(
-            left.iter()
-                .filter(|name| *name != "incoming")
-                .map(|name| format!("{directory}/{name}")),
-        );
+        found.extend(left.iter().map(|name| format!("{directory}/{name}")));
     }
     found.extend(listeners(host)?);
     found.extend(host.new_mounts()?);

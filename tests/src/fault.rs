@@ -262,16 +262,25 @@ impl Underway<'_> {
         self.wait_for_job("memory to be on its way", |job| {
             job.figure("memory_processed") > 0
         })?;
-        if stage == Disturbed::StopAndCopy {
-            // The longest pause that libvirt lets anybody ask for.
-            self.from
-                .virsh(&["migrate-setmaxdowntime", &self.domain, "2000000"])?;
-            wait_until("the guest to stand still", PATIENCE, || {
-                let state = self.from.state(&self.domain)?;
-                Ok(state.is_some_and(|state| state.starts_with("paused")))
-            })?;
+        match stage {
+            Disturbed::PreCopy => Ok(()),
+            Disturbed::StopAndCopy => self.from.stop_while_it_moves(&self.domain),
         }
-        Ok(())
+    }
+}
+
+impl Host {
+    /// Has the engine stop a guest whose memory is on its way.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn stop_while_it_moves(&self, domain: &str) -> Result<()> {
+        // The longest pause that libvirt lets anybody ask for.
+        self.virsh(&["migrate-setmaxdowntime", domain, "2000000"])?;
+        wait_until("the guest to stand still", PATIENCE, || {
+            let state = self.state(domain)?;
+            Ok(state.is_some_and(|state| state.starts_with("paused")))
+        })
     }
 }
 

@@ -14,6 +14,8 @@ use crate::host::Host;
 use crate::lab::Lab;
 use crate::scene::Scene;
 
+/// VIR_MIGRATE_PEER2PEER.
+pub const PEER_TO_PEER: u32 = 1 << 1;
 /// VIR_MIGRATE_LIVE.
 pub const LIVE: u32 = 1 << 0;
 /// `--offline --persistent --undefinesource --copy-storage-all`: VIR_MIGRATE_OFFLINE, _PERSIST_DEST, _UNDEFINE_SOURCE and
@@ -136,6 +138,30 @@ impl<'a> Phases<'a> {
     pub fn confirm(&mut self, cookie: Option<&str>, cancelled: bool) -> Result<Left<()>> {
         let confirmed = self.ask("confirm", json!({ "cookie": cookie, "cancelled": cancelled }))?;
         Ok(confirmed.map(drop))
+    }
+
+    /// The whole of it peer-to-peer, by a client that keeps its connection.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn peer_to_peer(&mut self) -> Result<Left<()>> {
+        Ok(self.ask("p2p", json!({}))?.map(drop))
+    }
+
+    /// Looks the guest up, for a [`Self::save`] that goes by what it is now.
+    ///
+    /// # Errors
+    /// If the guest is not known.
+    pub fn look(&mut self) -> Result<()> {
+        self.ask("look", json!({}))?.map(drop).map_err(anyhow::Error::msg)
+    }
+
+    /// Has the guest saved that was looked up.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn save(&mut self, path: &str) -> Result<Left<()>> {
+        Ok(self.ask("save", json!({ "path": path }))?.map(drop))
     }
 
     /// The whole of it by the function that clients had before libvirt 1.1, whose phases have no typed parameters.

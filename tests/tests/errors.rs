@@ -94,36 +94,61 @@ fn a_missing_engine() -> Result<()> {
         one.run(&["mv", "/root/engine", ENGINE])?;
         scene.move_to(two, one, &[])?;
 
-        for options in [&[][..], &["--p2p"]] {
+        // No more has the destination when it finds out: nobody has started anything there. Nor is an engine of another
+        // release of any use.
+        let other = format!("printf '#!/bin/sh\\necho {{}} >&0\\n' >{ENGINE} && chmod 755 {ENGINE}");
+        for (options, replaced, why) in [
+            (&[][..], "true", format!("cannot start the engine {ENGINE}")),
+            (&["--p2p"], &other, "are both of one release?".to_owned()),
+        ] {
             two.run(&["mv", ENGINE, "/root/engine"])?;
-            fails(
-                &scene,
-                options,
-                &["host2", "cannot start the engine", ENGINE, "install"],
-            )
-            .with_context(|| format!("without an engine on the destination, {options:?}"))?;
+            two.run(&["sh", "-c", replaced])?;
+            declines(&scene, options, &why)?;
             two.run(&["mv", "/root/engine", ENGINE])?;
-            moves(&scene)?;
+            scene.move_to(two, one, &[])?;
         }
-        Ok(())
+        moves(&scene)
     })
+}
+
+/// The destination finds something amiss with itself before anything has been started there: the guest moves libvirt's own
+/// way, and the destination's log says why.
+fn declines(scene: &Scene, options: &[&str], why: &str) -> Result<()> {
+    let (one, two) = (scene.lab.host(1), scene.lab.host(2));
+    let moved = one.moved_away()?;
+    scene.move_to(one, two, options).with_context(|| why.to_owned())?;
+    one.assert_moved_away(moved)?;
+    let log = two.libvirtd_log();
+    let told = |line: &str| line.contains("libvirt's own migration to this host: ") && line.contains(why);
+    ensure!(log.lines().any(told), "host2's log does not say: {why}");
+    Ok(())
 }
 
 #[test]
 fn a_directory_that_cannot_be_written() -> Result<()> {
+    const INCOMING: &str = "/run/libvirt/qemu/virt-ferry";
     Lab::with(Options::default(), |lab| {
-        let scene = Scene::start(lab, lab.host(1), usual("no-directory"), 1)?;
-        for (host, name) in [(lab.host(1), "host1"), (lab.host(2), "host2")] {
-            for options in [&[][..], &["--p2p"]] {
-                // Root may write anywhere but there.
-                host.configure("runtime_directory = \"/proc/virt-ferry\"\n")?;
-                fails(&scene, options, &[name, "/proc/virt-ferry"])
-                    .with_context(|| format!("on {name}, {options:?}"))?;
-                host.configure("")?;
-                moves(&scene)?;
-            }
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("no-directory"), 1)?;
+        for options in [&[][..], &["--p2p"]] {
+            // Root may write anywhere but there.
+            one.configure("runtime_directory = \"/proc/virt-ferry\"\n")?;
+            fails(&scene, options, &["host1", "/proc/virt-ferry"]).with_context(|| format!("{options:?}"))?;
+            one.configure("")?;
+            moves(&scene)?;
         }
-        Ok(())
+        two.run(&["rm", "-r", INCOMING])?;
+        two.run(&["touch", INCOMING])?;
+        declines(&scene, &[], &format!("cannot make {INCOMING}"))?;
+        two.run(&["rm", INCOMING])?;
+        scene.move_to(two, one, &[])?;
+        moves(&scene)?;
+        // Only libvirt's QEMU finds out that it must not make its socket there, as under SELinux or as another user's.
+        two.run(&["chmod", "0", INCOMING])?;
+        declines(&scene, &["--p2p"], "its QEMU cannot be started for the engine: ")?;
+        two.run(&["chmod", "700", INCOMING])?;
+        scene.move_to(two, one, &[])?;
+        moves(&scene)
     })
 }
 

@@ -1,6 +1,8 @@
 //! Guests that leave the choice of their memory to the host get some that virt-ferry can move; whoever has chosen keeps it.
 
-use anyhow::{ensure, Result};
+use std::fs;
+
+use anyhow::{ensure, Context, Result};
 use ferry_tests::guest::Backing;
 use ferry_tests::host::Host;
 use ferry_tests::lab::{Lab, Options};
@@ -23,6 +25,34 @@ fn a_guest_without_a_choice_is_eligible() -> Result<()> {
         );
         scene.move_to(one, two, &[])?;
         one.assert_moved_away(1)?;
+
+        // An operator's own definition of it says no more than the guest's did.
+        let given = definition(two, "unsaid", &["--migratable"])?;
+        let (before, backing) = given.split_once("<memoryBacking>").context("no memoryBacking")?;
+        let (_, after) = backing
+            .split_once("</memoryBacking>")
+            .context("no memoryBacking")?;
+        fs::write(lab.share().join("own.xml"), [before, after].concat())?;
+        let own = ["--xml", "/lab/own.xml"];
+        scene.move_to(two, one, &own)?;
+        scene.move_to(one, two, &[&own[..], &["--p2p"]].concat())?;
+        one.assert_moved_away(2)?;
+        let native = ["--p2p", "--compressed", "--comp-methods", "xbzrle"];
+        scene.move_to(two, one, &[&own[..], &native].concat())?;
+        for parameters in [&[][..], &["--image-format", "raw"]] {
+            let save = ["save", "unsaid", "/lab/unsaid.save"];
+            one.virsh(&[&save[..], &own, parameters].concat())?;
+            one.virsh(&["restore", "/lab/unsaid.save"])?;
+            scene.lives_on(one)?;
+        }
+        // Where such memory is on a disk, somebody is told.
+        two.run(&["umount", "/var/lib/libvirt/qemu/ram"])?;
+        scene.move_to(one, two, &[])?;
+        one.assert_moved_away(2)?;
+        ensure!(
+            said(two, "which is on a disk here") == 1 && said(one, "which is on a disk here") == 0,
+            "nobody is told that the guest's memory is on a disk"
+        );
 
         // Defined as well as created, and kept as it is where somebody has chosen.
         for (name, backing, given) in [

@@ -3,13 +3,16 @@
 //!
 //! The destination's daemon is made to stand still while the guest is handed over, so that its Finish comes late.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use anyhow::{ensure, Context, Error, Result};
 use ferry_tests::fault::Disturbed::StopAndCopy;
 use ferry_tests::fault::{engine, names, signal, Cut};
-use ferry_tests::host::Process;
+use ferry_tests::host::{Host, Process};
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::link::Slow;
-use ferry_tests::phases::{Phases, LIVE, PROTECTED};
+use ferry_tests::phases::{Phases, LIVE, PEER_TO_PEER, PROTECTED};
 use ferry_tests::scene::{said, usual, Scene, PATIENCE};
 use ferry_tests::underway::Underway;
 use ferry_tests::wait::wait_until;
@@ -17,6 +20,15 @@ use nix::sys::signal::Signal::{SIGCONT, SIGKILL, SIGSTOP};
 
 /// Fast enough for the guest, slow enough for the test.
 const LINK: u32 = 80;
+
+/// What host1's engine says then.
+const HANDED_OVER: &str = "stage: activation";
+
+fn stand_still(host: &Host) -> Result<Process> {
+    let daemon = host.processes_named("libvirtd")?.pop().context("no daemon")?;
+    signal(&daemon, SIGSTOP)?;
+    Ok(daemon)
+}
 
 /// A guest that has been handed over to host2, whose daemon stands still.
 struct HandedOver<'a> {
@@ -27,13 +39,11 @@ struct HandedOver<'a> {
 impl<'a> HandedOver<'a> {
     fn new(scene: &Scene<'a>, options: &[&str]) -> Result<Self> {
         let (one, two) = (scene.lab.host(1), scene.lab.host(2));
-        const HANDED_OVER: &str = "stage: activation";
         let before = said(one, HANDED_OVER);
         let slow = Slow::to(scene.lab, two, LINK)?;
         let mut underway = one.begin_migration(scene.name(), two, options)?;
         underway.reaches(StopAndCopy)?;
-        let daemon = two.processes_named("libvirtd")?.pop().context("no daemon")?;
-        signal(&daemon, SIGSTOP)?;
+        let daemon = stand_still(two)?;
         drop(slow);
         wait_until("the guest to be handed over", PATIENCE, || {
             Ok(said(one, HANDED_OVER) > before)
@@ -114,6 +124,48 @@ fn a_destination_that_cannot_say_leaves_the_guest_standing() -> Result<()> {
     })
 }
 
+/// Nova keeps one connection open for as long as it runs: what is left of a migration is not tied to that.
+#[test]
+fn a_client_that_stays_holds_nothing_up() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("staying"), 1)?;
+        let mut client = Phases::new(&scene, one, two, LIVE | PEER_TO_PEER)?;
+        let slow = Slow::to(lab, two, LINK)?;
+        let left = thread::scope(|scope| {
+            let moving = scope.spawn(|| client.peer_to_peer());
+            wait_until("memory to be on its way", PATIENCE, || {
+                Ok(one.job(scene.name())?.figure("memory_processed") > 0)
+            })?;
+            one.stop_while_it_moves(scene.name())?;
+            let daemon = stand_still(two)?;
+            drop(slow);
+            wait_until("the guest to be handed over", PATIENCE, || {
+                Ok(said(one, HANDED_OVER) > 0)
+            })?;
+            signal(&engine(two)?, SIGKILL)?;
+            signal(&daemon, SIGCONT)?;
+            moving.join().map_err(|_| Error::msg("the client panicked"))?
+        })?;
+        let said = format!("error: {}", left.err().unwrap_or_default());
+        println!("{said}");
+        names(
+            &said,
+            &[
+                "engine",
+                "on host host2",
+                "stays paused on host host1",
+                "virsh resume",
+            ],
+        )?;
+        one.wait_for_state(scene.name(), "paused")?;
+        one.virsh(&["resume", scene.name()])?;
+        scene.is_unharmed(one)?;
+        drop(client);
+        scene.move_to(one, two, &[])
+    })
+}
+
 /// The destination resumes the guest and cannot tell anybody.
 #[test]
 fn a_guest_that_arrived_unseen_runs_once() -> Result<()> {
@@ -165,6 +217,56 @@ fn a_client_that_goes_leaves_no_guest_standing() -> Result<()> {
             scene.is_unharmed(here).with_context(context)?;
         }
         scene.move_to(two, one, &[])
+    })
+}
+
+/// A client that has lost its connection to the destination notices late. By then the engine may have died, other guests
+/// have left, and half a minute have passed: the guest runs once all the same.
+#[test]
+fn a_late_confirm_finds_what_is_known() -> Result<()> {
+    const NOTICED: Duration = Duration::from_secs(33);
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let begin = |name: &str, number| -> Result<_> {
+            let scene = Scene::start(lab, one, usual(name), number)?;
+            let client = Phases::new(&scene, one, two, LIVE | PROTECTED)?;
+            Ok((scene, client))
+        };
+        let finish = |client: &mut Phases| -> Result<()> {
+            let (xml, cookie) = client.begin()?;
+            let (cookie, uri) = client.prepare(&xml, &cookie)?.map_err(Error::msg)?;
+            let cookie = client.perform(&uri, &cookie)?.map_err(Error::msg)?;
+            client.finish(Some(&cookie), false)?.map_err(Error::msg)?;
+            Ok(())
+        };
+        let (first, mut ours) = begin("first", 1)?;
+        let (second, mut others) = begin("second", 2)?;
+        finish(&mut ours)?;
+        signal(&engine(one)?, SIGKILL)?;
+        wait_until("host1 to notice its engine's death", PATIENCE, || {
+            Ok(said(one, "an engine died at work") > 0)
+        })?;
+        finish(&mut others)?;
+        let finished = Instant::now();
+
+        let refused = ours.confirm(None, true)?.err().unwrap_or_default();
+        println!("{refused}");
+        ensure!(
+            refused.contains("does not say whether it runs there"),
+            "Confirm said '{refused}'"
+        );
+        one.wait_for_state("first", "paused")?;
+        drop(ours);
+        one.remove("first")?;
+        first.lives_on(two)?;
+
+        // This one's engine lives, and asks.
+        thread::sleep(NOTICED.saturating_sub(finished.elapsed()));
+        others.confirm(None, true)?.map_err(Error::msg)?;
+        wait_until("host1 to forget the guest", PATIENCE, || {
+            Ok(one.state("second")?.is_none())
+        })?;
+        second.lives_on(two)
     })
 }
 

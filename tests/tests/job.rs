@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Error, Result};
 use ferry_tests::fault::{names, signal, Disturbed};
@@ -400,6 +401,13 @@ fn paused_under_way() -> Result<()> {
         let (one, two) = (lab.host(1), lab.host(2));
         let scene = Scene::start(lab, one, usual("handled"), 1)?;
         let (slow, moving) = begun(lab, "handled", &[], Disturbed::PreCopy)?;
+        // Whoever asks QEMU something is answered, and who might have it write the guest is told at once.
+        let asked = Instant::now();
+        one.qmp("handled", r#"{"execute":"query-status"}"#)?;
+        let refused = one.qmp("handled", r#"{"execute":"cont"}"#);
+        let held = refused.err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(held.contains("held by a migration of handled"), "{held}");
+        ensure!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
         one.virsh(&["suspend", "handled"])?;
         one.wait_for_state("handled", "paused")?;
         one.virsh(&["domjobabort", "handled"])?;

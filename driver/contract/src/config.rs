@@ -34,7 +34,7 @@ pub struct Config {
     pub verify_memory: bool,
     /// The engine's program.
     pub engine: PathBuf,
-    /// Where sockets go.
+    /// Where the engine of a leaving guest makes the socket for libvirt.
     pub runtime_directory: PathBuf,
     /// Where timelines go.
     pub log_directory: PathBuf,

@@ -20,12 +20,17 @@ use crate::cookie::{Answer, ColdOffer, Offer};
 use crate::session::{Encryption, Guest};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// The longest line either side accepts, in bytes: an inventory of a cookie's size ([`MAX_COOKIE`]) twice as long in JSON,
 /// and a definition.
 ///
 /// [`MAX_COOKIE`]: crate::cookie::MAX_COOKIE
 pub const MAX_LINE: usize = 16 << 20;
+
+/// How long the destination's engine stays for the source to ask whether the guest runs there, once that is decided: whoever
+/// runs the phases may have lost its connection to the destination, and notices late.
+pub const LINGER: Duration = Duration::from_secs(60);
 
 /// What the engine needs of the configuration, handed over so that one migration sees one configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,11 +8,12 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{mpsc, Arc};
 use std::time::{Duration, Instant};
 
 use common::qemu::{find_ram, holds_all_written, scan, track, Qemu, SHARED_FILE, SIZE};
 use common::{await_some, await_that, deadline, report, Child};
+use ferry_engine::live::inspect;
 use ferry_engine::memory::{PageSet, TrackError, WriteTracker, PAGE};
 use ferry_engine::qemu::{
     discover, inject, tracked_ranges, writes_device_state, DiscoverError, Ineligible, MigrationStatus,
@@ -20,6 +21,7 @@ use ferry_engine::qemu::{
 };
 use nix::sys::signal::Signal;
 use serde_json::json;
+use uuid::Uuid;
 
 /// Whether the guest's vCPUs run.
 fn runs(monitor: &mut Monitor) -> bool {
@@ -493,4 +495,21 @@ fn the_monitor_asks_and_listens() {
         }
     };
     assert!(matches!(closed, Err(MonitorError::Closed { .. })), "{closed:?}");
+}
+
+/// A monitor that was found by a name and a number is not believed to be the guest's.
+#[test]
+fn another_guests_monitor_is_left_alone() {
+    let Some(qemu) = Qemu::with_shared_file("tcg") else {
+        return;
+    };
+    let monitor = qemu.directory.path().join("qmp");
+    let look = |guest| inspect::look(&monitor, Some(guest), Arc::default()).map(|looked| looked.blocks.len());
+    // QEMU's own, where it is told none.
+    assert_eq!(look(Uuid::nil()).expect("the guest itself"), 1);
+    let why = look(Uuid::from_u128(7)).expect_err("another guest").to_string();
+    assert!(
+        why.contains("is that of guest 00000000-0000-0000-0000-000000000000"),
+        "{why}"
+    );
 }

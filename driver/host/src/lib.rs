@@ -10,8 +10,10 @@ pub use program::{run, wait};
 use conf::Conf;
 use ferry_contract::cold::journal::{self, Journal};
 use ferry_contract::config::{Config, PATH};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -19,6 +21,8 @@ use std::path::{Path, PathBuf};
 const QEMU_LIB: &str = "/var/lib/libvirt/qemu";
 /// The private monitor's socket in the guest's private directory.
 pub const MONITOR: &str = "virt-ferry-monitor.sock";
+/// How much of a domain's name is in its directory's (libvirt 11.3, `VIR_DOMAIN_SHORT_NAME_MAX`).
+const SHORT_NAME: usize = 20;
 /// The most of a configuration file that is read.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -146,22 +150,34 @@ pub fn tmpfs(directory: &Path) -> Option<Room> {
     })
 }
 
+/// Whether what is in a directory is in memory alone: a tmpfs, or huge pages.
+pub fn is_in_memory(directory: &Path) -> bool {
+    use nix::sys::statfs::{statfs, HUGETLBFS_MAGIC, TMPFS_MAGIC};
+    let there = directory.ancestors().find(|ancestor| ancestor.exists());
+    there
+        .and_then(|there| statfs(there).ok())
+        .is_some_and(|found| [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&found.filesystem_type()))
+}
+
 /// The socket of the private monitor of a running domain; `None` where its QEMU was started without one.
-///
-/// Its private directory is named by number and the first 20 characters of its name (libvirt 11.3,
-/// `virDomainDefGetShortName`); directories of guests of the same number may be left from before a crash.
 pub fn monitor(id: u32, name: &str) -> Option<PathBuf> {
-    let prefix = format!("domain-{id}-");
-    let entries = std::fs::read_dir(QEMU_LIB).ok()?;
-    let private = entries.flatten().find(|entry| {
-        let directory = entry.file_name();
-        let short = directory
-            .to_str()
-            .and_then(|directory| directory.strip_prefix(&prefix));
-        short.is_some_and(|short| !short.is_empty() && name.starts_with(short))
-    })?;
-    let socket = private.path().join(MONITOR);
-    socket.exists().then_some(socket)
+    let sockets = private_directories(id, name).map(|directory| directory.join(MONITOR));
+    sockets.into_iter().find(|socket| socket.exists())
+}
+
+/// Where a running domain's private directory can be: it is named by number and the first 20 characters of the name, or
+/// bytes where the daemon's locale knows no such characters (libvirt 11.3, `virDomainDefGetShortName`). A guest of that
+/// number from before a crash may have left one, too: its name must not do for another's that begins with it.
+fn private_directories(id: u32, name: &str) -> [PathBuf; 2] {
+    let characters = name
+        .char_indices()
+        .nth(SHORT_NAME)
+        .map_or(name, |(end, _)| &name[..end]);
+    let bytes = &name.as_bytes()[..name.len().min(SHORT_NAME)];
+    [characters.as_bytes(), bytes].map(|short| {
+        let directory = [format!("domain-{id}-").as_bytes(), short].concat();
+        Path::new(QEMU_LIB).join(OsStr::from_bytes(&directory))
+    })
 }
 
 /// The sockets of all private monitors on this host, those that nobody serves any more among them.
@@ -177,25 +193,20 @@ pub fn monitors() -> Vec<PathBuf> {
         .collect()
 }
 
-/// Where incoming QEMUs bind the sockets the engine connects to.
-pub fn incoming_directory(config: &Config) -> PathBuf {
-    config.runtime_directory.join("incoming")
-}
+/// Where incoming QEMUs bind the sockets the engine connects to. Below libvirt's own directory of QEMU's: SELinux's policy
+/// lets guests make sockets only there (`qemu_var_run_t`), and libvirt's AppArmor profiles let them anywhere below
+/// /run/libvirt (virt-aa-helper.c).
+pub const INCOMING: &str = "/run/libvirt/qemu/virt-ferry";
 
 /// Makes that directory: QEMU's alone, as the user that libvirt runs QEMU as.
-pub fn make_incoming_directory(config: &Config) -> io::Result<()> {
+pub fn make_incoming_directory() -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
-    let directory = incoming_directory(config);
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o711)
-        .create(&config.runtime_directory)?;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(&directory)?;
+        .create(INCOMING)?;
     let user = std::fs::metadata(QEMU_LIB)?;
-    std::os::unix::fs::chown(&directory, Some(user.uid()), Some(user.gid()))
+    std::os::unix::fs::chown(INCOMING, Some(user.uid()), Some(user.gid()))
 }
 
 #[cfg(test)]
@@ -207,6 +218,20 @@ mod tests {
         assert_eq!(tmpfs(Path::new("/proc/self")), None);
         let room = tmpfs(Path::new("/dev/shm/not/there")).unwrap();
         assert!(room.size >= room.free && room.size > 0);
+    }
+
+    #[test]
+    fn a_directory_is_its_own_guests() {
+        let named = |name| private_directories(3, name).map(|path| path.to_string_lossy().into_owned());
+        let place = |short: &str| format!("/var/lib/libvirt/qemu/domain-3-{short}");
+        assert_eq!(named("web2"), [place("web2"), place("web2")]);
+        let long = "a-name-of-more-than-20-characters";
+        assert_eq!(named(long), [place(&long[..20]), place(&long[..20])]);
+        let umlauts = "ü".repeat(30);
+        assert_eq!(named(&umlauts), [place(&"ü".repeat(20)), place(&"ü".repeat(10))]);
+        // Cut within a character.
+        let cut = private_directories(3, &format!("x{umlauts}"));
+        assert_eq!(cut[1].as_os_str().len(), place("").len() + 20);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::awake::{self, Awake};
 use crate::mark;
 use crate::turns::Moving;
 use ferry_contract::config::Config;
-use ferry_contract::control::{Failure, FailureKind, Message, Reply, Request, Statistics, MAX_LINE};
+use ferry_contract::control::{Failure, FailureKind, Message, Reply, Request, Statistics, LINGER, MAX_LINE};
 use ferry_host::wait;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -24,9 +24,12 @@ use std::time::{Duration, Instant};
 const SILENCE: Duration = Duration::from_secs(30);
 /// How long a request may take to be written: the engine reads all the time.
 const WRITE: Duration = Duration::from_secs(5);
-/// How long an engine may take to put things away after its plug-in let go of it.
+/// How long an engine may take to put things away after its plug-in let go of it, and a process to die that is killed.
 /// Longer than the engine takes to clear QEMU's capability (20 s).
 const BURIAL: Duration = Duration::from_secs(30);
+/// How long the destination's may, once it has let go of its QEMU: longer than it stays to tell the source whether the
+/// guest runs there. Nobody waits for it.
+const LINGERING: Duration = Duration::from_secs(LINGER.as_secs() + 30);
 /// How long the rescue of a guest from a dead engine may take.
 const RESCUE: Duration = Duration::from_secs(10);
 
@@ -39,6 +42,8 @@ pub struct Engine {
 
 struct Shared {
     host: String,
+    /// Whether it may stay on for its peer's questions.
+    lingers: bool,
     program: PathBuf,
     /// Held while a request is under way: there is one answer at a time.
     asking: Mutex<()>,
@@ -94,6 +99,7 @@ impl Engine {
             .map_err(failed)?;
         let shared = Arc::new(Shared {
             host: host.to_owned(),
+            lingers: role == "destination",
             program: config.engine.clone(),
             asking: Mutex::new(()),
             socket: Mutex::new(ours),
@@ -279,7 +285,11 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child) {
             }
         }
     };
-    let status = bury(&mut child);
+    let patience = match shared.lock().hold {
+        None if shared.lingers => LINGERING,
+        _ => BURIAL,
+    };
+    let status = wait(&mut child, patience).or_else(|| end(&mut child));
     let clean = status.is_some_and(|status| status.success());
     let how = status.map_or_else(|| "it cannot be killed".into(), |status| status.to_string());
     let hold = shared.lock().hold.take();
@@ -303,12 +313,10 @@ fn listen(shared: &Shared, mut lines: BufReader<UnixStream>, mut child: Child) {
     shared.changed.notify_all();
 }
 
-/// Waits for the process to end, killing it when it takes too long.
-fn bury(child: &mut Child) -> Option<ExitStatus> {
-    wait(child, BURIAL).or_else(|| {
-        let _ = child.kill();
-        wait(child, BURIAL)
-    })
+/// Kills a process that takes too long.
+fn end(child: &mut Child) -> Option<ExitStatus> {
+    let _ = child.kill();
+    wait(child, BURIAL)
 }
 
 /// x-ignore-shared left on would cost the guest its memory at the next save: has it cleared.
@@ -324,10 +332,7 @@ pub fn rescue(program: &Path, monitor: &Path) -> Result<(), String> {
         .process_group(0)
         .spawn();
     let mut child = child.map_err(|error| format!("cannot start {}: {error}", program.display()))?;
-    let status = wait(&mut child, RESCUE).or_else(|| {
-        let _ = child.kill();
-        bury(&mut child)
-    });
+    let status = wait(&mut child, RESCUE).or_else(|| end(&mut child));
     match status {
         Some(status) if status.success() => {
             mark::clear(monitor);

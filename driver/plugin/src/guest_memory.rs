@@ -8,6 +8,7 @@
 //! `<source type='file'/><access mode='shared'/>`; whoever writes any choice keeps it, `<source type='anonymous'/>`
 //! among them.
 
+use crate::libvirt::Domain;
 use ferry_contract::config::GuestMemory;
 use ferry_host as host;
 use quick_xml::events::{BytesStart, Event};
@@ -17,6 +18,10 @@ use std::sync::Once;
 
 /// What is put into `<memoryBacking>`.
 const SHARED: &str = "<source type='file'/><access mode='shared'/>";
+/// Where a definition makes its choice.
+const BACKING: [&str; 2] = ["domain", "memoryBacking"];
+/// How deep elements may be: what is deeper, libvirt's own parser refuses (libxml2, xmlParserMaxDepth).
+const MAX_DEPTH: usize = 256;
 /// The longest string libvirt's protocol carries (libvirt 11.3, REMOTE_STRING_MAX), in bytes.
 const MAX_XML: usize = 4 << 20;
 
@@ -31,15 +36,14 @@ pub enum Start {
 
 /// The definition with memory that the engine can move; `None` where it stays as it is.
 pub fn shared(xml: &str, start: Start) -> Option<String> {
-    if xml.len() > MAX_XML {
-        return None;
-    }
     // A configuration that cannot be used is told at the next migration, with its line.
     let config = host::config().ok()?;
     if !config.enabled || config.guest_memory == GuestMemory::AsDefined {
         return None;
     }
-    let open = Definition::read(xml)?;
+    let Memory::Unsaid(open) = Memory::of(xml)? else {
+        return None;
+    };
     let directory = host::memory_directory();
     let Some(room) = host::tmpfs(&directory) else {
         tell_once(&directory);
@@ -61,16 +65,61 @@ pub fn shared(xml: &str, start: Start) -> Option<String> {
     Some(open.with_shared_memory(xml))
 }
 
+/// An operator's own definition of a guest that runs, with the memory that the guest was given here, where it names none:
+/// libvirt takes it for another guest otherwise (libvirt 11.3, `qemuDomainDefCheckABIStability`). `None` where it stays.
+pub fn as_it_runs(xml: &str, domain: Domain) -> Option<String> {
+    if !domain.connection().is_qemu() || !host::config().ok()?.enabled {
+        return None;
+    }
+    let Memory::Unsaid(open) = Memory::of(xml)? else {
+        return None;
+    };
+    let running = domain.running().ok()?;
+    (Memory::of(&running)? == Memory::SharedFile).then(|| open.with_shared_memory(xml))
+}
+
+/// Where to find a tmpfs for guests' memory.
+const TMPFS: &str =
+    "systemctl enable --now var-lib-libvirt-qemu-ram.mount, or memory_backing_dir in qemu.conf";
+
 fn tell_once(directory: &Path) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         tracing::info!(
             "guests that do not choose their memory keep libvirt's anonymous memory, which only libvirt's own migration \
-             moves: {} is not on a tmpfs (systemctl enable --now var-lib-libvirt-qemu-ram.mount, or memory_backing_dir in \
-             qemu.conf)",
+             moves: {} is not on a tmpfs ({TMPFS})",
             directory.display()
         );
     });
+}
+
+/// Says so of a guest that has come with its memory in a shared file, where such files are on a disk: it was given that
+/// memory on a host with a tmpfs.
+pub fn warn_of_disk(guest: &str, xml: &str) {
+    let directory = host::memory_directory();
+    if host::config().is_ok_and(|config| !config.enabled)
+        || host::is_in_memory(&directory)
+        || Memory::of(xml) != Some(Memory::SharedFile)
+    {
+        return;
+    }
+    tracing::warn!(
+        guest,
+        "its memory is a file in {}, which is on a disk here: what it writes is written there too, and where the disk is full \
+         it stops. Put a tmpfs there ({TMPFS}), then move the guest away and back",
+        directory.display()
+    );
+}
+
+/// What a definition says of its guest's memory.
+#[derive(Debug, PartialEq, Eq)]
+enum Memory {
+    /// Nothing: the choice is the host's.
+    Unsaid(Definition),
+    /// What such a guest is given.
+    SharedFile,
+    /// Anything else.
+    Chosen,
 }
 
 /// A definition that leaves the choice open.
@@ -92,13 +141,17 @@ enum Place {
     Alone(usize),
 }
 
-impl Definition {
-    /// `None` for what is no guest of QEMU's, has made its choice, or cannot be read: that is libvirt's to judge.
-    fn read(xml: &str) -> Option<Self> {
+impl Memory {
+    /// `None` for what is no guest of QEMU's, or cannot be read: that is libvirt's to judge. Nobody else has looked at it.
+    fn of(xml: &str) -> Option<Self> {
+        if xml.len() > MAX_XML {
+            return None;
+        }
         let mut reader = Reader::from_str(xml);
         let mut path: Vec<String> = Vec::new();
         let (mut unit, mut amount) = (String::new(), String::new());
         let (mut after_memory, mut backing) = (None, None);
+        let (mut file, mut access, mut other) = (false, None, false);
         loop {
             let before = usize::try_from(reader.buffer_position()).ok()?;
             let event = reader.read_event().ok()?;
@@ -122,35 +175,54 @@ impl Definition {
                 _ => continue,
             };
             let name = start.name().into_inner().to_owned();
-            let parents: Vec<&str> = path.iter().map(String::as_str).collect();
-            match (parents.as_slice(), name.as_str()) {
-                ([], "domain") if matches!(attribute(start, "type")?.as_str(), "kvm" | "qemu") => {}
-                ([], _) => return None,
-                (["domain"], "memory") => unit = attribute(start, "unit").unwrap_or_default(),
-                (["domain"], "memoryBacking") if empty => backing = Some(Place::InsteadOf(before, after)),
-                (["domain"], "memoryBacking") => backing = Some(Place::Inside(after)),
-                (["domain", "memoryBacking"], "source" | "access" | "hugepages" | "locked") => return None,
-                (["domain", "cpu", "numa"], "cell") if attribute(start, "memAccess").is_some() => {
-                    return None
+            let within = |parents: &[&str]| path == parents;
+            match name.as_str() {
+                "domain" if within(&[]) && matches!(attribute(start, "type")?.as_str(), "kvm" | "qemu") => {}
+                _ if within(&[]) => return None,
+                "memory" if within(&["domain"]) => unit = attribute(start, "unit").unwrap_or_default(),
+                "memoryBacking" if within(&["domain"]) && empty => {
+                    backing = Some(Place::InsteadOf(before, after))
+                }
+                "memoryBacking" if within(&["domain"]) => backing = Some(Place::Inside(after)),
+                "source" if within(&BACKING) => match attribute(start, "type").as_deref() {
+                    Some("file") => file = true,
+                    _ => other = true,
+                },
+                "access" if within(&BACKING) => access = Some(attribute(start, "mode").unwrap_or_default()),
+                "hugepages" | "locked" if within(&BACKING) => other = true,
+                "cell" if within(&["domain", "cpu", "numa"]) => {
+                    other |= attribute(start, "memAccess").is_some()
                 }
                 // Never eligible.
-                (["domain"], "launchSecurity") => return None,
-                (["domain", "devices"], "hostdev") if attribute(start, "type").as_deref() != Some("usb") => {
-                    return None
+                "launchSecurity" if within(&["domain"]) => other = true,
+                "hostdev" if within(&["domain", "devices"]) => {
+                    other |= attribute(start, "type").as_deref() != Some("usb");
                 }
                 _ => {}
             }
             if !empty {
+                if path.len() == MAX_DEPTH {
+                    return None;
+                }
                 path.push(name);
             }
         }
-        Some(Self {
+        if !path.is_empty() {
+            return None;
+        }
+        match (file, access.as_deref()) {
+            (false, None) if !other => {}
+            (true, Some("shared")) if !other => return Some(Self::SharedFile),
+            _ => return Some(Self::Chosen),
+        }
+        Some(Self::Unsaid(Definition {
             bytes: amount.trim().parse::<u64>().ok()?.checked_mul(scale(&unit)?)?,
             place: backing.or(after_memory.map(Place::Alone))?,
-        })
-        .filter(|_| path.is_empty())
+        }))
     }
+}
 
+impl Definition {
     fn with_shared_memory(&self, xml: &str) -> String {
         let (from, to) = match self.place {
             Place::Inside(at) | Place::Alone(at) => (at, at),
@@ -196,7 +268,10 @@ mod tests {
     use super::*;
 
     fn given(xml: &str) -> Option<String> {
-        Definition::read(xml).map(|open| open.with_shared_memory(xml))
+        match Memory::of(xml)? {
+            Memory::Unsaid(open) => Some(open.with_shared_memory(xml)),
+            _ => None,
+        }
     }
 
     #[test]
@@ -241,6 +316,36 @@ mod tests {
                 "{choice}"
             );
         }
+    }
+
+    #[test]
+    fn what_is_given_is_known_again() {
+        let bare = "<domain type='kvm'><memory>4</memory></domain>";
+        assert_eq!(Memory::of(&given(bare).unwrap()), Some(Memory::SharedFile));
+        let with = |backing| format!("<domain type='kvm'><memory>4</memory>{backing}</domain>");
+        for other in [
+            "<memoryBacking><source type='file'/></memoryBacking>",
+            "<memoryBacking><source type='file'/><access mode='private'/></memoryBacking>",
+            "<memoryBacking><hugepages/><source type='file'/><access mode='shared'/></memoryBacking>",
+            "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
+        ] {
+            assert_eq!(Memory::of(&with(other)), Some(Memory::Chosen), "{other}");
+        }
+    }
+
+    /// It is looked at before anybody's rights are.
+    #[test]
+    fn what_is_deep_takes_no_time() {
+        let start = "<domain type='kvm'>";
+        let deep = [start, &"<a>".repeat((MAX_XML - start.len()) / 3)].concat();
+        let begun = std::time::Instant::now();
+        assert_eq!(Memory::of(&deep), None);
+        assert!(begun.elapsed() < std::time::Duration::from_secs(5));
+        let within = |depth: usize| {
+            let (open, close) = ("<a>".repeat(depth), "</a>".repeat(depth));
+            given(&format!("{start}<memory>4</memory>{open}{close}</domain>"))
+        };
+        assert!(within(MAX_DEPTH - 1).is_some() && within(MAX_DEPTH).is_none());
     }
 
     #[test]

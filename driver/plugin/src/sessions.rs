@@ -221,14 +221,16 @@ fn sessions() -> MutexGuard<'static, Vec<Arc<Session>>> {
 }
 
 /// Adds a session in place of one of the same role and guest that was left behind; forgets those whose engine
-/// is gone.
+/// is gone. But for a guest that has been handed over: that it must not simply go on here is known by its session alone,
+/// which ends with the phases, or with their client (`live::orphan`).
 pub fn add(session: Session) -> Arc<Session> {
     let session = Arc::new(session);
     let left: Vec<Arc<Session>>;
     {
         let mut list = sessions();
         let stale = |other: &Arc<Session>| {
-            other.engine.is_gone() || (other.role == session.role && other.guest.uuid == session.guest.uuid)
+            let same = other.role == session.role && other.guest.uuid == session.guest.uuid;
+            same || (other.engine.is_gone() && !other.is_handed_over())
         };
         left = list.extract_if(.., |other| stale(other)).collect();
         list.push(Arc::clone(&session));

@@ -9,6 +9,7 @@ use ferry_contract::control::Verdict;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// An eligible guest.
 pub struct Looked {
@@ -20,13 +21,16 @@ pub struct Looked {
     pub blocks: Vec<RamBlock>,
 }
 
-/// Looks at the guest behind a private monitor.
+/// Looks at the guest behind a private monitor; where it is told who that must be, at no other.
 ///
 /// # Errors
 /// Why it is not eligible, for an administrator.
-pub fn look(monitor: &Path, signals: Arc<Signals>) -> Result<Looked, Error> {
+pub fn look(monitor: &Path, guest: Option<Uuid>, signals: Arc<Signals>) -> Result<Looked, Error> {
     kernel()?;
     let watch = Watch::open(monitor, signals)?;
+    if let Some(guest) = guest {
+        is(&watch, monitor, guest)?;
+    }
     let pid = watch.command(|monitor| monitor.peer_pid())?;
     let process = Process::open(pid)?;
     let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
@@ -41,6 +45,21 @@ pub fn look(monitor: &Path, signals: Arc<Signals>) -> Result<Looked, Error> {
     })
 }
 
+/// Makes sure whose QEMU a monitor is: it was found by name and number.
+///
+/// # Errors
+/// If it is another guest's.
+pub fn is(watch: &Watch, monitor: &Path, guest: Uuid) -> Result<(), Error> {
+    let found = watch.command(|monitor| monitor.uuid(deadline(COMMAND)))?;
+    if found == guest {
+        return Ok(());
+    }
+    Err(Error::Elsewhere(format!(
+        "the QEMU behind {} is that of guest {found}, not of {guest}",
+        monitor.display()
+    )))
+}
+
 fn kernel() -> Result<(), Error> {
     probe().map_err(|unsupported| Error::Elsewhere(unsupported.to_string()))
 }
@@ -50,7 +69,7 @@ pub fn verdict(monitor: Option<&Path>) -> Verdict {
     let sums = || match monitor {
         None => kernel().map(|()| (0, 0)),
         Some(monitor) => {
-            let looked = look(monitor, Arc::default())?;
+            let looked = look(monitor, None, Arc::default())?;
             looked.blocks.iter().try_fold((0, 0), |(bytes, resident), block| {
                 Ok((
                     bytes + block.size,

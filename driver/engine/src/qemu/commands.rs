@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use serde_json::{json, Value};
+use uuid::Uuid;
 
 use super::monitor::{Monitor, MonitorError};
 
@@ -171,5 +172,16 @@ impl Monitor {
             i32::try_from(thread).ok().filter(|thread| *thread > 0)
         });
         Ok(threads.collect())
+    }
+
+    /// The guest's UUID, as libvirt gave it to QEMU.
+    ///
+    /// # Errors
+    /// As [`Monitor::execute`].
+    pub fn uuid(&mut self, deadline: Instant) -> Result<Uuid, MonitorError> {
+        let answer = self.execute("query-uuid", json!({}), deadline)?;
+        let uuid = answer.get("UUID").and_then(Value::as_str);
+        uuid.and_then(|uuid| uuid.parse().ok())
+            .ok_or_else(|| self.protocol("query-uuid without a UUID"))
     }
 }

@@ -31,8 +31,12 @@ unsafe fn chosen(
     let Ok(text) = unsafe { CStr::from_ptr(xml) }.to_str() else {
         return Ok(None);
     };
+    // libvirt refuses those who may not; where fine-grained access control lets them define and not write, a guest keeps the
+    // memory that libvirt gives it.
+    if !connection.may_write() {
+        return Ok(None);
+    }
     match Word::read(text) {
-        Some(_) if !connection.may_write() => {}
         Some(Word::Recover) => cold::recovery::watch(connection),
         Some(Word::Abort(guest)) => cold::recovery::by_hand(connection, guest, Wish::GiveUp)?,
         Some(Word::Own(guest)) => cold::recovery::by_hand(connection, guest, Wish::Own)?,

@@ -4,10 +4,17 @@
 //! The daemon's own saves come this way too, when a host shuts down (libvirt 11.3, `virDomainDriverAutoShutdown`).
 
 use super::border;
-use crate::libvirt::{real, Domain, Error};
+use crate::guest_memory::as_it_runs;
+use crate::libvirt::{c_string, real, Domain, Error, Params};
 use crate::live::guard;
+use crate::turns::Writing;
+use std::borrow::Cow;
+use std::ffi::CStr;
 use std::os::raw::{c_char, c_int, c_uint, c_ulong};
-use virt_sys::{virDomainPtr, virDomainSnapshotPtr, virTypedParameterPtr};
+use virt_sys::{virDomainPtr, virDomainSnapshotPtr, virTypedParameterPtr, VIR_DOMAIN_SAVE_PARAM_DXML};
+
+/// VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP of libvirt-qemu.h: the command is one for people.
+const HMP: c_uint = 1;
 
 /// What these functions return.
 trait Outcome {
@@ -29,9 +36,22 @@ impl Outcome for virDomainSnapshotPtr {
     }
 }
 
+/// libvirt's own, where the guard let it pass.
+fn written<T: Outcome>(
+    guarded: Result<Option<Writing>, Error>,
+    real: impl FnOnce() -> T,
+) -> Result<T, Error> {
+    let _turn = guarded?;
+    let written = real();
+    (!written.failed()).then_some(written).ok_or_else(Error::libvirt)
+}
+
 /// One function that writes memory: first the guard, then libvirt's own.
 macro_rules! writes_memory {
     ($name:ident($($argument:ident: $kind:ty),*) -> $returned:ty, $real:path) => {
+        writes_memory!($name($($argument: $kind),*) -> $returned, $real, guard::with_its_memory);
+    };
+    ($name:ident($($argument:ident: $kind:ty),*) -> $returned:ty, $real:path, $guard:expr) => {
         /// # Safety
         /// As libvirt's dispatcher calls it.
         #[no_mangle]
@@ -40,25 +60,66 @@ macro_rules! writes_memory {
                 let missing = || Error::failed(concat!("this libvirt has no ", stringify!($name)));
                 let real = $real().ok_or_else(missing)?;
                 // SAFETY: the dispatcher's arguments.
-                unsafe {
-                    let _turn = guard::with_its_memory(Domain::borrow(domain))?;
-                    let written = real(domain, $($argument),*);
-                    (!written.failed()).then_some(written).ok_or_else(Error::libvirt)
-                }
+                unsafe { written($guard(Domain::borrow(domain)), || real(domain, $($argument),*)) }
             })
         }
     };
 }
 
 writes_memory!(virDomainSave(to: *const c_char) -> c_int, real::save);
-writes_memory!(
-    virDomainSaveFlags(to: *const c_char, xml: *const c_char, flags: c_uint) -> c_int,
-    real::save_flags
-);
-writes_memory!(
-    virDomainSaveParams(params: virTypedParameterPtr, nparams: c_int, flags: c_uint) -> c_int,
-    real::save_params
-);
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainSaveFlags(
+    domain: virDomainPtr,
+    to: *const c_char,
+    xml: *const c_char,
+    flags: c_uint,
+) -> c_int {
+    border(c_int::FAILURE, || {
+        let missing = || Error::failed("this libvirt has no virDomainSaveFlags");
+        let real = real::save_flags().ok_or_else(missing)?;
+        // SAFETY: the dispatcher's arguments; the other definition lives as long as the call.
+        unsafe {
+            let asked = Domain::borrow(domain);
+            let given = (!xml.is_null()).then(|| CStr::from_ptr(xml).to_str().ok());
+            let other = given.flatten().and_then(|xml| as_it_runs(xml, asked));
+            let other = other.map(|xml| c_string(&xml));
+            written(guard::with_its_memory(asked), || {
+                real(domain, to, other.as_deref().map_or(xml, CStr::as_ptr), flags)
+            })
+        }
+    })
+}
+
+/// # Safety
+/// As libvirt's dispatcher calls it.
+#[no_mangle]
+pub unsafe extern "C" fn virDomainSaveParams(
+    domain: virDomainPtr,
+    params: virTypedParameterPtr,
+    nparams: c_int,
+    flags: c_uint,
+) -> c_int {
+    border(c_int::FAILURE, || {
+        let missing = || Error::failed("this libvirt has no virDomainSaveParams");
+        let real = real::save_params().ok_or_else(missing)?;
+        // SAFETY: the dispatcher's arguments, which live as long as the call.
+        unsafe {
+            let asked = Domain::borrow(domain);
+            let mut params = Params::borrow(params, nparams);
+            let given = params.utf8(VIR_DOMAIN_SAVE_PARAM_DXML);
+            if let Some(other) = given.and_then(|xml| as_it_runs(xml, asked)) {
+                params = params.with(VIR_DOMAIN_SAVE_PARAM_DXML, &other);
+            }
+            written(guard::with_its_memory(asked), || {
+                real(domain, params.pointer(), params.count(), flags)
+            })
+        }
+    })
+}
+
 writes_memory!(virDomainManagedSave(flags: c_uint) -> c_int, real::managed_save);
 writes_memory!(virDomainCoreDump(to: *const c_char, flags: c_uint) -> c_int, real::core_dump);
 writes_memory!(
@@ -97,7 +158,8 @@ writes_memory!(
 );
 writes_memory!(
     virDomainQemuMonitorCommand(cmd: *const c_char, result: *mut *mut c_char, flags: c_uint) -> c_int,
-    real::monitor_command
+    real::monitor_command,
+    |domain| monitor_command(domain, cmd, flags)
 );
 writes_memory!(
     virDomainQemuMonitorCommandWithFiles(
@@ -109,5 +171,77 @@ writes_memory!(
         result: *mut *mut c_char,
         flags: c_uint
     ) -> c_int,
-    real::monitor_command_with_files
+    real::monitor_command_with_files,
+    |domain| monitor_command(domain, cmd, flags)
 );
+
+/// The guard of a command for QEMU. libvirt passes those on while a guest moves (VIR_JOB_QUERY, libvirt 11.3), and whoever
+/// watches guests asks every few seconds: a question writes nothing and passes, the rest is refused while an engine is at
+/// work.
+///
+/// # Safety
+/// `command` is NULL or a string that lives as long as the call.
+unsafe fn monitor_command(
+    domain: Domain,
+    command: *const c_char,
+    flags: c_uint,
+) -> Result<Option<Writing>, Error> {
+    let human = flags & HMP != 0;
+    // SAFETY: as the caller says.
+    let asks = !command.is_null() && only_asks(unsafe { CStr::from_ptr(command) }.to_bytes(), human);
+    match asks {
+        true => Ok(None),
+        false => guard::at_once(domain),
+    }
+}
+
+/// Whether a command of QEMU's monitor, for people or in QMP, is a question.
+fn only_asks(command: &[u8], human: bool) -> bool {
+    /// A command that is named twice is none: QEMU might take the other name.
+    #[derive(serde::Deserialize)]
+    struct Command<'a> {
+        #[serde(borrow)]
+        execute: Cow<'a, str>,
+    }
+    if human {
+        return command.trim_ascii_start().starts_with(b"info ");
+    }
+    // A list would do for the structure as well.
+    let object = command.trim_ascii_start().starts_with(b"{");
+    let named = object
+        .then(|| serde_json::from_slice::<Command>(command).ok())
+        .flatten();
+    named.is_some_and(|Command { execute }| {
+        execute.starts_with("query-") || matches!(&*execute, "qom-get" | "qom-list")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::only_asks;
+
+    #[test]
+    fn a_question_is_known() {
+        for asks in [
+            r#"{"execute":"query-blockstats"}"#,
+            r#" {"execute": "qom-get", "arguments": {"path": "/machine", "property": "type"}, "id": 1}"#,
+        ] {
+            assert!(only_asks(asks.as_bytes(), false), "{asks}");
+        }
+        assert!(only_asks(b" info block", true));
+        let deep = "[".repeat(1 << 20);
+        for other in [
+            r#"{"execute":"migrate","arguments":{"uri":"file:/x"}}"#,
+            r#"{"execute":"query-status","execute":"migrate"}"#,
+            r#"{"execute":"query-status"} {"execute":"migrate"}"#,
+            r#"{"exec-oob":"query-status"}"#,
+            r#"["query-status"]"#,
+            "info block",
+            "",
+            &deep,
+        ] {
+            assert!(!only_asks(other.as_bytes(), false), "{other}");
+        }
+        assert!(!only_asks(b"migrate file:/x", true) && !only_asks(b"infomercial", true));
+    }
+}

@@ -133,7 +133,9 @@ impl Domain {
         (unsafe { virt_sys::virDomainMigrateGetMaxSpeed(self.0, &mut speed, 0) } == 0).then_some(speed)
     }
 
-    /// Its name and UUID; `None` for a pointer that is no domain.
+    /// Its name and UUID; `None` for a pointer that is no domain. Of a call's domain only the UUID counts: the rest is what
+    /// the client has sent, while libvirt's QEMU driver goes by the UUID alone (libvirt 11.3, `qemuDomainObjFromDomain`).
+    /// What is to be relied on, [`Connection::domain`] finds.
     pub fn guest(self) -> Option<Guest> {
         if self.0.is_null() {
             return None;
@@ -157,7 +159,8 @@ impl Domain {
         })
     }
 
-    /// libvirt's number of the running domain; `None` for one that does not run.
+    /// libvirt's number of the running domain; `None` for one that does not run. As with [`Self::guest`], a call's domain
+    /// does not tell.
     pub fn id(self) -> Option<u32> {
         // SAFETY: a valid domain; (unsigned)-1 means not running.
         let id = unsafe { virt_sys::virDomainGetID(self.0) };

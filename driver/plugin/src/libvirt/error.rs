@@ -4,6 +4,11 @@ use super::real;
 use std::ffi::{CStr, CString};
 use std::os::raw::c_int;
 
+/// How libvirt words VIR_ERR_OPERATION_FAILED.
+const FAILED: &str = "operation failed: ";
+/// What our own errors begin with.
+const OURS: &str = "migration through virt-ferry: ";
+
 /// Why a phase fails. libvirt's own error is taken out of the thread at once: any later call of libvirt's, the freeing
 /// of a domain among them, resets the thread's error.
 #[derive(Debug)]
@@ -27,14 +32,27 @@ impl Error {
 
     /// The error of everything that can go wrong in a migration: "operation failed: …".
     pub fn failed(cause: impl std::fmt::Display) -> Self {
-        Self::operation(format_args!("migration through virt-ferry: {cause}"))
+        Self::operation(format_args!("{OURS}{cause}"))
+    }
+
+    /// This error, and what followed from it.
+    pub fn and(self, further: &Self) -> Self {
+        let further = further.to_string();
+        let bare = further.strip_prefix(FAILED).unwrap_or(&further);
+        let bare = bare.strip_prefix(OURS).unwrap_or(bare);
+        let code = match &self {
+            Self::Ours { code, .. } => *code,
+            Self::Libvirt(saved) => saved.code(),
+        };
+        let message = format!("{self}; {bare}");
+        Self::Ours { code, message }
     }
 
     /// The error of what is no migration: "operation failed: …".
     pub fn operation(cause: impl std::fmt::Display) -> Self {
         Self::Ours {
             code: virt_sys::VIR_ERR_OPERATION_FAILED as c_int,
-            message: format!("operation failed: {cause}"),
+            message: format!("{FAILED}{cause}"),
         }
     }
 
@@ -176,5 +194,22 @@ impl Drop for SavedError {
             // SAFETY: it came from virSaveLastError and is freed once.
             unsafe { virt_sys::virFreeError(self.0) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_followed_is_told_once() {
+        let told = Error::cancelled().and(&Error::failed("guest g stays paused"));
+        assert_eq!(
+            told.to_string(),
+            "operation aborted: migration out: canceled by client; guest g stays paused"
+        );
+        assert!(
+            matches!(told, Error::Ours { code, .. } if code == virt_sys::VIR_ERR_OPERATION_ABORTED as c_int)
+        );
     }
 }

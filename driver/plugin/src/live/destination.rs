@@ -32,8 +32,12 @@ pub fn prepare(
     cookie: &[u8],
     flags: u32,
 ) -> Result<Prepared, Error> {
+    let permitted = connection.is_qemu() && connection.may_write();
     let own = || {
-        let prepared = natively(connection, params, cookie, flags)?;
+        let prepared = match permitted {
+            true => natively(connection, params, cookie, flags)?,
+            false => phase::prepare(connection, params, cookie, flags)?,
+        };
         // What an earlier attempt left must not be taken for this one at Finish.
         if let Some((_, uuid)) = identity(cookie) {
             sessions::forget(Role::Destination, uuid);
@@ -44,7 +48,7 @@ pub fn prepare(
         tracing::info!("libvirt's own migration to this host: {reason}");
         own()
     };
-    if !connection.is_qemu() || !connection.may_write() {
+    if !permitted {
         return own();
     }
     let offer = match cookie::offer(cookie) {
@@ -57,24 +61,32 @@ pub fn prepare(
         Ok(arrival) => arrival,
         Err(reason) => return declined(&reason),
     };
-    match arrival.reserve()? {
+    let started = match arrival.reserve()? {
         Reservation::Made(engine, promises) => {
-            arrival.start(connection, params, cookie, flags, engine, promises)
+            arrival.start(connection, params, cookie, flags, engine, promises)?
         }
-        Reservation::Declined(reason) => declined(&reason),
+        Reservation::Declined(reason) => return declined(&reason),
+    };
+    match started {
+        Started::Listening(prepared) => Ok(prepared),
+        Started::Declined(reason) => declined(&reason),
     }
 }
 
 /// libvirt's own; a guest that chooses no memory gets some that the engine can move next time.
 fn natively(connection: Connection, params: &Params, cookie: &[u8], flags: u32) -> Result<Prepared, Error> {
-    let xml = params.utf8(VIR_MIGRATE_PARAM_DEST_XML);
-    match xml.and_then(|xml| guest_memory::shared(xml, guest_memory::Start::Now)) {
-        Some(xml) if connection.is_qemu() => {
-            let params = params.share().with(VIR_MIGRATE_PARAM_DEST_XML, &xml);
-            phase::prepare(connection, &params, cookie, flags)
-        }
-        _ => phase::prepare(connection, params, cookie, flags),
+    let Some(xml) = params.utf8(VIR_MIGRATE_PARAM_DEST_XML) else {
+        return phase::prepare(connection, params, cookie, flags);
+    };
+    if let Some(xml) = guest_memory::shared(xml, guest_memory::Start::Now) {
+        let params = params.share().with(VIR_MIGRATE_PARAM_DEST_XML, &xml);
+        return phase::prepare(connection, &params, cookie, flags);
     }
+    let prepared = phase::prepare(connection, params, cookie, flags)?;
+    if let Some((name, _)) = identity(cookie) {
+        guest_memory::warn_of_disk(&name, xml);
+    }
+    Ok(prepared)
 }
 
 /// What is known of an arriving guest before anything is started.
@@ -102,6 +114,12 @@ fn to_attach(offer: &Offer) -> Duration {
 
 enum Reservation {
     Made(Engine, (Promise, HugePromise)),
+    Declined(String),
+}
+
+enum Started {
+    Listening(Prepared),
+    /// libvirt has cleaned up what it had begun.
     Declined(String),
 }
 
@@ -139,7 +157,7 @@ impl Arrival {
         if let Some(port) = data.port {
             settings.ports = (port, port);
         }
-        let incoming = incoming_socket(&host::incoming_directory(&config), offer.session, &name);
+        let incoming = incoming_socket(Path::new(host::INCOMING), offer.session, &name);
         Ok(Self {
             config,
             settings,
@@ -151,18 +169,17 @@ impl Arrival {
         })
     }
 
-    /// Reservation: would the guest fit?
+    /// Reservation: would the guest fit? Nothing has been started for it yet, and what is wrong with this host's engine
+    /// does not keep it from libvirt's own way; having no room would.
     fn reserve(&self) -> Result<Reservation, Error> {
-        let failed = |cause: String| Error::failed(format!("host {}: {cause}", self.host));
-        host::make_incoming_directory(&self.config).map_err(|error| {
-            failed(format!(
-                "cannot make {} for QEMU's sockets: {error}; set another runtime_directory in {}",
-                host::incoming_directory(&self.config).display(),
-                ferry_contract::config::PATH
-            ))
-        })?;
-        let engine = Engine::start(&self.config, "destination", &self.host)
-            .map_err(|error| failed(error.to_string()))?;
+        if let Err(error) = host::make_incoming_directory() {
+            let reason = format!("cannot make {} for QEMU's sockets: {error}", host::INCOMING);
+            return Ok(Reservation::Declined(reason));
+        }
+        let engine = match Engine::start(&self.config, "destination", &self.host) {
+            Ok(engine) => engine,
+            Err(error) => return Ok(Reservation::Declined(error.to_string())),
+        };
         let (promise, promised) = Promise::make(&self.offer);
         let (huge, promised_huge) = HugePromise::make(&self.offer);
         let request = Request::Reserve {
@@ -174,15 +191,19 @@ impl Arrival {
             promised_huge,
             settings: self.settings.clone(),
         };
-        match engine.ask(&request, Some(LOCAL))? {
-            Reply::Reserved => Ok(Reservation::Made(engine, (promise, huge))),
-            Reply::NotEligible { reason } => Ok(Reservation::Declined(reason)),
-            reply => Err(unexpected(&reply)),
+        match engine.ask(&request, Some(LOCAL)) {
+            Ok(Reply::Reserved) => Ok(Reservation::Made(engine, (promise, huge))),
+            Ok(Reply::NotEligible { reason }) => Ok(Reservation::Declined(reason)),
+            Ok(reply) => Ok(Reservation::Declined(unexpected(&reply).to_string())),
+            Err(refused) if engine.has_failed() => Err(refused.into()),
+            // It has ended, or is of another release.
+            Err(gone) => Ok(Reservation::Declined(gone.to_string())),
         }
     }
 
     /// libvirt starts QEMU, the engine takes hold of it. From the real Prepare on, a failure must end that QEMU; until
-    /// it has succeeded, an earlier session of this guest stands.
+    /// it has succeeded, an earlier session of this guest stands. Where it fails, the reason may be what we ask of it (a
+    /// QEMU that is not allowed our socket); any other will show again on libvirt's own way.
     fn start(
         &self,
         connection: Connection,
@@ -191,7 +212,7 @@ impl Arrival {
         flags: u32,
         engine: Engine,
         (promise, huge): (Promise, HugePromise),
-    ) -> Result<Prepared, Error> {
+    ) -> Result<Started, Error> {
         let uri = format!("unix://{}", self.incoming.display());
         let (params, native) = options::for_libvirt(params, flags);
         let mut rewritten = params
@@ -206,20 +227,26 @@ impl Arrival {
             let listen = listen_address(&params).unwrap_or_else(host::any_address);
             rewritten = uri::with_disks(rewritten, &uri::disks(&listen, port));
         }
-        let prepared = phase::prepare(connection, &rewritten, cookie, native)?;
+        let prepared = match phase::prepare(connection, &rewritten, cookie, native) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                let reason = format!("its QEMU cannot be started for the engine: {error}");
+                return Ok(Started::Declined(reason));
+            }
+        };
         drop(huge);
         let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
         let session = sessions::add(session.arriving(promise, self.incoming.clone()));
-        self.attach(connection, &params, &session, prepared)
-            .inspect_err(|_| {
-                sessions::remove(&session);
-                let name = params
-                    .share()
-                    .only(&[])
-                    .with(VIR_MIGRATE_PARAM_DEST_NAME, &self.guest.name);
-                // Always an error: cancelled, it returns no domain.
-                let _ = phase::finish(connection, &name, &[], flags, true);
-            })
+        let attached = self.attach(connection, &params, &session, prepared);
+        attached.map(Started::Listening).inspect_err(|_| {
+            sessions::remove(&session);
+            let name = params
+                .share()
+                .only(&[])
+                .with(VIR_MIGRATE_PARAM_DEST_NAME, &self.guest.name);
+            // Always an error: cancelled, it returns no domain.
+            let _ = phase::finish(connection, &name, &[], flags, true);
+        })
     }
 
     fn attach(
@@ -230,16 +257,12 @@ impl Arrival {
         prepared: Prepared,
     ) -> Result<Prepared, Error> {
         let domain = connection.domain(self.guest.uuid)?;
-        let monitor = domain
-            .get()
-            .id()
-            .and_then(|id| host::monitor(id, &self.guest.name))
-            .ok_or_else(|| {
-                Error::failed(format!(
-                    "the QEMU that libvirt started on host {} has no private monitor",
-                    self.host
-                ))
-            })?;
+        let monitor = super::monitor(domain.get()).ok_or_else(|| {
+            Error::failed(format!(
+                "the QEMU that libvirt started on host {} has no private monitor",
+                self.host
+            ))
+        })?;
         session.engine.guard(&monitor, Moving::here(self.guest.uuid))?;
         let attach = Request::Attach {
             monitor,
@@ -351,7 +374,7 @@ mod tests {
 
     #[test]
     fn a_socket_path_always_fits() {
-        let directory = Path::new("/run/libvirt/virt-ferry/incoming");
+        let directory = Path::new(host::INCOMING);
         for name in ["g", &"n".repeat(300), "with space", "ä"] {
             let path = incoming_socket(directory, Uuid::from_u128(1), name);
             assert!(path.as_os_str().len() <= SUN_PATH, "{path:?}");

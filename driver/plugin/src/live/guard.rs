@@ -12,6 +12,7 @@ use crate::engine;
 use crate::libvirt::{Domain, Error};
 use crate::mark;
 use crate::turns::Writing;
+use ferry_contract::session::Guest;
 use ferry_host as host;
 use std::path::Path;
 use std::time::Duration;
@@ -25,35 +26,55 @@ const BUSY: Duration = Duration::from_secs(30);
 /// # Errors
 /// If that cannot be known; then nothing must be written.
 pub fn with_its_memory(domain: Domain) -> Result<Option<Writing>, Error> {
+    guarded(domain, BUSY)
+}
+
+/// The same for what libvirt lets pass while a guest moves, and nobody expects to wait for: an engine at work is a reason
+/// to refuse it.
+///
+/// # Errors
+/// As above.
+pub fn at_once(domain: Domain) -> Result<Option<Writing>, Error> {
+    guarded(domain, Duration::ZERO)
+}
+
+fn guarded(domain: Domain, patience: Duration) -> Result<Option<Writing>, Error> {
     if !domain.connection().is_qemu() {
         return Ok(None);
     }
-    let (Some(guest), Some(id)) = (domain.guest(), domain.id()) else {
+    let Some(Guest { uuid, name }) = domain.guest() else {
         return Ok(None);
     };
-    let writing = Writing::of(guest.uuid);
+    let writing = Writing::of(uuid);
     if !writing.alone(Duration::ZERO) {
         if domain.is_read_only() {
             // libvirt refuses it at once.
             return Ok(None);
         }
-        tracing::info!(
-            guest = guest.name,
-            "who would write its memory waits for its migration to end"
-        );
-        if !writing.alone(BUSY) {
-            return Err(Error::busy(&guest.name));
+        if !patience.is_zero() {
+            tracing::info!(
+                guest = name,
+                "who would write its memory waits for its migration to end"
+            );
+        }
+        if patience.is_zero() || !writing.alone(patience) {
+            return Err(Error::busy(&name));
         }
     }
-    let Some(monitor) = host::monitor(id, &guest.name).filter(|monitor| mark::is_set(monitor)) else {
+    let found = match domain.connection().domain(uuid) {
+        Ok(found) => found,
+        // libvirt says so itself.
+        Err(error) if error.is_no_domain() => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let Some(monitor) = super::monitor(found.get()).filter(|monitor| mark::is_set(monitor)) else {
         return Ok(Some(writing));
     };
     rescue(&monitor).map_err(|why| {
-        Error::failed(format!(
-            "host {}: QEMU may still leave out the memory of guest {} (x-ignore-shared), so nothing is written of it: {why}. \
-             Try again once virt-ferry-engine rescue {} succeeds",
+        Error::operation(format_args!(
+            "host {}: QEMU may still leave out the memory of guest {name} (x-ignore-shared), so nothing is written of it: \
+             {why}. Try again once virt-ferry-engine rescue {} succeeds",
             host::name(),
-            guest.name,
             monitor.display()
         ))
     })?;

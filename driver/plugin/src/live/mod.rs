@@ -26,10 +26,11 @@ pub mod source;
 pub mod sweep;
 pub mod uri;
 
-use crate::libvirt::Error;
+use crate::libvirt::{Domain, Error};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Failure, FailureKind, Reply, Settings};
 use ferry_host as host;
+use std::path::PathBuf;
 use std::time::Duration;
 use virt_sys::VIR_MIGRATE_TLS;
 
@@ -57,6 +58,12 @@ fn settings(config: &Config, flags: u32) -> Result<Settings, String> {
         certificates: tls.then(host::certificates).transpose()?,
         ..config.settings()
     })
+}
+
+/// The private monitor of a guest that libvirt itself has looked up: name and number as a client sends them may be old,
+/// or another guest's.
+fn monitor(found: Domain) -> Option<PathBuf> {
+    host::monitor(found.id()?, &found.guest()?.name)
 }
 
 /// An engine that answers something else than what it was asked.

@@ -53,7 +53,7 @@ fn look(watched: &Weak<Session>, uri: &CString) -> ControlFlow<()> {
     if domain.get().has_job() {
         return ControlFlow::Continue(());
     }
-    // Confirm ends the job, too; and looks once more, as it may have begun and ended meanwhile.
+    // A Perform that fails and a Confirm end the job, too; and looks once more, as they may have begun and ended meanwhile.
     let claim = session.claim();
     if claim.is_none() || !sessions::is_listed(&session) {
         return ControlFlow::Continue(());
@@ -70,17 +70,17 @@ fn adopt(session: &Arc<Session>, domain: Domain) {
         sessions::remove(session);
         return;
     }
-    let done = match conclude(session, false) {
+    let (what, done) = match conclude(session, false) {
         Some(Reply::Concluded) => {
             tracing::warn!(guest, "the migration's client has gone, and the guest does not run at the destination: it goes on here");
-            domain.resume()
+            ("resume", domain.resume())
         }
         Some(Reply::RunsThere) => {
             tracing::warn!(
                 guest,
                 "the migration's client has gone, and the guest runs at the destination: it is ended here"
             );
-            domain.destroy()
+            ("destroy", domain.destroy())
         }
         _ => {
             tracing::error!(
@@ -90,11 +90,15 @@ fn adopt(session: &Arc<Session>, domain: Domain) {
                  virsh resume it here",
                 host::name()
             );
-            Ok(())
+            ("", Ok(()))
         }
     };
     if let Err(error) = done {
-        tracing::error!(guest, "that failed: {error}; do it with virsh");
+        tracing::error!(
+            guest,
+            "virsh {what} of the guest on host {} failed: {error}; do it by hand",
+            host::name()
+        );
     }
     sessions::remove(session);
 }

@@ -5,11 +5,15 @@
 //! libvirt's own way is found out before the destination is touched: is the guest eligible (looked at under the job
 //! that Begin takes), does the destination have the plug-in (a Prepare with nothing in it but our question, which
 //! libvirt refuses without doing anything)? Then Begin is undone, and libvirt begins anew.
+//!
+//! libvirt binds the job to the connection that Begin came on. The client's may live as long as its process, Nova's for
+//! weeks: should the job be left, the guest would refuse everything as long. So the phases run on a connection of our
+//! own, which closes with them; the caller's identity is the thread's, and holds on it too.
 
 use super::source::{self, Candidate};
 use super::{guard, job};
 use crate::libvirt::phase::{self, Begun};
-use crate::libvirt::{Connection, Cookie, Domain, Error, OwnedConnection, OwnedDomain, Params};
+use crate::libvirt::{c_string, Connection, Cookie, Domain, Error, OwnedConnection, OwnedDomain, Params};
 use crate::sessions::{self, Opening, Session};
 use ferry_contract::cookie;
 use std::ffi::CStr;
@@ -42,6 +46,7 @@ pub fn perform(
     cookie: &[u8],
     flags: u32,
 ) -> Result<Cookie, Error> {
+    let params = &source::with_its_memory(domain, params);
     let own = || phase::perform(domain, destination, params, cookie, flags);
     // A cookie, no destination, or a user who may not, are errors of libvirt's own to tell.
     let Some(uri) = destination.filter(|_| cookie.is_empty() && domain.may_migrate()) else {
@@ -49,10 +54,10 @@ pub fn perform(
     };
     job::forget(domain);
     let managed = flags & !VIR_MIGRATE_PEER2PEER | VIR_MIGRATE_CHANGE_PROTECTION;
-    let reason = match Candidate::of(domain, params, managed) {
-        Ok(candidate) => {
+    let reason = match candidate(domain, params, managed) {
+        Ok((candidate, here)) => {
             let moving = Move {
-                domain,
+                domain: here.get(),
                 uri,
                 params,
                 flags,
@@ -68,6 +73,16 @@ pub fn perform(
     source::native(domain, &reason);
     let _turn = guard::with_its_memory(domain)?;
     own()
+}
+
+/// A guest that the engine may be asked about, on a connection of our own that closes with it.
+fn candidate(domain: Domain, params: &Params, managed: u32) -> Result<(Candidate, OwnedDomain), String> {
+    let candidate = Candidate::of(domain, params, managed)?;
+    let uri = domain.connection().uri().ok_or("its connection has no URI")?;
+    let here = OwnedConnection::here(&c_string(&uri)).map_err(|error| error.to_string())?;
+    let found = here.get().domain(candidate.guest().uuid);
+    // A domain keeps its connection open.
+    Ok((candidate, found.map_err(|error| error.to_string())?))
 }
 
 /// Whether the peer has the plug-in.
@@ -105,8 +120,11 @@ impl Move<'_> {
             Ok(_) => Ok(self.own(
                 "the destination has no plug-in, one of another version, or is not to use it (see its log)",
             )),
-            // libvirt's own code meets the same failure and words it.
-            Err(_) => Ok(self.own("the destination cannot be reached")),
+            // libvirt's own code meets the same failure, unless it has passed by then.
+            Err(error) => Ok(self.own(format!(
+                "the destination {} cannot be reached: {error}",
+                self.uri.to_string_lossy()
+            ))),
         };
         sessions::remove(&session);
         outcome
@@ -114,7 +132,8 @@ impl Move<'_> {
 
     /// Leaves everything as it was before Begin.
     fn own(&self, reason: impl Into<String>) -> Outcome {
-        self.resume();
+        // libvirt's own would meet the job that is left, if one is, and says so.
+        let _ = self.resume();
         Outcome::Own(reason.into())
     }
 
@@ -203,15 +222,19 @@ impl Move<'_> {
     }
 
     /// The guest stays: resume it if it was stopped, give the job back.
-    fn resume(&self) {
-        if let Err(left) = source::confirm(self.domain, &Params::none(), &[], self.managed, true) {
-            tracing::warn!("libvirt could not end its migration job: {left}");
-        }
+    ///
+    /// # Errors
+    /// Why the guest does not go on here, and what to do.
+    fn resume(&self) -> Result<(), Error> {
+        source::confirm(self.domain, &Params::none(), &[], self.managed, true)
+            .inspect_err(|left| tracing::warn!("the migration's job was not ended: {left}"))
     }
 
-    /// [`Self::resume`], on the way out with the first error.
+    /// [`Self::resume`], on the way out with the first error; together with what keeps the guest from going on here.
     fn stay(&self, error: Error) -> Error {
-        self.resume();
-        error
+        match self.resume() {
+            Err(ours @ Error::Ours { .. }) => error.and(&ours),
+            _ => error,
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{guard, job, moved, options, orphan, settings, unexpected, uri, DISABLED, LOADED, LOCAL};
 use crate::engine::Engine;
+use crate::guest_memory;
 use crate::libvirt::phase::{self, Begun};
 use crate::libvirt::{Cookie, Domain, Error, Params};
 use crate::sessions::{self, Opening, Role, Session};
@@ -14,13 +15,14 @@ use ferry_host as host;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_sys::{
-    VIR_MIGRATE_ABORT_ON_ERROR, VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_LISTEN_ADDRESS,
-    VIR_MIGRATE_PARAM_URI,
+    VIR_MIGRATE_ABORT_ON_ERROR, VIR_MIGRATE_CHANGE_PROTECTION, VIR_MIGRATE_PARAM_DEST_XML,
+    VIR_MIGRATE_PARAM_LISTEN_ADDRESS, VIR_MIGRATE_PARAM_URI,
 };
 
 /// Begin: libvirt's own, and where the guest is eligible, our offer in its cookie.
 pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error> {
     let opening = domain.guest().map(|guest| Opening::of(guest.uuid));
+    let params = &with_its_memory(domain, params);
     let begun = phase::begin(domain, params, flags)?;
     job::forget(domain);
     match Candidate::of(domain, params, flags).and_then(|candidate| candidate.open(domain, opening.as_ref()))
@@ -33,6 +35,15 @@ pub fn begin(domain: Domain, params: &Params, flags: u32) -> Result<Begun, Error
             native(domain, &reason);
             Ok(begun)
         }
+    }
+}
+
+/// The parameters; an operator's own definition among them says of the guest's memory what libvirt compares it with.
+pub fn with_its_memory<'a>(domain: Domain, params: &'a Params) -> Params<'a> {
+    let given = params.utf8(VIR_MIGRATE_PARAM_DEST_XML);
+    match given.and_then(|xml| guest_memory::as_it_runs(xml, domain)) {
+        Some(xml) => params.share().with(VIR_MIGRATE_PARAM_DEST_XML, &xml),
+        None => params.share(),
     }
 }
 
@@ -71,9 +82,12 @@ impl Candidate {
         if flags & VIR_MIGRATE_CHANGE_PROTECTION == 0 {
             return Err("the client holds no job across the phases (no change protection)".into());
         }
-        let guest = domain.guest().ok_or("libvirt does not say who it is")?;
-        let id = domain.id().ok_or("it is not running")?;
-        let monitor = host::monitor(id, &guest.name).ok_or(
+        let asked = domain.guest().ok_or("libvirt does not say who it is")?;
+        let found = domain.connection().domain(asked.uuid);
+        let found = found.map_err(|error| error.to_string())?;
+        let guest = found.get().guest().ok_or("libvirt does not say who it is")?;
+        found.get().id().ok_or("it is not running")?;
+        let monitor = super::monitor(found.get()).ok_or(
             "its QEMU was started without the plug-in's monitor; it is eligible after its next start or move",
         )?;
         Ok(Self {
@@ -82,6 +96,11 @@ impl Candidate {
             guest,
             monitor,
         })
+    }
+
+    /// Who it is, as libvirt has it.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
     }
 
     /// Opens a session if the engine finds the guest eligible. libvirt's job must be held: a device that is plugged
@@ -136,6 +155,10 @@ pub fn perform(domain: Domain, params: &Params, cookie: &[u8], flags: u32) -> Re
     };
     match (answer, session) {
         (Some(answer), Some(session)) => {
+            // To the end of this call: a job of libvirt's that has failed has not lost its client.
+            let Some(_claim) = session.claim() else {
+                return Err(claimed());
+            };
             let performed = through_engine(domain, params, cookie, flags, answer, &session);
             if performed.is_err() {
                 sessions::remove(&session);
@@ -296,10 +319,7 @@ pub fn confirm(
     };
     // Taken only where the client was thought to have gone, which then is not so.
     let Some(_claim) = session.claim() else {
-        return Err(Error::failed(format!(
-            "host {} is ending this migration, whose client had no job any more",
-            host::name()
-        )));
+        return Err(claimed());
     };
     if !(cancelled && session.is_handed_over()) {
         phase::confirm(domain, params, cookie, flags, cancelled)?;
@@ -327,6 +347,14 @@ pub fn confirm(
     };
     sessions::remove(&session);
     phase::confirm(domain, params, cookie, flags, go_on)
+}
+
+/// The error of a call for a migration that is being ended.
+fn claimed() -> Error {
+    Error::failed(format!(
+        "host {} is ending this migration, whose client had no job any more",
+        host::name()
+    ))
 }
 
 /// Tells the engine how it ended; `None` where it does not answer.

@@ -13,7 +13,7 @@ use std::path::Path;
 pub fn sweep() {
     let config = host::config().unwrap_or_default();
     sockets(&config.runtime_directory);
-    sockets(&host::incoming_directory(&config));
+    sockets(Path::new(host::INCOMING));
     guests();
 }
 

@@ -12,6 +12,7 @@ use activation::{conclude, finish};
 use arrival::Arrival;
 
 use crate::control::{Control, Meter};
+use crate::live::inspect;
 use crate::live::land::Landing;
 use crate::live::protection::{self, AtDestination};
 use crate::live::reserve::{self, Backing};
@@ -22,7 +23,7 @@ use crate::qemu::cgroup::Membership;
 use crate::qemu::{discover, Process, RamBlock};
 use crate::report::{self, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::{Listener, Security};
-use ferry_contract::control::{Reply, Request, Settings};
+use ferry_contract::control::{Reply, Request, Settings, LINGER};
 use ferry_contract::cookie::{self, Offer};
 use ferry_contract::session::{Block, Guest};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -172,6 +173,7 @@ struct Attached {
 impl Attached {
     fn take_hold(place: &Place<'_>, monitor: &Path, listen: Option<&str>) -> Result<Self, Error> {
         let watch = Watch::open(monitor, Arc::clone(place.signals))?;
+        inspect::is(&watch, monitor, place.guest.uuid)?;
         let pid = watch.command(|monitor| monitor.peer_pid())?;
         let process = Process::open(pid)?;
         let blocks = watch.command(|monitor| Ok(discover(monitor, &process, deadline(COMMAND))))??;
@@ -248,7 +250,7 @@ impl Attached {
             }
         }
         drop(tell);
-        // The source's thread ends once it has told, or the source is gone.
+        // The source's thread ends once it has told, or the source is gone: its end of the connection ends the wait.
         while notes.recv_timeout(LINGER).is_ok() {}
     }
 }
@@ -305,6 +307,3 @@ pub(crate) fn bind(listen: Option<&str>, ports: std::ops::RangeInclusive<u16>) -
         .ok_or_else(|| failed(std::io::ErrorKind::AddrNotAvailable.into()))?;
     Ok(Listener::bind(address.ip(), ports)?)
 }
-
-/// For the source to ask whether the guest runs here, once that is decided; its end of the connection ends the wait.
-const LINGER: Duration = Duration::from_secs(60);

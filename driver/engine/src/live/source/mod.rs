@@ -135,7 +135,7 @@ impl Inspected {
             watch,
             process,
             blocks,
-        } = inspect::look(&monitor, Arc::clone(place.signals))?;
+        } = inspect::look(&monitor, Some(place.guest.uuid), Arc::clone(place.signals))?;
         let identity = Identity::generate(session)?;
         let token = ferry_contract::session::Token::new(*crate::wire::Token::generate()?.expose());
         let offered = |block: &RamBlock| {
