@@ -161,7 +161,7 @@ fn copies_the_buffer(drain: bool) -> Option<bool> {
     );
     assert!(buffer().iter().all(|&byte| byte == 0), "nothing has arrived yet");
     if drain {
-        monitor.drain(deadline()).expect("a drain");
+        monitor.drain(deadline(), || false).expect("a drain");
         assert!(!is_reading(&qemu));
     }
     fetch(&dirty, &mut copy);

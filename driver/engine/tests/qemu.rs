@@ -47,7 +47,7 @@ fn tracks_a_guest(accelerator: &str) {
     assert_eq!(ram.file.path(), qemu.directory.path().join("ram"));
 
     let mut tracker = track(&process, &blocks);
-    monitor.drain(deadline()).expect("a drain");
+    monitor.drain(deadline(), || false).expect("a drain");
     let mut copy = vec![0; SIZE as usize];
     let fetch = |set: &PageSet, copy: &mut [u8]| {
         for run in set.runs() {
@@ -64,14 +64,14 @@ fn tracks_a_guest(accelerator: &str) {
     let mut complete = 0;
     await_that("the guest to write its pages many times", || {
         let set = scan(&mut tracker);
-        monitor.drain(deadline()).expect("a drain");
+        monitor.drain(deadline(), || false).expect("a drain");
         fetch(&set, &mut copy);
         rounds += 1;
         complete += u32::from(holds_all_written(&set));
         complete >= 20
     });
     monitor.execute("stop", json!({}), deadline()).expect("stop");
-    monitor.drain(deadline()).expect("a drain");
+    monitor.drain(deadline(), || false).expect("a drain");
     fetch(&scan(&mut tracker), &mut copy);
     assert!(scan(&mut tracker).is_empty(), "a stopped guest does not write");
     let mut original = vec![0; SIZE as usize];

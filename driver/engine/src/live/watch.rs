@@ -69,15 +69,25 @@ impl Watch {
     }
 
     /// Waits until no block I/O is in flight: QEMU's answer to an empty transaction (QEMU 7.2 to 10.0, `blockdev.c`).
-    /// A slow disk is waited for, one that does not answer is not, and neither is a migration that ends.
+    /// A slow disk is waited for, one that does not answer is not, and neither is a migration that ends. Once QEMU has
+    /// stopped the guest, and has drained for that, its answer is not waited for either: it may not answer before its
+    /// device state is read, which waits for the last copy. Nor is a thread that has asked it something.
     pub fn drain(&self) -> Result<Duration, Error> {
         let began = Instant::now();
         // QEMU queues 8 commands of a monitor: each slice asks anew, and the answer to the first answers all.
+        let drained = || self.signals.seen().drained.is_some();
         for slice in [1, 2, 4, 8, 16, 32, 64] {
             self.signals.check()?;
-            match self.command(|monitor| monitor.drain(deadline(Duration::from_secs(slice)))) {
-                Err(Error::Monitor(MonitorError::Timeout { .. })) => {}
-                outcome => return outcome.map(|()| began.elapsed()),
+            let end = deadline(Duration::from_secs(slice));
+            let asked = match self.lock_unless(end, drained) {
+                Some(mut monitor) => monitor.drain(end, drained),
+                None if drained() => return Ok(began.elapsed()),
+                None => continue,
+            };
+            match asked {
+                Err(MonitorError::Timeout { .. }) if drained() => return Ok(began.elapsed()),
+                Err(MonitorError::Timeout { .. }) => {}
+                outcome => return Ok(outcome.map(|()| began.elapsed())?),
             }
         }
         Err(Error::Elsewhere(format!(
@@ -110,6 +120,16 @@ impl Watch {
                 outcome => return outcome,
             }
         }
+    }
+
+    fn lock_unless(&self, end: Instant, moot: impl Fn() -> bool) -> Option<MutexGuard<'_, Monitor>> {
+        while !moot() && Instant::now() < end {
+            if let Ok(monitor) = self.monitor.try_lock() {
+                return Some(monitor);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        None
     }
 
     fn lock(&self) -> MutexGuard<'_, Monitor> {

@@ -98,9 +98,10 @@ impl Monitor {
     /// was in flight at the scan is lost.
     ///
     /// # Errors
-    /// As [`Monitor::execute`]. A hung disk makes it time out; it must then not be taken for done.
-    pub fn drain(&mut self, deadline: Instant) -> Result<(), MonitorError> {
-        self.execute("transaction", json!({ "actions": [] }), deadline)
+    /// As [`Monitor::execute`], and a time-out once `moot` is so. A hung disk makes it time out; it must then not be taken
+    /// for done.
+    pub fn drain(&mut self, deadline: Instant, moot: impl Fn() -> bool) -> Result<(), MonitorError> {
+        self.execute_unless("transaction", json!({ "actions": [] }), deadline, moot)
             .map(drop)
     }
 

@@ -172,6 +172,24 @@ impl Monitor {
         arguments: Value,
         deadline: Instant,
     ) -> Result<Value, MonitorError> {
+        self.execute_unless(command, arguments, deadline, || false)
+    }
+
+    /// As [`execute`](Self::execute), but times out as soon as `moot` is so, which is asked before and after each event.
+    pub(super) fn execute_unless(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        deadline: Instant,
+        moot: impl Fn() -> bool,
+    ) -> Result<Value, MonitorError> {
+        let timeout = |path: &Path| MonitorError::Timeout {
+            command: command.to_owned(),
+            path: path.to_owned(),
+        };
+        if moot() {
+            return Err(timeout(&self.path));
+        }
         self.last_id += 1;
         let id = self.last_id;
         let mut line = json!({ "execute": command, "id": id });
@@ -189,11 +207,8 @@ impl Monitor {
             if reply.get("event").is_some() || !is_ours {
                 self.set_aside(reply);
                 // A flood of events must not outlast the deadline.
-                if Instant::now() >= deadline {
-                    return Err(MonitorError::Timeout {
-                        command: command.to_owned(),
-                        path: self.path.clone(),
-                    });
+                if moot() || Instant::now() >= deadline {
+                    return Err(timeout(&self.path));
                 }
             } else if let Some(result) = reply.get_mut("return") {
                 return Ok(result.take());
