@@ -82,12 +82,16 @@ fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .init();
     match arguments.command {
-        Command::Source => serve(source::run),
-        Command::Destination => serve(destination::run),
-        Command::ColdSource => serve(cold::source::run),
-        Command::ColdDestination => serve(cold::destination::run),
-        Command::ColdMove => serve(cold::within::run),
-        Command::ColdRecover => serve(cold::recover::run),
+        Command::Source => serve(source::run, Arc::default()),
+        Command::Destination => {
+            let signals = Arc::default();
+            outlive_the_guest(&signals).context("cannot take signals")?;
+            serve(destination::run, signals)
+        }
+        Command::ColdSource => serve(cold::source::run, Arc::default()),
+        Command::ColdDestination => serve(cold::destination::run, Arc::default()),
+        Command::ColdMove => serve(cold::within::run, Arc::default()),
+        Command::ColdRecover => serve(cold::recover::run, Arc::default()),
         Command::Check { monitor } => {
             let verdict = ferry_engine::live::inspect::verdict(monitor.as_deref());
             println!("{}", serde_json::to_string(&verdict)?);
@@ -118,10 +122,9 @@ fn close_inherited() {
 /// One end of a migration, from its plug-in's first request to its end.
 type Role = fn(&Control, &Arc<Meter>, &Arc<Signals>) -> Result<(), ferry_engine::live::Error>;
 
-fn serve(role: Role) -> anyhow::Result<()> {
+fn serve(role: Role, signals: Arc<Signals>) -> anyhow::Result<()> {
     let socket = standard_input()?;
-    let (meter, signals) = (Arc::new(Meter::default()), Arc::new(Signals::default()));
-    outlive_the_guest(&signals).context("cannot take signals")?;
+    let meter = Arc::new(Meter::default());
     let control = Control::open(socket, Arc::clone(&meter), Arc::clone(&signals))
         .context("cannot listen to the plug-in")?;
     Ok(role(&control, &meter, &signals)?)
@@ -129,7 +132,8 @@ fn serve(role: Role) -> anyhow::Result<()> {
 
 /// Whoever ends a guest's cgroup ends all that is in it by SIGTERM: systemd, at libvirt's bidding. While this process is
 /// there to fill the guest's memory, it is not meant: it leaves, and its session ends as that of any guest that dies.
-/// Otherwise it does what it is told. To be called before there are other threads.
+/// Otherwise it does what it is told. To be called before there are other threads; programs that are started later would
+/// be deaf to the signal.
 fn outlive_the_guest(signals: &Arc<Signals>) -> anyhow::Result<()> {
     let mut told = SigSet::empty();
     told.add(Signal::SIGTERM);
