@@ -23,7 +23,6 @@ use ferry_tests::fault::{engine, signal};
 use ferry_tests::guest::Rate;
 use ferry_tests::host::{Host, Process};
 use ferry_tests::lab::{Lab, Options};
-use ferry_tests::link::Slow;
 use ferry_tests::scene::{usual, Scene, PATIENCE};
 use ferry_tests::timeline::Role;
 use ferry_tests::wait::wait_until;
@@ -37,8 +36,6 @@ const SLOW: (u64, u64) = (100, 1500);
 const MOVES: usize = 6;
 /// Moves in which libvirt's daemon is stopped before it lets QEMU go on: a machine that is busy may be too slow in one.
 const ATTEMPTS: usize = 4;
-/// A link on which memory takes its time, Mbit/s.
-const LINK: u32 = 300;
 /// For how long QEMU waits for the daemon, at least.
 const HELD: Duration = Duration::from_millis(300);
 /// Where the guest has memory that it has not used.
@@ -124,21 +121,15 @@ fn no_write_of_a_slow_disk_is_lost() -> Result<()> {
 /// QEMU changes memory while it waits for libvirt to let it go on.
 fn a_write_before_qemu_goes_on(scene: &Scene, one: &Host, two: &Host) -> Result<()> {
     for (from, to) in [(one, two), (two, one)].iter().cycle().take(ATTEMPTS) {
-        let slow = Slow::to(scene.lab, to, LINK)?;
-        let mut moving = from.begin_migration(scene.name(), to, &[])?;
-        moving.wait_for_job("memory to flow", |job| job.figure("memory_processed") > 0)?;
-        // The source's QEMU does not stop the guest before the destination's has answered it.
-        let incoming = to.qemu(scene.name())?;
-        signal(&incoming, SIGSTOP)?;
-        drop(slow);
+        let moving = from.begin_migration(scene.name(), to, &[])?;
+        // QEMU migrates, but cannot stop the guest before its slow reads are done.
         wait_until("QEMU to migrate", PATIENCE, || {
-            has_thread(&engine(to)?, "return-path")
+            Ok(engine(from).is_ok_and(|engine| has_thread(&engine, "read-qemu")))
         })?;
         let daemon = from.processes_named("libvirtd")?.pop().context("no daemon")?;
         signal(&daemon, SIGSTOP)?;
-        signal(&incoming, SIGCONT)?;
         // The daemon cannot say now what QEMU and the engine do.
-        sleep(HELD * 3);
+        sleep(Duration::from_millis(SLOW.1) + HELD * 3);
         let ram = from.ram_file(scene.name())?;
         let untouched = ram.hole(UNTOUCHED)?;
         let mut page = Page::ZEROED;
@@ -163,10 +154,11 @@ fn a_write_before_qemu_goes_on(scene: &Scene, one: &Host, two: &Host) -> Result<
 }
 
 /// Whether a process has a thread of this name.
-fn has_thread(process: &Process, name: &str) -> Result<bool> {
-    let threads = fs::read_dir(process.proc().join("task"))?;
-    let names = threads
-        .flatten()
-        .map(|thread| fs::read_to_string(thread.path().join("comm")));
-    Ok(names.flatten().any(|found| found.trim_end() == name))
+fn has_thread(process: &Process, name: &str) -> bool {
+    let threads = fs::read_dir(process.proc().join("task"));
+    let mut threads = threads.into_iter().flatten().flatten();
+    threads.any(|thread| {
+        let found = fs::read_to_string(thread.path().join("comm"));
+        found.is_ok_and(|found| found.trim_end() == name)
+    })
 }
