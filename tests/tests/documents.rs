@@ -421,6 +421,27 @@ fn what_a_page_links_to_is_there() -> Result<()> {
     Ok(())
 }
 
+/// Blocks of commands begin with "```sh" or another word and end with "```": one that lost its first line turns the rest of
+/// the page inside out.
+#[test]
+fn blocks_of_commands_have_a_beginning_and_an_end() -> Result<()> {
+    for page in PAGES {
+        let mut inside = false;
+        for (number, line) in text(page)?.lines().enumerate() {
+            if let Some(language) = line.strip_prefix("```") {
+                ensure!(
+                    inside == language.is_empty(),
+                    "{page}, line {}: a block begins or ends where it should not",
+                    number + 1
+                );
+                inside = !inside;
+            }
+        }
+        ensure!(!inside, "{page} ends in a block of commands");
+    }
+    Ok(())
+}
+
 #[test]
 fn the_command_that_shows_a_claim_finds_a_test() -> Result<()> {
     // As tests/run and cargo's tests have their names, roughly: file::function.

@@ -10,7 +10,9 @@
 //!             scan ▸ drain ▸ send, again and again
 //!   Switchover: libvirt lets QEMU migrate into our socket
 //!             relay what QEMU says before it stops  ───────────────▶  relay at once
-//!             STOP, pre-switchover: last scan ▸ send ═══════════════▶ land
+//!             STOP, pre-switchover: scan ▸ send  ═══════════════════▶ land
+//!             QEMU writes device state, which is not read yet:
+//!             last scan ▸ send  ════════════════════════════════════▶ land
 //!             relay device state (held)  ──────────────────────────▶  withhold
 //!             Commit: counts and digests  ─────────────────────────▶  compare; committed: let device state through
 //!   Performed x-ignore-shared off                                     Finish    QEMU has loaded; x-ignore-shared off
