@@ -16,8 +16,8 @@ use common::{await_some, await_that, deadline, report, Child};
 use ferry_engine::live::inspect;
 use ferry_engine::memory::{PageSet, TrackError, WriteTracker, PAGE};
 use ferry_engine::qemu::{
-    discover, inject, tracked_ranges, writes_device_state, DiscoverError, Ineligible, MigrationStatus,
-    Monitor, MonitorError, Narrow, Process, Version,
+    discover, inject, stands, tracked_ranges, Devices, DiscoverError, Ineligible, MigrationStatus, Monitor,
+    MonitorError, Narrow, Process, Version,
 };
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -359,7 +359,7 @@ fn a_narrow_stream_keeps_qemu_from_going_on() {
     };
     let path = qemu.directory.path().join("door");
     let door = UnixListener::bind(&path).expect("a socket");
-    let process = Process::open(qemu.child.id() as i32).expect("QEMU");
+    let process = Arc::new(Process::open(qemu.child.id() as i32).expect("QEMU"));
     let mut monitor = qemu.monitor();
     let (seen, states) = mpsc::channel();
     monitor.listen(move |event| {
@@ -392,7 +392,17 @@ fn a_narrow_stream_keeps_qemu_from_going_on() {
     let mut early = stream.try_clone().expect("the stream");
     early.set_nonblocking(true).expect("the stream");
     let mut sink = vec![0; 1 << 20];
-    while early.read(&mut sink).is_ok() {}
+    let mut devices = Devices::default();
+    let mut read = || {
+        while let Ok(count @ 1..) = early.read(&mut sink) {
+            devices.look(&sink[..count]);
+            if devices.found() {
+                return true;
+            }
+        }
+        false
+    };
+    assert!(!read());
     let narrow = Narrow::new(&process, &path).expect("narrowed");
     let go_on = json!({ "state": "pre-switchover" });
     // It may stand in its write before it has answered.
@@ -406,9 +416,8 @@ fn a_narrow_stream_keeps_qemu_from_going_on() {
         "{answer:?}"
     );
     until(&mut monitor, "device");
-    await_that("device state to be written", || {
-        writes_device_state(&stream).expect("the stream")
-    });
+    await_that("the first device", read);
+    await_that("QEMU to stand", || stands(&stream).expect("the stream"));
     let silent = monitor.execute(
         "query-status",
         json!({}),

@@ -11,7 +11,7 @@
 use super::signals::{End, Signals};
 use super::watch::Watch;
 use super::Error;
-use crate::qemu::writes_device_state;
+use crate::qemu::{stands, Devices, Narrow, Process};
 use crate::wire::chunk::{self, Kind};
 use crate::wire::Connection;
 use nix::errno::Errno;
@@ -34,8 +34,10 @@ const CHUNK: usize = 64 << 10;
 const WITHHELD: usize = 1024;
 /// Chunks besides the first that one answer of QEMU's is for: what more of them would save is not worth their memory.
 const BATCH: usize = 63;
-/// How often, a millisecond apart, a thread that has the monitor is given the time to note what QEMU has said on it.
-const HEARING: u32 = 100;
+/// How often, [`LOOK`] apart, a thread that has the monitor is given the time to note what QEMU has said on it.
+const HEARING: u32 = 1000;
+/// A QEMU that writes device state, and nothing for so long, has written all of it.
+const SILENCE: u16 = 500;
 /// Between two looks whether QEMU writes device state: the guest stands still meanwhile.
 const LOOK: Duration = Duration::from_micros(100);
 
@@ -120,6 +122,7 @@ fn run(
 pub fn from_source(
     door: Door,
     watch: Arc<Watch>,
+    process: Arc<Process>,
     signals: &Arc<Signals>,
     out: Connection,
     back: Connection,
@@ -127,15 +130,22 @@ pub fn from_source(
     let inner = Arc::clone(signals);
     run("relay", signals, move || {
         let qemu = door.accept(&inner)?;
+        let path = door.path().to_owned();
         drop(door);
         inner
             .watch_socket(&qemu)
             .map_err(Error::system("share QEMU's stream"))?;
         let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
         run("return-path", &inner, move || to_qemu(back, &other))?;
-        let (heard, held) = (Arc::clone(&watch), Arc::clone(&inner));
-        let before = move |qemu: &UnixStream| before_device_state(qemu, &heard, &held);
-        from_qemu(qemu, out, &inner, before, |switched| {
+        let gate = BeforeDevices {
+            watch: Arc::clone(&watch),
+            signals: Arc::clone(&inner),
+            process,
+            path,
+            narrow: None,
+            devices: Devices::default(),
+        };
+        from_qemu(qemu, out, &inner, gate, |switched| {
             // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
             match switched || inner.seen().drained.is_some() || !watch.before_switchover()? {
                 true => Ok(Kind::Held),
@@ -145,28 +155,97 @@ pub fn from_source(
     })
 }
 
-/// Called when there is something to be read from the source's QEMU: returns when it may be.
-fn before_device_state(qemu: &UnixStream, watch: &Watch, signals: &Signals) -> Result<(), Error> {
-    if signals.is_copied() {
-        return Ok(());
+/// What may be read of a QEMU's stream, and when.
+trait Gate: Send {
+    /// There is something to be read, or was nothing for [`SILENCE`]: returns when it may be read.
+    fn before(&mut self, qemu: &UnixStream, ready: bool) -> Result<(), Error>;
+    /// This has been read.
+    fn after(&mut self, bytes: &[u8]);
+}
+
+/// All, at any time.
+struct Open;
+
+impl Gate for Open {
+    fn before(&mut self, _: &UnixStream, _: bool) -> Result<(), Error> {
+        Ok(())
     }
-    // What QEMU has said on its monitor before it wrote this has arrived there too: that libvirt has let it go on. A monitor
-    // that is gone is for others to notice.
-    for _ in 0..HEARING {
-        if signals.seen().switched || watch.hear().unwrap_or(true) {
-            break;
+
+    fn after(&mut self, _: &[u8]) {}
+}
+
+/// All up to the source's device state, and that when the last of its memory has been copied.
+struct BeforeDevices {
+    watch: Arc<Watch>,
+    signals: Arc<Signals>,
+    process: Arc<Process>,
+    /// The door's name.
+    path: PathBuf,
+    narrow: Option<Narrow>,
+    devices: Devices,
+}
+
+impl BeforeDevices {
+    /// Whether libvirt has let QEMU go on. What QEMU has said on its monitor before it wrote what has been read has arrived
+    /// there too, and is heard here or by a thread that has the monitor. A monitor that is gone is for others to notice.
+    fn is_switched(&self) -> bool {
+        for _ in 0..HEARING {
+            if self.signals.seen().switched || self.watch.hear().unwrap_or(true) {
+                break;
+            }
+            std::thread::sleep(LOOK);
         }
-        std::thread::sleep(Duration::from_millis(1));
+        self.signals.seen().switched
     }
-    if !signals.seen().switched {
-        return Ok(());
+}
+
+impl Gate for BeforeDevices {
+    fn before(&mut self, qemu: &UnixStream, ready: bool) -> Result<(), Error> {
+        if self.signals.is_copied() {
+            self.narrow = None;
+            return Ok(());
+        }
+        if ready && self.narrow.is_none() {
+            // QEMU itself writes by now: what it has of libvirt's is its own.
+            self.signals.check()?;
+            self.narrow = Some(Narrow::new(&self.process, &self.path)?);
+            if self.is_switched() {
+                return Err(Error::Elsewhere(
+                    "QEMU was ready to end the migration before this engine was; try again".into(),
+                ));
+            }
+        }
+        match (ready, self.devices.found()) {
+            (true, false) => return Ok(()),
+            (true, true) if !self.is_switched() => {
+                self.devices.forget();
+                return Ok(());
+            }
+            (true, true) => {
+                while !stands(qemu).map_err(Error::system("look at QEMU's stream"))? {
+                    self.signals.check()?;
+                    std::thread::sleep(LOOK);
+                }
+            }
+            // A stream that is not as it is known, all written: nobody waits for what does not come.
+            (false, _) if self.signals.seen().switched => {
+                tracing::warn!(
+                    "QEMU's device state was not recognised: it was not held back for the last copy"
+                );
+            }
+            (false, _) => return Ok(()),
+        }
+        self.signals.saw(|seen| seen.frozen = true);
+        self.signals.wait_until_copied()?;
+        self.narrow = None;
+        Ok(())
     }
-    while !writes_device_state(qemu).map_err(Error::system("look at QEMU's stream"))? {
-        signals.check()?;
-        std::thread::sleep(LOOK);
+
+    fn after(&mut self, bytes: &[u8]) {
+        if !self.devices.found() {
+            self.devices.look(bytes);
+        }
     }
-    signals.saw(|seen| seen.frozen = true);
-    signals.wait_until_copied()
 }
 
 /// The destination's relay: from the source's engine to the QEMU that waits at `incoming`, and back.
@@ -213,7 +292,7 @@ fn deliver(
     let other = qemu.try_clone().map_err(Error::system("share QEMU's stream"))?;
     let inner = Arc::clone(signals);
     run("return-path", signals, move || {
-        from_qemu(other, back, &inner, |_| Ok(()), |_| Ok(Kind::Early))
+        from_qemu(other, back, &inner, Open, |_| Ok(Kind::Early))
     })?;
     loop {
         let (kind, bytes) = next;
@@ -235,8 +314,8 @@ fn deliver(
     }
 }
 
-/// From a QEMU to the other engine, until QEMU closes. `before` is called when there is something to be read, `kind` is
-/// asked after a chunk has been read, and told whether held chunks have begun.
+/// From a QEMU to the other engine, until QEMU closes. `gate` says what may be read, `kind` is asked after a chunk has been
+/// read, and told whether held chunks have begun.
 ///
 /// One thread reads on while another asks: QEMU writes device state with its big lock held, under which it answers no
 /// monitor, so a reader that waited for the monitor would wait for itself (QEMU 10.0, `migration_completion`).
@@ -244,11 +323,11 @@ fn from_qemu(
     qemu: UnixStream,
     mut to: Connection,
     signals: &Arc<Signals>,
-    before: impl Fn(&UnixStream) -> Result<(), Error> + Send + 'static,
+    gate: impl Gate + 'static,
     kind: impl FnMut(bool) -> Result<Kind, Error>,
 ) -> Result<(), Error> {
     let (queue, chunks) = sync_channel(WITHHELD);
-    run("read-qemu", signals, move || read_all(qemu, before, &queue))?;
+    run("read-qemu", signals, move || read_all(qemu, gate, &queue))?;
     pass_on(&chunks, kind, |kind, chunk| {
         Ok(chunk::send(&mut to, kind, chunk)?)
     })?;
@@ -276,18 +355,17 @@ fn pass_on(
 }
 
 /// Reads until QEMU closes.
-fn read_all(
-    mut qemu: UnixStream,
-    before: impl Fn(&UnixStream) -> Result<(), Error>,
-    queue: &SyncSender<Vec<u8>>,
-) -> Result<(), Error> {
+fn read_all(mut qemu: UnixStream, mut gate: impl Gate, queue: &SyncSender<Vec<u8>>) -> Result<(), Error> {
     loop {
         let mut polled = [PollFd::new(qemu.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut polled, PollTimeout::NONE) {
+        let ready = match poll(&mut polled, SILENCE) {
             Err(Errno::EINTR) => continue,
-            other => other.map_err(|error| Error::system("wait for QEMU's stream")(error.into()))?,
+            other => other.map_err(|error| Error::system("wait for QEMU's stream")(error.into()))? > 0,
         };
-        before(&qemu)?;
+        gate.before(&qemu, ready)?;
+        if !ready {
+            continue;
+        }
         let mut chunk = vec![0; CHUNK];
         let count = match qemu.read(&mut chunk) {
             Ok(count) => count,
@@ -296,6 +374,7 @@ fn read_all(
             Err(_) => 0,
         };
         chunk.truncate(count);
+        gate.after(&chunk);
         // A sender that has gone has ended the migration.
         if count == 0 || queue.send(chunk).is_err() {
             return Ok(());

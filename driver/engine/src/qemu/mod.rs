@@ -23,7 +23,7 @@ pub mod throttle;
 
 pub use commands::{MigrationStatus, Version};
 pub use monitor::{Event, Monitor, MonitorError};
-pub use narrow::{writes_device_state, Narrow, NarrowError};
+pub use narrow::{stands, Devices, Narrow, NarrowError};
 pub use process::{Process, ProcessError, Vma};
 pub use ram::{discover, tracked_ranges, DiscoverError, Ineligible, RamBlock};
 pub use throttle::Throttle;

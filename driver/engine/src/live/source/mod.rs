@@ -263,7 +263,7 @@ impl Inspected {
             ready: Ready {
                 session: self.offer.session,
                 watch: self.watch,
-                process: self.process,
+                process: Arc::new(self.process),
                 precopy,
                 brake,
                 device_state: links.device_state,

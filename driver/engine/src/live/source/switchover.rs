@@ -10,11 +10,10 @@ use crate::live::signals::{End, Seen};
 use crate::live::verify::Digests;
 use crate::live::watch::{deadline, Watch};
 use crate::live::Error;
-use crate::qemu::{Narrow, Process};
+use crate::qemu::Process;
 use crate::report::{self, millis, Outcome, Recorder, Stage};
 use crate::wire::{message, Connection};
 use ferry_contract::control::{Options, Reply, Request};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -47,7 +46,7 @@ pub(super) struct Converged {
 pub(super) struct Ready {
     pub(super) session: Uuid,
     pub(super) watch: Arc<Watch>,
-    pub(super) process: Process,
+    pub(super) process: Arc<Process>,
     pub(super) precopy: Precopy,
     pub(super) brake: Option<Brake>,
     pub(super) device_state: Connection,
@@ -97,14 +96,14 @@ impl Ready {
         let mut switchover = Switchover {
             place,
             watch: &watch,
-            process: &process,
+            process,
             precopy: &mut precopy,
         };
         let outcome = switchover
             .begin(session, device_state, return_path)
-            .and_then(|door| {
+            .and_then(|()| {
                 switchover.until_drained(options, brake, recorder)?;
-                let copied = switchover.last_copy(&door, recorder)?;
+                let copied = switchover.last_copy(recorder)?;
                 switchover.commit(copied, control, recorder)
             });
         if let Err(error) = &outcome {
@@ -123,7 +122,7 @@ impl Ready {
 struct Switchover<'a> {
     place: &'a Place<'a>,
     watch: &'a Arc<Watch>,
-    process: &'a Process,
+    process: Arc<Process>,
     precopy: &'a mut Precopy,
 }
 
@@ -144,17 +143,23 @@ impl Switchover<'_> {
         session: Uuid,
         device_state: Connection,
         return_path: Connection,
-    ) -> Result<PathBuf, Error> {
+    ) -> Result<(), Error> {
         let Self { place, watch, .. } = self;
         self.precopy.sweep()?;
         let door = Door::open(&place.settings.runtime_directory, session)?;
         let socket = door.path().to_owned();
-        relay::from_source(door, Arc::clone(watch), place.signals, device_state, return_path)?;
+        let process = Arc::clone(&self.process);
+        relay::from_source(
+            door,
+            Arc::clone(watch),
+            process,
+            place.signals,
+            device_state,
+            return_path,
+        )?;
         watch.ignore_shared()?;
-        place.control.reply(Reply::Switchover {
-            socket: socket.clone(),
-        });
-        Ok(socket)
+        place.control.reply(Reply::Switchover { socket });
+        Ok(())
     }
 
     /// Copies on until the guest stands still and its block I/O has drained.
@@ -209,9 +214,8 @@ impl Switchover<'_> {
     /// pvscsi's and USB's completions write to guest memory then. Once it writes device state nothing does any more, so
     /// what is scanned from there on, while it cannot finish, is as old as that state. (QEMU 10.0,
     /// `migration_completion_precopy`; the last bitmap of its own RAM is taken there, `ram_save_complete`.)
-    fn last_copy(&mut self, door: &Path, recorder: &mut Recorder) -> Result<Copied, Error> {
+    fn last_copy(&mut self, recorder: &mut Recorder) -> Result<Copied, Error> {
         let signals = self.place.signals;
-        let narrow = Narrow::new(self.process, door)?;
         recorder.enter(Stage::StopAndCopy);
         let seen = signals.seen();
         let drained = seen.drained.unwrap_or_else(Instant::now);
@@ -233,7 +237,6 @@ impl Switchover<'_> {
             false => None,
         };
         signals.copied();
-        drop(narrow);
         if memory.is_some() {
             recorder.note("every byte of the guest's memory is compared on both hosts (verify_memory)");
         }
