@@ -132,8 +132,8 @@ fn serve(role: Role, signals: Arc<Signals>) -> anyhow::Result<()> {
 
 /// Whoever ends a guest's cgroup ends all that is in it by SIGTERM: systemd, at libvirt's bidding. While this process is
 /// there to fill the guest's memory, it is not meant: it leaves, and its session ends as that of any guest that dies.
-/// Otherwise it does what it is told. To be called before there are other threads; programs that are started later would
-/// be deaf to the signal.
+/// Nor is it just after, for it may have been among the group's members when they were read. Otherwise it does what it is
+/// told. To be called before there are other threads; programs that are started later would be deaf to the signal.
 fn outlive_the_guest(signals: &Arc<Signals>) -> anyhow::Result<()> {
     let mut told = SigSet::empty();
     told.add(Signal::SIGTERM);
@@ -142,7 +142,7 @@ fn outlive_the_guest(signals: &Arc<Signals>) -> anyhow::Result<()> {
     let take = move || loop {
         match told.wait() {
             Ok(_) if signals.leave_cgroups() => {
-                tracing::info!("told to end (SIGTERM) in the guest's cgroup: left it, and went on");
+                tracing::info!("told to end (SIGTERM) with the guest's cgroup: left it, and went on");
             }
             Ok(_) => {
                 tracing::warn!("told to end (SIGTERM)");

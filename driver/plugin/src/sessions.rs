@@ -106,7 +106,7 @@ impl Drop for Claim<'_> {
 }
 
 /// The socket of an incoming QEMU. Ended before anybody has connected, QEMU leaves it behind.
-struct SocketFile(PathBuf);
+pub struct SocketFile(pub PathBuf);
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
@@ -133,9 +133,9 @@ impl Session {
     }
 
     /// Keeps what this host promised to an arriving guest, and the socket its QEMU has bound.
-    pub fn arriving(mut self, promise: Promise, incoming: PathBuf) -> Self {
+    pub fn arriving(mut self, promise: Promise, incoming: SocketFile) -> Self {
         self.promise = Some(promise);
-        self._incoming = Some(SocketFile(incoming));
+        self._incoming = Some(incoming);
         self
     }
 

@@ -12,14 +12,24 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::process::{Process, ProcessError};
 
+/// How long after it has left a process may still be sent what was meant for the group: whoever ends one reads its
+/// members first and signals them then, and may have to wait for a CPU in between.
+const READ_BEFORE: Duration = Duration::from_secs(10);
+
 /// This process in a guest's cgroups; it leaves them when this is dropped.
 #[derive(Debug)]
-pub struct Membership {
+pub struct Membership(Mutex<Groups>);
+
+#[derive(Debug)]
+struct Groups {
     /// The directory of each group that was joined, and of the one in the same hierarchy that was left for it.
-    joined: Mutex<Vec<(PathBuf, Option<PathBuf>)>>,
+    joined: Vec<(PathBuf, Option<PathBuf>)>,
+    /// When the last of them was left.
+    left: Option<Instant>,
 }
 
 impl Membership {
@@ -41,18 +51,16 @@ impl Membership {
             }
             Err(error) => tracing::warn!(pid, %error, "memory will not be charged to the guest"),
         }
-        Self {
-            joined: Mutex::new(joined),
-        }
+        Self(Mutex::new(Groups { joined, left: None }))
     }
 
     /// Goes back to where this process was; returns once it is there, also where another thread is at it. Says whether
-    /// there was anything to leave. Takes some 10 ms: the kernel waits for a grace period (Linux 6.18,
-    /// `cgroup_threadgroup_rwsem`).
+    /// a signal that comes now may be the group's: this process was in it within the last 10 s. Takes some 10 ms: the
+    /// kernel waits for a grace period (Linux 6.18, `cgroup_threadgroup_rwsem`).
     pub fn leave(&self) -> bool {
-        let mut joined = self.joined.lock().unwrap_or_else(PoisonError::into_inner);
-        let any = !joined.is_empty();
-        for (theirs, ours) in joined.drain(..) {
+        let mut groups = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let any = !groups.joined.is_empty();
+        for (theirs, ours) in groups.joined.drain(..) {
             // A group that has lost its last process may have been removed: the nearest above it that takes us.
             let above = ours.iter().flat_map(|ours| ours.ancestors());
             match above.map(enter).find(Result::is_ok) {
@@ -62,7 +70,10 @@ impl Membership {
                 }
             }
         }
-        any
+        if any {
+            groups.left = Some(Instant::now());
+        }
+        groups.left.is_some_and(|left| left.elapsed() < READ_BEFORE)
     }
 }
 
@@ -279,9 +290,21 @@ mod tests {
         );
         assert!(membership.leave());
         assert_eq!((guest.members(), own()), (vec![other], before.clone()));
-        assert!(!membership.leave(), "it has left");
         drop(Membership::join(&process));
         assert_eq!((guest.members(), own()), (vec![other], before));
+    }
+
+    #[test]
+    fn what_is_sent_to_a_group_may_come_after_it_was_left() {
+        let of = |joined| Membership(Mutex::new(Groups { joined, left: None }));
+        assert!(!of(vec![]).leave(), "it was in none");
+        // With nothing to go back to, its leaving is only noted.
+        let membership = of(vec![(PathBuf::from("/nowhere"), None)]);
+        assert!(membership.leave(), "it was in one");
+        assert!(membership.leave(), "its members may have been read before");
+        let longer_ago = Instant::now().checked_sub(READ_BEFORE);
+        membership.0.lock().expect("its groups").left = Some(longer_ago.expect("an earlier time"));
+        assert!(!membership.leave(), "whoever ended the group is done");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::engine::Engine;
 use crate::guest_memory;
 use crate::libvirt::phase::{self, MallocString, Prepared};
 use crate::libvirt::{Connection, Cookie, Error, OwnedDomain, Params};
-use crate::sessions::{self, HugePromise, Promise, Role, Session};
+use crate::sessions::{self, HugePromise, Promise, Role, Session, SocketFile};
 use crate::turns::Moving;
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request, Settings};
@@ -227,6 +227,7 @@ impl Arrival {
             let listen = listen_address(&params).unwrap_or_else(host::any_address);
             rewritten = uri::with_disks(rewritten, &uri::disks(&listen, port));
         }
+        let socket = SocketFile(self.incoming.clone());
         let prepared = match phase::prepare(connection, &rewritten, cookie, native) {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -236,7 +237,7 @@ impl Arrival {
         };
         drop(huge);
         let session = Session::new(Role::Destination, self.guest.clone(), self.offer.clone(), engine);
-        let session = sessions::add(session.arriving(promise, self.incoming.clone()));
+        let session = sessions::add(session.arriving(promise, socket));
         let attached = self.attach(connection, &params, &session, prepared);
         attached.map(Started::Listening).inspect_err(|_| {
             sessions::remove(&session);

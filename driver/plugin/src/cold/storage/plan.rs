@@ -2,7 +2,8 @@
 //! what only this host can tell of a file ([`Here`]).
 //!
 //! A file stays where it is when it is there already, is none (a device), or somebody else needs it: another guest, a disk of
-//! this one that stays, or, of a base on a network file system, maybe a guest of another host. Then all that its header names stays, too, for that must not be changed.
+//! this one that stays, or, of a base on a network file system, maybe a guest of another host. Then all that its header
+//! names stays, too, for that must not be changed.
 
 use crate::cold::image::Layer;
 use crate::cold::inventory::{plain, OTHER_HOSTS};
