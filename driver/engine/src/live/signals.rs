@@ -215,7 +215,7 @@ impl Signals {
         }
     }
 
-    /// Leaves the guest's cgroups; says whether this process was in them still. Whoever has to be out of them before
+    /// Leaves the guest's cgroups; says whether a signal that comes now may be the groups': it was in them within the last 10 s. Whoever has to be out of them before
     /// going on asks, too: it waits for a thread that is at it.
     pub fn leave_cgroups(&self) -> bool {
         // Not under the lock: it takes a while.
