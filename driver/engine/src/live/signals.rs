@@ -215,8 +215,8 @@ impl Signals {
         }
     }
 
-    /// Leaves the guest's cgroups; says whether a signal that comes now may be the groups': it was in them within the last 10 s. Whoever has to be out of them before
-    /// going on asks, too: it waits for a thread that is at it.
+    /// Leaves the guest's cgroups; says whether a signal that comes now may be the groups': it was in them within the last
+    /// 10 s. Whoever has to be out of them before going on asks, too: it waits for a thread that is at it.
     pub fn leave_cgroups(&self) -> bool {
         // Not under the lock: it takes a while.
         let membership = self.lock().membership.clone();
