@@ -13,6 +13,7 @@ use super::identity::is_ours;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::{self, Nonces};
+use super::place::is_device;
 use super::record::Recorder;
 use super::serve::Shelf;
 use super::Error;
@@ -826,9 +827,21 @@ fn is_gone(path: &Path) -> bool {
 }
 
 /// Whether a file that was to be deleted is still there, as it was when it was copied. What does not move is not looked at.
+/// A device is never deleted: it has to be there, and its node is another one after a reboot.
 pub fn is_whole(entry: &Entry) -> bool {
     let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
-    entry.fate != Fate::Moves || is_ours(&real, entry) && !is_changed(&real, entry)
+    match (entry.fate, entry.kind) {
+        (Fate::Moves, Kind::File) => is_ours(&real, entry) && !is_changed(&real, entry),
+        (Fate::Moves, Kind::Block) => is_device(&real) && holds(&real, entry.size),
+        (Fate::Shared | Fate::Present, _) => true,
+    }
+}
+
+/// Whether a device can be read, and has so many bytes.
+fn holds(device: &Path, size: u64) -> bool {
+    let length = std::fs::File::open(device)
+        .and_then(|device| files::length(&device, &device.metadata()?, Kind::Block));
+    length.is_ok_and(|length| length >= size)
 }
 
 /// Whether it has another length or time than the file that was copied.
