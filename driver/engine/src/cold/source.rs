@@ -402,7 +402,8 @@ impl Session {
                     let cause = Error::Other("the operator or libvirt gave the migration up".into());
                     let given_up = shared.ownership.give_up(&cause)?;
                     let state = shared.ownership.wait_while(State::Committed, UNTIL_CONFIRMED);
-                    match given_up || state.is_none() {
+                    // Meanwhile the destination may have said that the guest is to be kept.
+                    match given_up || !matches!(state, Some(State::Committed | State::OwnedThere)) {
                         true => {
                             control.reply(Reply::ColdAborted);
                             concluded = true;
