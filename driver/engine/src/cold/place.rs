@@ -9,6 +9,7 @@ use super::{users, Error};
 use ferry_contract::cold::journal::{Fate, Journal, State};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
+use nix::unistd::{getegid, geteuid};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -67,6 +68,9 @@ impl Target {
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)
             .map_err(failed)?;
+        if left {
+            make_ours(&file, path)?;
+        }
         file.set_len(size).map_err(failed)?;
         Self::new(path, file, Kind::File, size)
     }
@@ -234,6 +238,26 @@ impl Target {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+}
+
+/// Makes a file that was complete once as a new one is: nobody else's, whoever might use it then.
+fn make_ours(file: &File, path: &Path) -> Result<(), Error> {
+    permit(file, path, 0o600, None)?;
+    let (user, group) = (geteuid().as_raw(), getegid().as_raw());
+    fchown(file, Some(user), Some(group)).map_err(Error::file("set the owner of", path))?;
+    for (name, _) in files::attributes(file) {
+        let Ok(text) = std::ffi::CString::new(name) else {
+            continue;
+        };
+        // SAFETY: the name ends with NUL.
+        let done = unsafe { libc::fremovexattr(file.as_raw_fd(), text.as_ptr()) };
+        if done != 0 {
+            return Err(Error::file("remove an attribute of", path)(
+                io::Error::last_os_error(),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Lets exactly those use a new file or directory who may, also where its directory would let others. Until then it is
@@ -451,6 +475,42 @@ mod tests {
         };
         assert!(make_directory(&made, Some(&like)).unwrap());
         assert_eq!(fs::metadata(&made).unwrap().mode() & 0o7777, 0o750);
+    }
+
+    #[test]
+    fn what_was_left_complete_is_ours_alone_again() {
+        // Not below /tmp, which may be a file system without attributes.
+        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = directory.path().join("file");
+        let target = Target::file(&path, 1, false).unwrap();
+        target.attribute("user.former", b"value");
+        // Of the owner, user 7, the group, the mask and others: all may everything.
+        let list = [
+            (1u8, u32::MAX),
+            (2, 7),
+            (4, u32::MAX),
+            (16, u32::MAX),
+            (32, u32::MAX),
+        ];
+        let mut value = 2u32.to_le_bytes().to_vec();
+        for (tag, id) in list {
+            value.extend([tag, 0, 7, 0]);
+            value.extend(id.to_le_bytes());
+        }
+        Acl::decode(&value).unwrap().set(&target.file).unwrap();
+        if geteuid().is_root() {
+            fchown(&target.file, Some(1), Some(2)).unwrap();
+        }
+        drop(target);
+        let target = Target::file(&path, 2, true).unwrap();
+        let found = fs::metadata(&path).unwrap();
+        assert_eq!((found.mode() & 0o7777, found.len()), (0o600, 2));
+        assert_eq!(
+            (found.uid(), found.gid()),
+            (geteuid().as_raw(), getegid().as_raw())
+        );
+        assert_eq!(Acl::of(&target.file).unwrap(), None);
+        assert_eq!(files::attributes(&target.file), []);
     }
 
     #[test]
