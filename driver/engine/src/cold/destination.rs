@@ -20,6 +20,7 @@ use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
+use super::users::Owner;
 use super::{extents, users, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
@@ -603,8 +604,9 @@ fn transfer(
     let mut digests = vec![None; count];
     for file in pull.files {
         if let Some(target) = &file.target {
-            let acl = file.looked.acl.as_ref().map(|acl| acl_here(acl, &file.path));
-            target.complete(&file.looked, acl.as_ref())?;
+            let like = &file.looked;
+            let acl = like.acl.as_ref().map(|acl| acl_here(acl, &file.path));
+            target.complete(like, Owner::from_elsewhere(&like.owner, &like.group), acl)?;
         }
         let blocks = file.blocks.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(digest) = digests.get_mut(file.number as usize) {

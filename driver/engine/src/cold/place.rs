@@ -5,7 +5,8 @@ use super::files::{self, is_aligned, Aligned, Reader};
 use super::identity::{is_ours, Identity};
 use super::journal::sync_parent;
 use super::messages::Looked;
-use super::{users, Error};
+use super::users::Owner;
+use super::Error;
 use ferry_contract::cold::journal::{Fate, Journal, State};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
@@ -185,20 +186,17 @@ impl Target {
         Ok(())
     }
 
-    /// Gives the file its owner, permissions and attributes, and makes all of it durable. The list of `like` names people of
-    /// another host; `acl` is what it is here.
+    /// Gives the file its owner, permissions and attributes, and makes all of it durable. `like` may name people of another
+    /// host; `owner` and `acl` are what they are here.
     ///
     /// # Errors
     /// The system refuses.
-    pub fn complete(&self, like: &Looked, acl: Option<&Acl<u32>>) -> Result<(), Error> {
+    pub fn complete(&self, like: &Looked, owner: Owner, acl: Option<Acl<u32>>) -> Result<(), Error> {
         if self.kind == Kind::File {
-            let failed = Error::file("set the owner of", &self.path);
-            let owner = (users::user_id(&like.owner), users::group_id(&like.group));
-            if owner.0.is_none() || owner.1.is_none() {
+            if owner.user.is_none() || owner.group.is_none() {
                 tracing::warn!(path = %self.path.display(), owner = like.owner, group = like.group, "no such owner here");
             }
-            fchown(&self.file, owner.0, owner.1).map_err(failed)?;
-            permit(&self.file, &self.path, like.mode, acl)?;
+            give(&self.file, &self.path, owner, like.mode, acl)?;
             for (name, value) in &like.attributes {
                 self.attribute(name, value);
             }
@@ -240,11 +238,34 @@ impl Target {
     }
 }
 
+/// Whoever is not known here is this process's own user or group: root.
+fn own(file: &File, path: &Path, owner: Owner) -> Result<(), Error> {
+    let user = owner.user.unwrap_or_else(|| geteuid().as_raw());
+    let group = owner.group.unwrap_or_else(|| getegid().as_raw());
+    fchown(file, Some(user), Some(group)).map_err(Error::file("set the owner of", path))
+}
+
+/// Gives a new file or directory to its owner, and lets those use it who may. A group that is not known here may nothing:
+/// the one that the file has instead is another one.
+fn give(file: &File, path: &Path, owner: Owner, mode: u32, acl: Option<Acl<u32>>) -> Result<(), Error> {
+    own(file, path, owner)?;
+    match owner.group {
+        Some(_) => permit(file, path, mode, acl.as_ref()),
+        None => {
+            let acl = acl.map(Acl::without_group);
+            permit(file, path, mode & 0o700 | mode & mode >> 3 & 0o7, acl.as_ref())
+        }
+    }
+}
+
 /// Makes a file that was complete once as a new one is: nobody else's, whoever might use it then.
 fn make_ours(file: &File, path: &Path) -> Result<(), Error> {
     permit(file, path, 0o600, None)?;
-    let (user, group) = (geteuid().as_raw(), getegid().as_raw());
-    fchown(file, Some(user), Some(group)).map_err(Error::file("set the owner of", path))?;
+    let nobody = Owner {
+        user: None,
+        group: None,
+    };
+    own(file, path, nobody)?;
     for (name, _) in files::attributes(file) {
         let Ok(text) = std::ffi::CString::new(name) else {
             continue;
@@ -326,13 +347,8 @@ pub fn make_directory(path: &Path, like: Option<&Directory>) -> Result<bool, Err
     }
     if let Some(like) = like {
         let directory = File::open(path).map_err(failed)?;
-        fchown(
-            &directory,
-            users::user_id(&like.owner),
-            users::group_id(&like.group),
-        )
-        .map_err(failed)?;
-        permit(&directory, path, like.mode, None)?;
+        let owner = Owner::from_elsewhere(&like.owner, &like.group);
+        give(&directory, path, owner, like.mode, None)?;
     }
     sync_parent(path).map_err(failed)?;
     Ok(true)
@@ -415,6 +431,7 @@ pub fn undo(journal: &Journal) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::users;
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
@@ -456,16 +473,28 @@ mod tests {
             size: 1,
             kind: Kind::File,
             mode: 0o6755,
-            owner: own.uid().to_string(),
-            group: own.gid().to_string(),
+            owner: users::user_name(own.uid()),
+            group: users::group_name(own.gid()),
             attributes: Vec::new(),
             acl: None,
             name: "file".into(),
             has_nonce: false,
             sample: None,
         };
-        target.complete(&like, None).unwrap();
-        assert_eq!(fs::metadata(&target.path).unwrap().mode() & 0o7777, 0o755);
+        let mode = || fs::metadata(&target.path).unwrap().mode() & 0o7777;
+        let owner = Owner::from_here(&like.owner, &like.group);
+        target.complete(&like, owner, None).unwrap();
+        assert_eq!(mode(), 0o755);
+        // A group that is not known here: its members are others, and nobody may what they could not.
+        let stranger = Owner { group: None, ..owner };
+        for (theirs, ours) in [(0o640, 0o600), (0o604, 0o600), (0o666, 0o606)] {
+            let like = Looked {
+                mode: theirs,
+                ..like.clone()
+            };
+            target.complete(&like, stranger, None).unwrap();
+            assert_eq!(mode(), ours);
+        }
         let made = directory.path().join("made");
         let like = Directory {
             path: "/there".into(),
