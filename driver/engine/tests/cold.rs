@@ -8,7 +8,7 @@ use common::cold::{
     ACCESS, DEFAULT, MIB, NO_ID,
 };
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Definition, Kept, Medium, Options, Part};
+use ferry_contract::cold::{Definition, Kept, Medium, Options, Part, Recovered, Wish};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Encryption;
 use std::fs::{self, File, OpenOptions};
@@ -748,6 +748,40 @@ fn devices_are_filled_in_place() {
     let failure = destination.refusal(&scene.pull(&offer));
     assert!(failure.cause.contains("bytes, the source's"), "{}", failure.cause);
     source.end_aborted();
+    scene.assert_clean();
+}
+
+/// Its node is another one after a reboot, and the source never deletes a device.
+#[test]
+fn a_guest_on_a_device_can_be_taken_back_from_a_lost_host() {
+    let mut scene = Scene::default();
+    let files = ["one", "two", "small"].map(|name| scene.directory.path().join(name));
+    for (file, length) in files.iter().zip([8 << 20, 8 << 20, 4 << 20]) {
+        File::create(file).unwrap().set_len(length).unwrap();
+    }
+    fs::write(&files[0], noise(12, 8 << 20)).unwrap();
+    let [Some(one), Some(two), Some(small)] = files.map(|file| Loop::over(&file)) else {
+        eprintln!("skipped: no loop devices");
+        return;
+    };
+    scene.own(&one.0, disk(0));
+    scene.elsewhere = vec![(one.0.clone(), two.0.clone())];
+    let (source, mut destination) = scene.placed();
+    destination.own();
+    destination.end();
+    source.crash();
+    let at = |path: &Path| {
+        scene.change_journal(Role::Source, |journal| {
+            journal.entries[0].path = path.to_owned();
+            (journal.entries[0].identity, journal.entries[0].lasting) = (Some((1, 1)), None);
+        });
+        scene.recovery(Role::Source, Wish::Own).hear()
+    };
+    match at(&small.0) {
+        Some(Reply::Failed(failure)) => assert!(failure.cause.contains("not what they were"), "{failure}"),
+        reply => panic!("{reply:?}"),
+    }
+    assert_eq!(at(&one.0), Some(Reply::ColdRecovered(Recovered::Stays)));
     scene.assert_clean();
 }
 

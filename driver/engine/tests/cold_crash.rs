@@ -819,7 +819,7 @@ fn a_destination_with_the_files_in_place_hears_that_the_source_has_the_guest_aga
 
 #[test]
 fn a_copy_that_waits_gives_way_to_its_own_source_only() {
-    let guest = Guest::new();
+    let mut guest = Guest::new();
     let (source, destination) = guest.scene.pulled();
     destination.crash();
     source.end_aborted();
@@ -838,6 +838,15 @@ fn a_copy_that_waits_gives_way_to_its_own_source_only() {
     (journal.peer, journal.state) = ("host1".into(), State::Committing);
     std::fs::write(&path, serde_json::to_vec(&journal).unwrap()).unwrap();
     std::fs::rename(journal.entries[0].temporary.as_ref().unwrap(), guest.there()).unwrap();
+    // What has made way is not said to be here any more, also where the new session gets no further.
+    let taken = guest.scene.directory.path().join("taken");
+    std::fs::write(&taken, "").unwrap();
+    guest.scene.elsewhere = vec![(guest.disk.clone(), taken)];
+    guest.scene.refused();
+    assert!(!guest.there().exists());
+    let state = guest.scene.journal(Role::Destination).unwrap().state;
+    assert_eq!(state, State::Pulling);
+    guest.scene.elsewhere.clear();
     guest.assert_stays_and_moves_again();
 }
 

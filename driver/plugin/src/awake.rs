@@ -79,8 +79,9 @@ fn own_socket() -> Option<PathBuf> {
             Some(inode.to_owned())
         })
         .collect();
-    let sockets = std::fs::read_to_string("/proc/self/net/unix").ok()?;
-    listening(&sockets, |inode| own.contains(inode))
+    // Anybody may give a socket a name that is no text.
+    let sockets = std::fs::read("/proc/self/net/unix").ok()?;
+    listening(&String::from_utf8_lossy(&sockets), |inode| own.contains(inode))
 }
 
 /// The first of our [`SOCKETS`] in the kernel's list (`Num RefCount Protocol Flags Type St Inode Path`).

@@ -63,6 +63,15 @@ impl<Id> Acl<Id> {
             .into_iter()
             .fold(0, |mode, may| mode << 3 | u32::from(may & 7))
     }
+
+    /// Where the owning group is not known: its members are others now, and may no more than they might.
+    pub fn without_group(self) -> Self {
+        Self {
+            group: 0,
+            others: self.others & self.group & self.mask,
+            ..self
+        }
+    }
 }
 
 impl Acl<u32> {
@@ -131,7 +140,7 @@ impl Acl<u32> {
         }
     }
 
-    fn decode(value: &[u8]) -> Option<Self> {
+    pub(super) fn decode(value: &[u8]) -> Option<Self> {
         let (version, entries) = value.split_first_chunk()?;
         if u32::from_le_bytes(*version) != VERSION || entries.len() % ENTRY != 0 {
             return None;
@@ -352,5 +361,7 @@ mod tests {
             ..list(vec![(7, 6)], vec![])
         };
         assert_eq!(masked.mode(), 0o600);
+        let lost = masked.without_group();
+        assert_eq!((lost.group, lost.mask, lost.others), (0, 2, 0));
     }
 }

@@ -20,6 +20,7 @@ use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
+use super::users::Owner;
 use super::{extents, users, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
@@ -412,7 +413,7 @@ impl Arriving<'_, '_> {
         self.told.recorder.enter("reservation");
         let (source_host, nonce) = link.open(signals)?;
         if let Some(waiting) = earlier.as_ref().filter(|earlier| waits(earlier)) {
-            follow(waiting, &source_host)?;
+            follow(&claim, waiting, &source_host)?;
         }
         let (mut looked, mut attributes) = (Vec::new(), 0);
         for (number, file) in inventory.files.iter().enumerate() {
@@ -445,7 +446,7 @@ impl Arriving<'_, '_> {
         }
         let entries = self.entries(&fates, &left);
         // From here on a crash leaves a trace; one of an earlier attempt that is of no use any more goes first.
-        remove_useless(earlier.as_ref(), &left);
+        remove_useless(&claim, earlier.as_ref(), &left)?;
         let mut journal = journal(source_host, entries);
         journal.directories = earlier.map(|earlier| earlier.directories).unwrap_or_default();
         let kept = Kept::new(claim, journal)?;
@@ -603,8 +604,9 @@ fn transfer(
     let mut digests = vec![None; count];
     for file in pull.files {
         if let Some(target) = &file.target {
-            let acl = file.looked.acl.as_ref().map(|acl| acl_here(acl, &file.path));
-            target.complete(&file.looked, acl.as_ref())?;
+            let like = &file.looked;
+            let acl = like.acl.as_ref().map(|acl| acl_here(acl, &file.path));
+            target.complete(like, Owner::from_elsewhere(&like.owner, &like.group), acl)?;
         }
         let blocks = file.blocks.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(digest) = digests.get_mut(file.number as usize) {
@@ -664,8 +666,8 @@ fn waits(journal: &Journal) -> bool {
 /// knows that. Another host has another copy, and does not know which one is the guest.
 ///
 /// # Errors
-/// It comes from another host.
-fn follow(waiting: &Journal, source_host: &str) -> Result<(), Error> {
+/// It comes from another host, or the journal cannot be written.
+fn follow(claim: &Claim, waiting: &Journal, source_host: &str) -> Result<(), Error> {
     if waiting.peer != source_host {
         let (name, peer) = (&waiting.guest.name, &waiting.peer);
         return Err(Error::Other(format!(
@@ -675,13 +677,36 @@ fn follow(waiting: &Journal, source_host: &str) -> Result<(), Error> {
     }
     // Some of it has its names already, which the new session wants.
     if waiting.entries.iter().any(|entry| is_ours(&entry.path, entry)) {
+        // A crash from here on must not leave a journal by which all of the guest is here; one that is given up has what is
+        // in its place removed, too.
+        claim.note(&in_state(waiting, State::Aborted))?;
         place::undo(waiting);
+        claim.note(&in_state(waiting, State::Pulling))?;
     }
     Ok(())
 }
 
-fn remove_useless(earlier: Option<&Journal>, left: &BTreeMap<PathBuf, PathBuf>) {
-    let Some(earlier) = earlier else { return };
+fn in_state(journal: &Journal, state: State) -> Journal {
+    Journal {
+        state,
+        ..journal.clone()
+    }
+}
+
+/// Removes what an earlier session left and this one does not take up.
+///
+/// # Errors
+/// The journal cannot be written: nothing is removed.
+fn remove_useless(
+    claim: &Claim,
+    earlier: Option<&Journal>,
+    left: &BTreeMap<PathBuf, PathBuf>,
+) -> Result<(), Error> {
+    let Some(earlier) = earlier else { return Ok(()) };
+    if waits(earlier) {
+        // All of the guest is not here any more.
+        claim.note(&in_state(earlier, State::Pulling))?;
+    }
     let used: BTreeSet<_> = left.values().collect();
     let mut useless = earlier.clone();
     useless.entries.retain(|entry| {
@@ -692,6 +717,7 @@ fn remove_useless(earlier: Option<&Journal>, left: &BTreeMap<PathBuf, PathBuf>) 
     });
     useless.directories.clear();
     place::undo(&useless);
+    Ok(())
 }
 
 impl Arrived {

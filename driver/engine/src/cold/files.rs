@@ -348,7 +348,7 @@ pub fn is_held(path: &Path) -> bool {
 }
 
 /// `user.*` attributes: libvirt's own (`trusted.libvirt.*`) count this host's users, and labels are this host's too.
-fn attributes(file: &File) -> Vec<(String, Vec<u8>)> {
+pub fn attributes(file: &File) -> Vec<(String, Vec<u8>)> {
     use std::os::fd::AsRawFd;
     let fd = file.as_raw_fd();
     let mut names = vec![0u8; 64 << 10];

@@ -3,9 +3,10 @@
 //! A device's number does not last: btrfs, NFS and the device mapper may have another one with every mount. What lasts is the
 //! handle by which the kernel exports a file (name_to_handle_at(2)): its inode with a number of that inode's use, so that a
 //! later file in it has another one; on NFS, what the server calls it. Two btrfs may count alike and have equal ones, so the
-//! time of its birth goes with it, which nobody can set.
+//! time of its birth goes with it, which nobody can set. FUSE's handles are counted anew with every mount, and say nothing.
 
 use ferry_contract::cold::journal::Entry;
+use nix::sys::statfs;
 use std::fmt::Write;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -19,7 +20,7 @@ use std::time::UNIX_EPOCH;
 pub struct Identity {
     /// Its device and inode.
     pub number: (u64, u64),
-    /// What lasts; `None` on a file system without handles (overlayfs, SMB).
+    /// What lasts; `None` on a file system without handles that do (overlayfs, SMB, FUSE).
     pub lasting: Option<String>,
 }
 
@@ -34,7 +35,8 @@ impl Identity {
             let since = born.duration_since(UNIX_EPOCH).ok()?;
             Some(since.as_nanos())
         });
-        let lasting = handle(file).map(|handle| match born {
+        let handle = handle(file).filter(|_| !is_fuse(file));
+        let lasting = handle.map(|handle| match born {
             Some(born) => format!("{handle} {born}"),
             None => handle,
         });
@@ -64,6 +66,11 @@ pub fn is_ours(path: &Path, entry: &Entry) -> bool {
         Some(_) => found.lasting == entry.lasting,
         None => Some(found.number) == entry.identity,
     }
+}
+
+/// Whether the numbers in its handle are the mount's own. Where that cannot be known, they are taken for it.
+fn is_fuse(file: &File) -> bool {
+    statfs::fstatfs(file).map_or(true, |found| found.filesystem_type() == statfs::FUSE_SUPER_MAGIC)
 }
 
 /// The kernel's handle of a file, as text.

@@ -81,6 +81,14 @@ impl Claim {
     pub fn find(&self) -> Result<Option<Journal>, Error> {
         read(&self.journal)
     }
+
+    /// Writes down how far this session of an earlier engine is.
+    ///
+    /// # Errors
+    /// It cannot be kept.
+    pub fn note(&self, journal: &Journal) -> Result<(), Error> {
+        write(&self.journal, journal)
+    }
 }
 
 impl Drop for Claim {
@@ -173,7 +181,7 @@ impl Kept {
             journal,
             claim: Some(claim),
         };
-        kept.write()?;
+        write(&kept.path, &kept.journal)?;
         Ok(kept)
     }
 
@@ -225,7 +233,7 @@ impl Kept {
         self.journal.state = state;
         change(&mut self.journal);
         tracing::info!(?state, "journal");
-        self.write().inspect_err(|_| self.journal = before)
+        write(&self.path, &self.journal).inspect_err(|_| self.journal = before)
     }
 
     /// Notes something without going on.
@@ -259,12 +267,12 @@ impl Kept {
             .and_then(|()| sync_parent(&self.path))
             .map_err(Error::file("remove the journal", &self.path))
     }
+}
 
-    fn write(&self) -> Result<(), Error> {
-        let text = serde_json::to_vec(&self.journal)
-            .map_err(|error| Error::Other(format!("the journal cannot be written: {error}")))?;
-        replace(&self.path, &text).map_err(Error::file("write the journal", &self.path))
-    }
+fn write(path: &Path, journal: &Journal) -> Result<(), Error> {
+    let text = serde_json::to_vec(journal)
+        .map_err(|error| Error::Other(format!("the journal cannot be written: {error}")))?;
+    replace(path, &text).map_err(Error::file("write the journal", path))
 }
 
 fn none(path: &Path) -> Error {

@@ -5,10 +5,12 @@ use super::files::{self, is_aligned, Aligned, Reader};
 use super::identity::{is_ours, Identity};
 use super::journal::sync_parent;
 use super::messages::Looked;
-use super::{users, Error};
+use super::users::Owner;
+use super::Error;
 use ferry_contract::cold::journal::{Fate, Journal, State};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
+use nix::unistd::{getegid, geteuid};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -67,6 +69,9 @@ impl Target {
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)
             .map_err(failed)?;
+        if left {
+            make_ours(&file, path)?;
+        }
         file.set_len(size).map_err(failed)?;
         Self::new(path, file, Kind::File, size)
     }
@@ -181,20 +186,17 @@ impl Target {
         Ok(())
     }
 
-    /// Gives the file its owner, permissions and attributes, and makes all of it durable. The list of `like` names people of
-    /// another host; `acl` is what it is here.
+    /// Gives the file its owner, permissions and attributes, and makes all of it durable. `like` may name people of another
+    /// host; `owner` and `acl` are what they are here.
     ///
     /// # Errors
     /// The system refuses.
-    pub fn complete(&self, like: &Looked, acl: Option<&Acl<u32>>) -> Result<(), Error> {
+    pub fn complete(&self, like: &Looked, owner: Owner, acl: Option<Acl<u32>>) -> Result<(), Error> {
         if self.kind == Kind::File {
-            let failed = Error::file("set the owner of", &self.path);
-            let owner = (users::user_id(&like.owner), users::group_id(&like.group));
-            if owner.0.is_none() || owner.1.is_none() {
+            if owner.user.is_none() || owner.group.is_none() {
                 tracing::warn!(path = %self.path.display(), owner = like.owner, group = like.group, "no such owner here");
             }
-            fchown(&self.file, owner.0, owner.1).map_err(failed)?;
-            permit(&self.file, &self.path, like.mode, acl)?;
+            give(&self.file, &self.path, owner, like.mode, acl)?;
             for (name, value) in &like.attributes {
                 self.attribute(name, value);
             }
@@ -234,6 +236,49 @@ impl Target {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+}
+
+/// Whoever is not known here is this process's own user or group: root.
+fn own(file: &File, path: &Path, owner: Owner) -> Result<(), Error> {
+    let user = owner.user.unwrap_or_else(|| geteuid().as_raw());
+    let group = owner.group.unwrap_or_else(|| getegid().as_raw());
+    fchown(file, Some(user), Some(group)).map_err(Error::file("set the owner of", path))
+}
+
+/// Gives a new file or directory to its owner, and lets those use it who may. A group that is not known here may nothing:
+/// the one that the file has instead is another one.
+fn give(file: &File, path: &Path, owner: Owner, mode: u32, acl: Option<Acl<u32>>) -> Result<(), Error> {
+    own(file, path, owner)?;
+    match owner.group {
+        Some(_) => permit(file, path, mode, acl.as_ref()),
+        None => {
+            let acl = acl.map(Acl::without_group);
+            permit(file, path, mode & 0o700 | mode & mode >> 3 & 0o7, acl.as_ref())
+        }
+    }
+}
+
+/// Makes a file that was complete once as a new one is: nobody else's, whoever might use it then.
+fn make_ours(file: &File, path: &Path) -> Result<(), Error> {
+    permit(file, path, 0o600, None)?;
+    let nobody = Owner {
+        user: None,
+        group: None,
+    };
+    own(file, path, nobody)?;
+    for (name, _) in files::attributes(file) {
+        let Ok(text) = std::ffi::CString::new(name) else {
+            continue;
+        };
+        // SAFETY: the name ends with NUL.
+        let done = unsafe { libc::fremovexattr(file.as_raw_fd(), text.as_ptr()) };
+        if done != 0 {
+            return Err(Error::file("remove an attribute of", path)(
+                io::Error::last_os_error(),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Lets exactly those use a new file or directory who may, also where its directory would let others. Until then it is
@@ -302,13 +347,8 @@ pub fn make_directory(path: &Path, like: Option<&Directory>) -> Result<bool, Err
     }
     if let Some(like) = like {
         let directory = File::open(path).map_err(failed)?;
-        fchown(
-            &directory,
-            users::user_id(&like.owner),
-            users::group_id(&like.group),
-        )
-        .map_err(failed)?;
-        permit(&directory, path, like.mode, None)?;
+        let owner = Owner::from_elsewhere(&like.owner, &like.group);
+        give(&directory, path, owner, like.mode, None)?;
     }
     sync_parent(path).map_err(failed)?;
     Ok(true)
@@ -391,6 +431,7 @@ pub fn undo(journal: &Journal) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::users;
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
@@ -432,16 +473,28 @@ mod tests {
             size: 1,
             kind: Kind::File,
             mode: 0o6755,
-            owner: own.uid().to_string(),
-            group: own.gid().to_string(),
+            owner: users::user_name(own.uid()),
+            group: users::group_name(own.gid()),
             attributes: Vec::new(),
             acl: None,
             name: "file".into(),
             has_nonce: false,
             sample: None,
         };
-        target.complete(&like, None).unwrap();
-        assert_eq!(fs::metadata(&target.path).unwrap().mode() & 0o7777, 0o755);
+        let mode = || fs::metadata(&target.path).unwrap().mode() & 0o7777;
+        let owner = Owner::from_here(&like.owner, &like.group);
+        target.complete(&like, owner, None).unwrap();
+        assert_eq!(mode(), 0o755);
+        // A group that is not known here: its members are others, and nobody may what they could not.
+        let stranger = Owner { group: None, ..owner };
+        for (theirs, ours) in [(0o640, 0o600), (0o604, 0o600), (0o666, 0o606)] {
+            let like = Looked {
+                mode: theirs,
+                ..like.clone()
+            };
+            target.complete(&like, stranger, None).unwrap();
+            assert_eq!(mode(), ours);
+        }
         let made = directory.path().join("made");
         let like = Directory {
             path: "/there".into(),
@@ -451,6 +504,42 @@ mod tests {
         };
         assert!(make_directory(&made, Some(&like)).unwrap());
         assert_eq!(fs::metadata(&made).unwrap().mode() & 0o7777, 0o750);
+    }
+
+    #[test]
+    fn what_was_left_complete_is_ours_alone_again() {
+        // Not below /tmp, which may be a file system without attributes.
+        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = directory.path().join("file");
+        let target = Target::file(&path, 1, false).unwrap();
+        target.attribute("user.former", b"value");
+        // Of the owner, user 7, the group, the mask and others: all may everything.
+        let list = [
+            (1u8, u32::MAX),
+            (2, 7),
+            (4, u32::MAX),
+            (16, u32::MAX),
+            (32, u32::MAX),
+        ];
+        let mut value = 2u32.to_le_bytes().to_vec();
+        for (tag, id) in list {
+            value.extend([tag, 0, 7, 0]);
+            value.extend(id.to_le_bytes());
+        }
+        Acl::decode(&value).unwrap().set(&target.file).unwrap();
+        if geteuid().is_root() {
+            fchown(&target.file, Some(1), Some(2)).unwrap();
+        }
+        drop(target);
+        let target = Target::file(&path, 2, true).unwrap();
+        let found = fs::metadata(&path).unwrap();
+        assert_eq!((found.mode() & 0o7777, found.len()), (0o600, 2));
+        assert_eq!(
+            (found.uid(), found.gid()),
+            (geteuid().as_raw(), getegid().as_raw())
+        );
+        assert_eq!(Acl::of(&target.file).unwrap(), None);
+        assert_eq!(files::attributes(&target.file), []);
     }
 
     #[test]

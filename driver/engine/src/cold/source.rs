@@ -13,6 +13,7 @@ use super::identity::is_ours;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::{self, Nonces};
+use super::place::is_device;
 use super::record::Recorder;
 use super::serve::Shelf;
 use super::Error;
@@ -401,7 +402,8 @@ impl Session {
                     let cause = Error::Other("the operator or libvirt gave the migration up".into());
                     let given_up = shared.ownership.give_up(&cause)?;
                     let state = shared.ownership.wait_while(State::Committed, UNTIL_CONFIRMED);
-                    match given_up || state.is_none() {
+                    // Meanwhile the destination may have said that the guest is to be kept.
+                    match given_up || !matches!(state, Some(State::Committed | State::OwnedThere)) {
                         true => {
                             control.reply(Reply::ColdAborted);
                             concluded = true;
@@ -826,9 +828,21 @@ fn is_gone(path: &Path) -> bool {
 }
 
 /// Whether a file that was to be deleted is still there, as it was when it was copied. What does not move is not looked at.
+/// A device is never deleted: it has to be there, and its node is another one after a reboot.
 pub fn is_whole(entry: &Entry) -> bool {
     let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
-    entry.fate != Fate::Moves || is_ours(&real, entry) && !is_changed(&real, entry)
+    match (entry.fate, entry.kind) {
+        (Fate::Moves, Kind::File) => is_ours(&real, entry) && !is_changed(&real, entry),
+        (Fate::Moves, Kind::Block) => is_device(&real) && holds(&real, entry.size),
+        (Fate::Shared | Fate::Present, _) => true,
+    }
+}
+
+/// Whether a device can be read, and has so many bytes.
+fn holds(device: &Path, size: u64) -> bool {
+    let length = std::fs::File::open(device)
+        .and_then(|device| files::length(&device, &device.metadata()?, Kind::Block));
+    length.is_ok_and(|length| length >= size)
 }
 
 /// Whether it has another length or time than the file that was copied.

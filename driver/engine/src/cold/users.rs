@@ -2,6 +2,33 @@
 
 use nix::unistd::{Gid, Group, Uid, User};
 
+/// Whose a file is to be, by this host's numbers; `None` where nobody here is called so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// The user.
+    pub user: Option<u32>,
+    /// The group.
+    pub group: Option<u32>,
+}
+
+impl Owner {
+    /// As this host calls them: by names, or by numbers that have none.
+    pub fn from_here(user: &str, group: &str) -> Self {
+        Self {
+            user: user_id(user),
+            group: group_id(group),
+        }
+    }
+
+    /// As another host calls them: its numbers may be other people's here.
+    pub fn from_elsewhere(user: &str, group: &str) -> Self {
+        Self {
+            user: named_user_id(user),
+            group: named_group_id(group),
+        }
+    }
+}
+
 /// The name of a user, or its number.
 pub fn user_name(id: u32) -> String {
     match User::from_uid(Uid::from_raw(id)) {
@@ -18,8 +45,8 @@ pub fn group_name(id: u32) -> String {
     }
 }
 
-/// The user of this name here; `None` where there is none.
-pub fn user_id(name: &str) -> Option<u32> {
+/// The user of this name or number here; `None` where there is no such name.
+fn user_id(name: &str) -> Option<u32> {
     match User::from_name(name) {
         Ok(Some(user)) => Some(user.uid.as_raw()),
         _ => name.parse().ok(),
@@ -42,10 +69,37 @@ fn is_number(name: &str) -> bool {
     name.parse::<u32>().is_ok()
 }
 
-/// The group of this name here; `None` where there is none.
-pub fn group_id(name: &str) -> Option<u32> {
+/// The group of this name or number here; `None` where there is no such name.
+fn group_id(name: &str) -> Option<u32> {
     match Group::from_name(name) {
         Ok(Some(group)) => Some(group.gid.as_raw()),
         _ => name.parse().ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_nobody_of_another_host() {
+        let (root, none) = (Some(0), None);
+        let known = Owner {
+            user: root,
+            group: root,
+        };
+        assert_eq!(Owner::from_here("root", "root"), known);
+        assert_eq!(Owner::from_elsewhere("root", "root"), known);
+        let numbers = Owner {
+            user: Some(54321),
+            group: Some(0),
+        };
+        assert_eq!(Owner::from_here("54321", "0"), numbers);
+        let nobody = Owner {
+            user: none,
+            group: none,
+        };
+        assert_eq!(Owner::from_elsewhere("54321", "0"), nobody);
+        assert_eq!(Owner::from_here("no such user", "no such group"), nobody);
     }
 }

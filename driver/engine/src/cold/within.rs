@@ -17,6 +17,7 @@ use super::place::{self, Target};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::{delete, is_same_definition};
+use super::users::Owner;
 use super::{extents, header, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
@@ -176,8 +177,9 @@ fn place_all(
     })?;
     copy::all(&pairs, signals, meter)?;
     for pair in &pairs {
-        pair.to
-            .complete(&pair.from.looked(false)?, pair.from.acl()?.as_ref())?;
+        let like = pair.from.looked(false)?;
+        let owner = Owner::from_here(&like.owner, &like.group);
+        pair.to.complete(&like, owner, pair.from.acl()?)?;
     }
     signals.check()?;
     pairs.iter().try_for_each(|pair| pair.from.check())?;

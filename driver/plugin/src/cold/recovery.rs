@@ -351,9 +351,16 @@ fn attend(uri: String) {
     let started = std::thread::Builder::new()
         .name("ferry-recovery".into())
         .spawn(move || {
-            // A panic here must not leave the post occupied.
-            let _ = std::panic::catch_unwind(|| attendance(&uri));
-            attendant().runs = false;
+            loop {
+                // A panic here must not leave the post occupied.
+                let ended = std::panic::catch_unwind(|| attendance(&uri));
+                let mut state = attendant();
+                // Whoever has called since the last look has found the post occupied, and waits for another one.
+                if ended.is_err() || !state.called {
+                    state.runs = false;
+                    return;
+                }
+            }
         });
     match started {
         Ok(_) => state.runs = true,
@@ -368,11 +375,11 @@ fn attendance(uri: &str) {
     let (mut attempts, mut news) = (0, News::default());
     while attempts < ATTEMPTS {
         attempts += 1;
+        attendant().called = false;
         let config = match host::config() {
             Ok(config) => config,
             Err(reason) => return tracing::warn!("interrupted migrations are not attended to: {reason}"),
         };
-        attendant().called = false;
         if open(&config.state_directory).is_empty() {
             return;
         }
