@@ -410,7 +410,13 @@ pub struct Reader {
 impl Reader {
     /// Of an open file, whose path is this.
     pub fn new(buffered: File, path: &Path) -> Self {
-        let direct = open_direct(path, OpenOptions::new().read(true), &buffered);
+        // tmpfs and some others know no direct I/O.
+        let direct = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT | libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .ok()
+            .filter(|direct| same(direct, &buffered));
         Self { buffered, direct }
     }
 
@@ -479,17 +485,6 @@ pub fn sample(reader: &Reader, size: u64) -> io::Result<Digest> {
         hash.update(buffer.get(length));
     }
     Ok(Digest(*hash.finalize().as_bytes()))
-}
-
-/// The same file again, for direct I/O. Some file systems have none of it.
-pub fn open_direct(path: &Path, options: &mut OpenOptions, file: &File) -> Option<File> {
-    let options = options.custom_flags(libc::O_DIRECT | libc::O_NONBLOCK | libc::O_NOCTTY);
-    options.open(path).ok().filter(|direct| same(direct, file))
-}
-
-/// Whether direct I/O can take this part of a block.
-pub fn is_aligned(part: &Range<usize>) -> bool {
-    part.start.is_multiple_of(ALIGN) && part.end.is_multiple_of(ALIGN)
 }
 
 fn same(one: &File, two: &File) -> bool {
