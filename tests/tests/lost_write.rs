@@ -25,7 +25,7 @@ use ferry_tests::host::{Host, Process};
 use ferry_tests::lab::{Lab, Options};
 use ferry_tests::scene::{usual, Scene, PATIENCE};
 use ferry_tests::timeline::Role;
-use ferry_tests::wait::wait_until;
+use ferry_tests::wait::{wait_for, wait_until};
 use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
 
 /// The disk and the part of it that the guest reads and writes.
@@ -35,7 +35,7 @@ const SLOW: (u64, u64) = (100, 1500);
 /// Moves, to and fro.
 const MOVES: usize = 6;
 /// Moves in which libvirt's daemon is stopped before it lets QEMU go on: a machine that is busy may be too slow in one.
-const ATTEMPTS: usize = 4;
+const ATTEMPTS: usize = 8;
 /// For how long QEMU waits for the daemon, at least.
 const HELD: Duration = Duration::from_millis(300);
 /// Where the guest has memory that it has not used.
@@ -121,24 +121,29 @@ fn no_write_of_a_slow_disk_is_lost() -> Result<()> {
 /// QEMU changes memory while it waits for libvirt to let it go on.
 fn a_write_before_qemu_goes_on(scene: &Scene, one: &Host, two: &Host) -> Result<()> {
     for (from, to) in [(one, two), (two, one)].iter().cycle().take(ATTEMPTS) {
+        let (moves, daemon) = (from.moved_away()?, from.processes_named("libvirtd")?.pop());
+        let daemon = daemon.context("no daemon")?;
         let moving = from.begin_migration(scene.name(), to, &[])?;
-        // QEMU migrates, but cannot stop the guest before its slow reads are done.
+        let leaving = wait_for("the engine", PATIENCE, || Ok(engine(from).ok()))?;
+        // QEMU migrates, but cannot stop the guest before its slow reads are done: as a rule that takes its time.
         wait_until("QEMU to migrate", PATIENCE, || {
-            Ok(engine(from).is_ok_and(|engine| has_thread(&engine, "read-qemu")))
+            Ok(has_thread(&leaving, "read-qemu") || from.moved_away()? > moves)
         })?;
-        let daemon = from.processes_named("libvirtd")?.pop().context("no daemon")?;
         signal(&daemon, SIGSTOP)?;
         // The daemon cannot say now what QEMU and the engine do.
         sleep(Duration::from_millis(SLOW.1) + HELD * 3);
-        let ram = from.ram_file(scene.name())?;
-        let untouched = ram.hole(UNTOUCHED)?;
         let mut page = Page::ZEROED;
         page.bytes_mut()[77] = 1;
-        let wrote = ram.overwrite_as(&from.qemu(scene.name())?, untouched, &page);
+        let wrote = from.ram_file(scene.name()).and_then(|ram| {
+            let untouched = ram.hole(UNTOUCHED)?;
+            ram.overwrite_as(&from.qemu(scene.name())?, untouched, &page)?;
+            Ok(untouched)
+        });
         signal(&daemon, SIGCONT)?;
-        wrote?;
         moving.succeeds()?;
         scene.lives_on(to)?;
+        // It was quicker than the signal.
+        let Ok(untouched) = wrote else { continue };
         let stages = from.last_timeline(Role::Source)?.stages;
         let last = stages.iter().find(|stage| stage.stage == "stop-and-copy");
         if last.is_some_and(|stage| stage.end_ms - stage.begin_ms >= HELD.as_secs_f64() * 1000.0) {
