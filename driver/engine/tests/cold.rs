@@ -555,8 +555,8 @@ fn what_changes_meanwhile_stays_at_the_source() {
 #[test]
 fn a_destination_without_a_copy_gets_nothing() {
     use ferry_contract::cold::journal::Fate;
-    use ferry_engine::cold::destination::{peer, Link};
     use ferry_engine::cold::hash::{manifest, Blocks};
+    use ferry_engine::cold::link::{peer, Link};
     use ferry_engine::cold::messages::{Answer, Ask};
     let mut scene = Scene::default();
     let path = scene.image("disk.raw", 8, 4);

@@ -5,6 +5,7 @@
 //!                          disk ▸ read back ▸ hash ▸ compare
 //! ```
 
+use super::chunks::{chunks, Chunk};
 use super::files::{Aligned, Source};
 use super::hash::{self, Blocks};
 use super::place::Target;
@@ -13,12 +14,9 @@ use crate::control::Meter;
 use crate::live::signals::Signals;
 use crate::memory::{split_zero, Run};
 use ferry_contract::cold::{Digest, BLOCK};
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Blocks that are written back and verified together.
-const CHUNK: u64 = 16;
 /// The fewest and the most threads: two keep a disk busy, more than four none busier.
 const WORKERS: (usize, usize) = (2, 4);
 
@@ -82,12 +80,6 @@ impl Pair {
     }
 }
 
-/// Some blocks of a file.
-struct Chunk {
-    file: usize,
-    blocks: Range<u64>,
-}
-
 /// A copy under way.
 struct Copying<'a> {
     pairs: &'a [Pair],
@@ -105,13 +97,11 @@ struct Copying<'a> {
 /// # Errors
 /// The first failure, or the end of the session.
 pub fn all(pairs: &[Pair], signals: &Signals, meter: &Meter) -> Result<(), Error> {
-    let chunks = pairs.iter().enumerate().flat_map(|(file, pair)| {
-        let runs = pair.from.runs.iter().cloned();
-        runs.flat_map(move |run| pieces(run).map(move |blocks| Chunk { file, blocks }))
-    });
+    let pieces = pairs.iter().enumerate();
+    let pieces = pieces.flat_map(|(file, pair)| chunks(file, &pair.from.runs));
     let copy = Copying {
         pairs,
-        chunks: chunks.collect(),
+        chunks: pieces.collect(),
         next: AtomicUsize::new(0),
         signals,
         meter,
@@ -132,12 +122,6 @@ pub fn all(pairs: &[Pair], signals: &Signals, meter: &Meter) -> Result<(), Error
             .map(|worker| worker.join().unwrap_or_else(panicked));
         ended.try_for_each(|outcome| outcome)
     })
-}
-
-fn pieces(run: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let end = run.end;
-    run.step_by(CHUNK as usize)
-        .map(move |start| start..end.min(start + CHUNK))
 }
 
 impl Copying<'_> {
@@ -285,11 +269,5 @@ mod tests {
         signals.end(End::Cancelled);
         let ended = all(&[pair(directory.path())], &signals, &Meter::default());
         assert!(matches!(ended, Err(Error::Ended(crate::live::Error::Cancelled))));
-    }
-
-    #[test]
-    fn runs_are_cut_into_chunks() {
-        assert_eq!(pieces(3..20).collect::<Vec<_>>(), [3..19, 19..20]);
-        assert_eq!(pieces(0..16).count(), 1);
     }
 }

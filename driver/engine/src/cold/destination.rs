@@ -10,13 +10,16 @@
 //! the guest, or the operator says so. As long as neither has, it stays, and nobody starts the guest here.
 
 use super::acl::Acl;
+use super::chunks::union;
 use super::files::{self, Reader};
+use super::handover;
 use super::hash::manifest;
-use super::identity::is_ours;
 use super::journal::{Claim, Kept};
-use super::messages::{Answer, Ask, Looked};
+use super::leftovers::{follow, leftovers, remove_useless, waits};
+use super::link::{peer, Link, Peer, RECONNECT};
+use super::messages::{Ask, Looked};
 use super::place::{self, is_device, Target};
-use super::pull::{is_cut, union, Incoming, Peer, Pull, RECONNECT};
+use super::pull::{Incoming, Pull};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
@@ -25,16 +28,13 @@ use super::{extents, users, Error};
 use crate::control::{Control, Meter};
 use crate::live::signals::Signals;
 use crate::report::{self, Outcome};
-use crate::wire::{message, Connection, Identity, Protection, Purpose, Security};
+use crate::wire::Identity;
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
-use ferry_contract::cold::{Digest, Kind, Options, Pull as Order, MAX_SIZE};
-use ferry_contract::control::{Failure, FailureKind, Reply, Request};
-use ferry_contract::cookie::ColdOffer;
+use ferry_contract::cold::{Digest, Kind, Options, Pull as Order};
+use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Encryption;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::{SocketAddr, ToSocketAddrs};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,8 +43,6 @@ use std::time::{Duration, Instant};
 const UNTIL_ASKED: Duration = Duration::from_secs(60);
 /// How long libvirt may take between its phases.
 const UNTIL_FINISHED: Duration = Duration::from_secs(15 * 60);
-/// How long the source is tried to be told what it must know; after that a recovery tells it.
-const TELL: Duration = Duration::from_secs(30);
 /// Runs of all files that are kept apart, 16 bytes each: a disk of 8 TiB, every other block of it empty. Of more, the
 /// gaps are asked for, too.
 const MAX_RUNS: usize = 4 << 20;
@@ -54,8 +52,6 @@ const MAX_ATTRIBUTES: usize = 64 << 20;
 /// source's threads spent half of their time in reads), so more than there are processors can be of use. How much, has not been
 /// measured on a machine without other work.
 const STREAMS: u16 = 4;
-/// For one answer of the source's.
-const ANSWER: Duration = Duration::from_secs(30);
 
 /// Serves one plug-in, from its first request to its end.
 pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), crate::live::Error> {
@@ -112,206 +108,6 @@ fn signals_cause(error: Error, signals: &Signals) -> Error {
         Error::Wire(crate::wire::Error::BrokenOff { .. }) => signals.check().err().map_or(error, Error::from),
         error => error,
     }
-}
-
-/// The control connection, made again when it is cut: every request may be asked twice.
-pub struct Link {
-    peer: Peer,
-    host: String,
-    connection: Option<Connection>,
-}
-
-impl Link {
-    /// To the source of this session; connects with the first request.
-    pub fn new(peer: Peer, host: &str) -> Self {
-        Self {
-            peer,
-            host: host.to_owned(),
-            connection: None,
-        }
-    }
-
-    /// Where the source is.
-    pub fn peer(&self) -> &Peer {
-        &self.peer
-    }
-
-    /// Asks, also over a new connection where the old one is cut, for as long as `patience`.
-    ///
-    /// # Errors
-    /// The source refuses, or cannot be reached for so long, or the session has ended.
-    pub fn ask(&mut self, ask: &Ask, signals: &Signals, patience: Duration) -> Result<Answer, Error> {
-        let end = Instant::now() + patience;
-        loop {
-            let connected = self.connection.is_some();
-            match self.ask_once(ask, signals, end) {
-                Err(Error::Wire(error)) if is_cut(&error) && Instant::now() < end => {
-                    if connected {
-                        tracing::warn!(%error, "the control connection was cut: connecting again");
-                    }
-                    self.connection = None;
-                    std::thread::sleep(Duration::from_millis(100));
-                }
-                Ok(Answer::Refused { kind, cause, host }) => {
-                    return Err(Error::Refused { kind, cause, host })
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-
-    fn ask_once(&mut self, ask: &Ask, signals: &Signals, end: Instant) -> Result<Answer, Error> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => {
-                let left = end.saturating_duration_since(Instant::now());
-                self.peer.connect(Purpose::Control, signals, left)?
-            }
-        };
-        connection.set_deadline(Some(Instant::now() + ANSWER))?;
-        let answer = message::ask(&mut connection, ask)?;
-        self.connection = Some(connection);
-        Ok(answer)
-    }
-
-    /// Says who is here; the source's host name and what its file beside the guest's says.
-    fn open(&mut self, signals: &Signals) -> Result<(String, String), Error> {
-        let host = self.host.clone();
-        match self.ask(&Ask::Open { host }, signals, RECONNECT)? {
-            Answer::Opened { host, nonce } => Ok((host, nonce)),
-            other => Err(out_of_turn(&other)),
-        }
-    }
-
-    fn look(&mut self, file: u32, signals: &Signals) -> Result<Looked, Error> {
-        match self.ask(&Ask::Look { file }, signals, RECONNECT)? {
-            Answer::Looked(looked) if looked.size <= MAX_SIZE => Ok(looked),
-            other => Err(out_of_turn(&other)),
-        }
-    }
-
-    /// Blocks of a file of this size that may hold data, as `most` runs, ascending and apart.
-    fn runs(
-        &mut self,
-        file: u32,
-        size: u64,
-        most: usize,
-        signals: &Signals,
-    ) -> Result<Vec<Range<u64>>, Error> {
-        let (mut runs, mut from) = (Vec::<Range<u64>>::new(), 0);
-        let end = size.div_ceil(ferry_contract::cold::BLOCK);
-        loop {
-            let (found, next) = match self.ask(&Ask::Runs { file, from }, signals, RECONNECT)? {
-                Answer::Runs { runs, next } => (runs, next),
-                other => return Err(out_of_turn(&other)),
-            };
-            let nothing = found.is_empty();
-            for run in found {
-                let after = runs.last().map_or(0, |last| last.end);
-                if run.start < after || run.start >= run.end || run.end > end {
-                    return Err(Error::Other(format!(
-                        "the source says that file {file} has data where there is none"
-                    )));
-                }
-                extents::push(&mut runs, run, most);
-            }
-            match next {
-                None => return Ok(runs),
-                Some(next) if next > from && !nothing => from = next,
-                Some(_) => return Err(Error::Other("the source repeats itself".into())),
-            }
-        }
-    }
-
-    fn note(&mut self, ask: &Ask, signals: &Signals) -> Result<(), Error> {
-        match self.ask(ask, signals, RECONNECT)? {
-            Answer::Noted => Ok(()),
-            other => Err(out_of_turn(&other)),
-        }
-    }
-
-    /// Asks the source to let go.
-    ///
-    /// # Errors
-    /// As with [`ask`](Self::ask); [`Error::Refused`] is final.
-    pub fn commit(&mut self, manifest: Digest, signals: &Signals, patience: Duration) -> Result<(), Error> {
-        match self.ask(&Ask::Commit { manifest }, signals, patience)? {
-            Answer::Committed => Ok(()),
-            other => Err(out_of_turn(&other)),
-        }
-    }
-
-    /// Tells the source that the guest is registered here.
-    ///
-    /// # Errors
-    /// As with [`ask`](Self::ask).
-    pub fn owned(&mut self, signals: &Signals) -> Result<(), Error> {
-        match self.ask(&Ask::Owned, signals, TELL)? {
-            Answer::OwnedThere => Ok(()),
-            other => Err(out_of_turn(&other)),
-        }
-    }
-
-    /// Asks the source to keep the guest, in a session that has ended for this host.
-    ///
-    /// # Errors
-    /// As with [`ask`](Self::ask): the source may be lost.
-    pub fn keep(&mut self, cause: &Error, patience: Duration) -> Result<(), Error> {
-        self.connection = None;
-        let Failure { kind, cause, .. } = cause.failure(&self.host);
-        match self.ask(&Ask::Keep { kind, cause }, &Signals::default(), patience)? {
-            Answer::Keeps => Ok(()),
-            other => Err(out_of_turn(&other)),
-        }
-    }
-
-    /// Tells the source that the guest stays there, in a session that has ended for this host.
-    ///
-    /// # Errors
-    /// As with [`ask`](Self::ask).
-    pub fn abort(&mut self, cause: &Error, patience: Duration) -> Result<(), Error> {
-        // What ended the session has broken its connections.
-        self.connection = None;
-        let Failure { kind, cause, .. } = cause.failure(&self.host);
-        match self.ask(&Ask::Abort { kind, cause }, &Signals::default(), patience)? {
-            Answer::Aborted => Ok(()),
-            other => Err(out_of_turn(&other)),
-        }
-    }
-}
-
-fn out_of_turn(answer: &Answer) -> Error {
-    Error::Other(format!("the source answered out of turn ({answer:?})"))
-}
-
-/// How to speak to the source that made this offer.
-pub fn peer(offer: &ColdOffer, encryption: Encryption, identity: Identity) -> Result<Peer, Error> {
-    let protection = match encryption {
-        // libvirt's own certificates are not asked for here: whatever is not plain is pinned.
-        Encryption::Always | Encryption::Certificates => Protection::Encrypted {
-            identity,
-            peer: offer.certificate.clone(),
-        },
-        Encryption::Never => Protection::Plain,
-    };
-    Ok(Peer {
-        addresses: addresses(&offer.host, offer.port)?,
-        security: Security {
-            session: offer.session,
-            token: (*offer.token.bytes()).into(),
-            protection,
-        },
-    })
-}
-
-fn addresses(host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
-    let found = (host, port).to_socket_addrs().map_err(|error| {
-        Error::Other(format!(
-            "cannot find the address of the source's engine, {host}: {error}; set migration_host in qemu.conf there to a \
-             name that resolves here"
-        ))
-    })?;
-    Ok(found.collect())
 }
 
 /// All files are here, under temporary names.
@@ -645,81 +441,6 @@ fn one_device(path: &Path, looked: &Looked) -> Option<String> {
     }
 }
 
-/// What an attempt that was cut off by a crash left of files with these places: place and temporary file.
-fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
-    let entries = earlier.into_iter().flat_map(|journal| &journal.entries);
-    let useful = entries.filter_map(|entry| {
-        let temporary = entry.temporary.as_ref()?;
-        let useful = places.contains(&entry.path) && is_ours(temporary, entry);
-        useful.then(|| (entry.path.clone(), temporary.clone()))
-    });
-    useful.collect()
-}
-
-/// Whether a session has all of the guest, and waits for its source to say whose it is.
-fn waits(journal: &Journal) -> bool {
-    journal.role == Role::Destination
-        && matches!(journal.state, State::Ready | State::Committing | State::Returning)
-}
-
-/// Lets a new session take the place of one that waits. A source that offers the guest anew has it: it begins none before it
-/// knows that. Another host has another copy, and does not know which one is the guest.
-///
-/// # Errors
-/// It comes from another host, or the journal cannot be written.
-fn follow(claim: &Claim, waiting: &Journal, source_host: &str) -> Result<(), Error> {
-    if waiting.peer != source_host {
-        let (name, peer) = (&waiting.guest.name, &waiting.peer);
-        return Err(Error::Other(format!(
-            "all of guest {name} has come here from {peer} before, which has not said whose it is: \"virt-ferry recover --abort \
-             {name}\" here removes that copy, \"virt-ferry recover --lost {peer} {name}\" makes it the guest"
-        )));
-    }
-    // Some of it has its names already, which the new session wants.
-    if waiting.entries.iter().any(|entry| is_ours(&entry.path, entry)) {
-        // A crash from here on must not leave a journal by which all of the guest is here; one that is given up has what is
-        // in its place removed, too.
-        claim.note(&in_state(waiting, State::Aborted))?;
-        place::undo(waiting);
-        claim.note(&in_state(waiting, State::Pulling))?;
-    }
-    Ok(())
-}
-
-fn in_state(journal: &Journal, state: State) -> Journal {
-    Journal {
-        state,
-        ..journal.clone()
-    }
-}
-
-/// Removes what an earlier session left and this one does not take up.
-///
-/// # Errors
-/// The journal cannot be written: nothing is removed.
-fn remove_useless(
-    claim: &Claim,
-    earlier: Option<&Journal>,
-    left: &BTreeMap<PathBuf, PathBuf>,
-) -> Result<(), Error> {
-    let Some(earlier) = earlier else { return Ok(()) };
-    if waits(earlier) {
-        // All of the guest is not here any more.
-        claim.note(&in_state(earlier, State::Pulling))?;
-    }
-    let used: BTreeSet<_> = left.values().collect();
-    let mut useless = earlier.clone();
-    useless.entries.retain(|entry| {
-        !entry
-            .temporary
-            .as_ref()
-            .is_some_and(|temporary| used.contains(temporary))
-    });
-    useless.directories.clear();
-    place::undo(&useless);
-    Ok(())
-}
-
 impl Arrived {
     /// Does what the plug-in asks until the guest is one host's.
     fn conclude(mut self, control: &Control, record: &mut Told<'_>, signals: &Signals) {
@@ -775,15 +496,15 @@ impl Arrived {
             return Ok(());
         }
         signals.check()?;
-        commit(&mut self.kept, &mut self.link, signals, RECONNECT).map_err(|error| match error {
-            Error::Wire(_) => silent(&self.kept, &error),
+        handover::commit(&mut self.kept, &mut self.link, signals, RECONNECT).map_err(|error| match error {
+            Error::Wire(_) => handover::silent(&self.kept, &error),
             error => error,
         })
     }
 
     /// The guest is registered here; says whether the source knows.
     fn owned(mut self, record: &mut Told<'_>, signals: &Signals) -> Result<bool, (Box<Self>, Error)> {
-        let told = owned(&mut self.kept, &mut self.link, signals);
+        let told = handover::owned(&mut self.kept, &mut self.link, signals);
         if told.is_ok() {
             record.ended(&self.kept, None);
         }
@@ -806,107 +527,9 @@ impl Arrived {
             .check()
             .map_or_else(Error::from, |()| Error::Other(cause.to_owned()));
         record.ended(&self.kept, Some(&cause));
-        if !hand_back(self.kept, self.link, &cause)? {
+        if !handover::hand_back(self.kept, self.link, &cause)? {
             tracing::warn!("the source could not be told that nothing is left here");
         }
         Ok(())
-    }
-}
-
-/// Asks the source to let go and puts the files in place; from the journal's `ready` or `committing`. In `placed` it asks
-/// once more: the operator may have made the guest the source's again, for this host was taken for lost.
-///
-/// # Errors
-/// [`Error::Refused`]: the source keeps the guest. Any other: it is not known whether it does, unless the state is `ready`.
-pub fn commit(kept: &mut Kept, link: &mut Link, signals: &Signals, patience: Duration) -> Result<(), Error> {
-    let manifest = match (kept.state, kept.manifest) {
-        (State::Ready | State::Committing | State::Placed, Some(manifest)) => manifest,
-        (state, _) => {
-            return Err(Error::Other(format!(
-                "the guest cannot be taken over in state {state:?}"
-            )))
-        }
-    };
-    if kept.state == State::Ready {
-        kept.enter(State::Committing, |_| {})?;
-    }
-    link.commit(manifest, signals, patience)?;
-    if kept.state == State::Placed {
-        return Ok(());
-    }
-    place::put_in_place(kept)?;
-    kept.enter(State::Placed, |_| {})
-}
-
-/// Notes that the guest is here and tells the source; says whether that has heard it.
-///
-/// # Errors
-/// The guest's files are not in place, or the journal cannot be written.
-pub fn owned(kept: &mut Kept, link: &mut Link, signals: &Signals) -> Result<bool, Error> {
-    match kept.state {
-        State::Placed => kept.enter(State::Owned, |_| {})?,
-        State::Owned => {}
-        state => {
-            return Err(Error::Other(format!(
-                "the guest cannot be owned in state {state:?}"
-            )))
-        }
-    }
-    let told = link.owned(signals);
-    if let Err(error) = &told {
-        tracing::debug!("the source could not be told that the guest is here: {error}");
-    }
-    Ok(told.is_ok())
-}
-
-/// Gives the guest up once its source has said that it keeps it; says whether that has heard that nothing is left here.
-///
-/// # Errors
-/// The source does not answer, and all that has come stays; or as with [`give_up`].
-pub fn hand_back(mut kept: Kept, mut link: Link, cause: &Error) -> Result<bool, Error> {
-    if matches!(kept.state, State::Ready | State::Committing | State::Placed) {
-        // Before it is asked: a question that is late must not find that this host has asked for the guest again.
-        kept.enter(State::Returning, |_| {})?;
-    }
-    if kept.state == State::Returning {
-        link.keep(cause, TELL).map_err(|error| silent(&kept, &error))?;
-    }
-    give_up(kept, link, cause)
-}
-
-/// The source has not answered, so that all that has come stays.
-pub fn silent(waiting: &Journal, error: &Error) -> Error {
-    Error::Other(format!(
-        "host {} does not say whose guest {} is, so that all of it that has come to host {} stays there, and is not started: \
-         {error}",
-        waiting.peer, waiting.guest.name, waiting.host
-    ))
-}
-
-/// Gives the guest up for good, removes everything, and tells the source; says whether that has heard it. The source keeps the
-/// guest, or the operator says so.
-///
-/// # Errors
-/// The guest is this host's already, or the journal cannot be written.
-pub fn give_up(mut kept: Kept, mut link: Link, cause: &Error) -> Result<bool, Error> {
-    let undone = Journal::clone(&kept);
-    match kept.state {
-        State::Owned => {
-            return Err(Error::Other(
-                "the guest is registered here: it cannot be given back".into(),
-            ))
-        }
-        State::Aborted => {}
-        // Before anything is removed, it is written down that this host never will own it.
-        _ => kept.enter(State::Aborted, |_| {})?,
-    }
-    place::undo(&undone);
-    match link.abort(cause, TELL) {
-        // Or it has no such session any more: nothing is left to be known.
-        Ok(()) | Err(Error::Refused { .. }) => kept.remove().map(|()| true),
-        Err(error) => {
-            tracing::debug!("the source could not be told that it keeps the guest: {error}");
-            Ok(false)
-        }
     }
 }

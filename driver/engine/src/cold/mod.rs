@@ -19,30 +19,40 @@
 //! | [`hash`] | what a file's content is, as a digest: holes and zeros count alike |
 //! | [`files`] | the source's files: look, fence, read; [`extents`] where they have data |
 //! | [`frame`], [`messages`] | what goes over data and control connections |
-//! | [`source`], [`serve`] | the source's sequence, and one connection of it |
+//! | [`source`], [`serve`] | the source's sequence, and one data connection of it |
+//! | `ownership`, `door`, `deletion` | whose the guest is by the source's journal; where it listens; what it deletes in the end |
 //! | [`reserve`] | everything that is in the way at the destination, at once |
 //! | [`place`] | the destination's files: temporary, final, or gone again |
 //! | [`acl`] | who may use a file beside those that its mode speaks of |
-//! | [`destination`], [`pull`] | the destination's sequence, and its connections |
+//! | [`destination`], [`pull`] | the destination's sequence, and all files on their way; `puller` one data connection of it, `chunks` what is copied together |
+//! | [`link`], `handover`, `leftovers` | how it speaks to the source; how the guest becomes its own or is given back; what an earlier session left |
 //! | [`within`], [`copy`], [`header`] | disks that go to another data store of the same host |
 //! | [`record`] | what is told of a migration afterwards |
 //! | [`journal`], [`recover`] | what survives a crash, and what is made of it; `identity` which files it speaks of |
 
 pub mod acl;
+mod chunks;
 pub mod copy;
+mod deletion;
 pub mod destination;
+mod door;
 mod error;
 pub mod extents;
 pub mod files;
 pub mod frame;
+mod handover;
 pub mod hash;
 pub mod header;
 mod identity;
 pub mod journal;
+mod leftovers;
+pub mod link;
 pub mod messages;
 mod nonce;
+mod ownership;
 pub mod place;
 pub mod pull;
+mod puller;
 pub mod record;
 pub mod recover;
 pub mod reserve;

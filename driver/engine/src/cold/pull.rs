@@ -1,27 +1,23 @@
-//! The destination's data connections: blocks are asked for, written, read back and compared.
+//! All files on their way: blocks are asked for, written, read back and compared.
 //!
 //! ```text
 //!   queue of chunks ─▶ puller 0..n (a connection each): ask ▸ receive ▸ write ▸ start to write back ─▶ queue ─▶ verifier 0..1:
 //!                                                                       wait until it is on the disk ▸ read back ▸ hash ▸ compare
 //! ```
-//! A puller keeps some requests on their way, so that neither a round trip nor the source's disk makes it wait. One whose
-//! connection is cut makes a new one and asks again for what has not been answered, and for nothing else.
 
+use super::chunks::{chunks, count, gaps, Chunk, Cursor};
 use super::extents;
 use super::files::{Aligned, Reader};
-use super::frame::{Frame, Invalid, Want, HEADER};
 use super::hash::{self, BlockHash, Blocks};
+use super::link::Peer;
 use super::messages::Looked;
 use super::place::Target;
-use super::serve::bad;
+use super::puller::Puller;
 use super::Error;
 use crate::control::Meter;
 use crate::live::signals::{End, Signals};
-use crate::wire::{self, connect, Connection, Purpose, Security};
 use ferry_contract::cold::{Kind, BLOCK};
-use ferry_contract::control::FailureKind;
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -29,61 +25,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-/// Blocks that are asked for, written back and verified together.
-const CHUNK: u64 = 16;
-/// Requests of one connection that are on their way: 8 MiB, so that the source always knows what comes next.
-const DEPTH: usize = 8;
 /// Threads that read back.
 const VERIFIERS: usize = 2;
-/// How long a cut connection is tried again. The source waits a little longer.
-pub const RECONNECT: Duration = Duration::from_secs(50);
 /// How long a source may send nothing, however often it answers, and the disks here take nothing.
 const STALLED: Duration = Duration::from_secs(120);
-/// Between two attempts.
-const PAUSE: Duration = Duration::from_millis(200);
-/// The longest attempt.
-const ATTEMPT: Duration = Duration::from_secs(10);
-
-/// Where the source is, and how to speak to it.
-pub struct Peer {
-    /// Its engine.
-    pub addresses: Vec<SocketAddr>,
-    /// The session.
-    pub security: Security,
-}
-
-impl Peer {
-    /// Connects, again and again for some time where the network or the other engine does not answer.
-    ///
-    /// # Errors
-    /// The session has ended, the other engine refuses, or the time is up.
-    pub fn connect(
-        &self,
-        purpose: Purpose,
-        signals: &Signals,
-        patience: Duration,
-    ) -> Result<Connection, Error> {
-        let end = Instant::now() + patience;
-        loop {
-            signals.check()?;
-            let deadline = end.min(Instant::now() + ATTEMPT);
-            match connect(&self.addresses, &self.security, purpose, deadline) {
-                Ok(connection) => {
-                    signals.watch(connection.breaker());
-                    return Ok(connection);
-                }
-                Err(error) if is_cut(&error) && Instant::now() + PAUSE < end => std::thread::sleep(PAUSE),
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-}
-
-/// Whether trying again may help.
-pub fn is_cut(error: &wire::Error) -> bool {
-    use wire::Error::{Io, PeerGone, Timeout};
-    matches!(error, PeerGone { .. } | Timeout { .. } | Io { .. })
-}
 
 /// A file that is pulled, or only compared.
 pub struct Incoming {
@@ -108,17 +53,17 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    fn is_here(&self, block: u64) -> bool {
+    pub(super) fn is_here(&self, block: u64) -> bool {
         let after = self.have.partition_point(|run| run.start <= block);
         after > 0 && self.have[after - 1].contains(&block)
     }
 
-    fn length(&self, block: u64) -> usize {
+    pub(super) fn length(&self, block: u64) -> usize {
         hash::length(self.looked.size, block)
     }
 
     /// What is here of a block, past the cache.
-    fn hash_here(&self, buffer: &mut Aligned, block: u64) -> Result<BlockHash, Error> {
+    pub(super) fn hash_here(&self, buffer: &mut Aligned, block: u64) -> Result<BlockHash, Error> {
         let Some(reader) = self.target.as_ref().map(Target::reader).or(self.reader.as_ref()) else {
             return Ok(None);
         };
@@ -128,16 +73,9 @@ impl Incoming {
         Ok(hash::block(buffer.get(length)))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Blocks> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Blocks> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Some blocks of a file.
-#[derive(Debug, Clone)]
-struct Chunk {
-    file: usize,
-    blocks: Range<u64>,
 }
 
 /// All files on their way.
@@ -304,31 +242,28 @@ impl<'a> Pull<'a> {
     }
 
     fn pull(&self, number: u16) -> Result<(), Error> {
-        let mut puller = Puller {
-            pull: self,
-            number,
-            connection: None,
-            wanted: VecDeque::new(),
-            asked: 0,
-            buffer: Aligned::default(),
-            block: Aligned::default(),
-            spans: Vec::new(),
-            payload: vec![0; BLOCK as usize],
-            unpacker: None,
-        };
-        puller.run()
+        Puller::new(self, number).run()
     }
 
-    fn next(&self) -> Option<Chunk> {
+    /// What is to be asked for next; none also after a failure.
+    pub(super) fn next(&self) -> Option<Chunk> {
         let mut queue = self.lock();
         if queue.failure.is_some() {
             return None;
         }
-        queue.pull.next(&self.files)
+        queue
+            .pull
+            .next(|file| self.files.get(file).map(|file| file.runs.as_slice()))
+    }
+
+    /// So many bytes of blocks have been answered.
+    pub(super) fn answered(&self, length: usize) {
+        self.received.fetch_add(length as u64, Relaxed);
+        self.measure();
     }
 
     /// A chunk has been written.
-    fn written(&self, chunk: Chunk) -> Result<(), Error> {
+    pub(super) fn written(&self, chunk: Chunk) -> Result<(), Error> {
         let file = &self.files[chunk.file];
         if let Some(target) = &file.target {
             let length = extents::bytes(std::slice::from_ref(&chunk.blocks), file.looked.size);
@@ -393,295 +328,10 @@ impl<'a> Pull<'a> {
     }
 }
 
-/// What is to be asked for next: a list of all chunks would be as long as the source wants.
-#[derive(Debug, Default)]
-struct Cursor {
-    file: usize,
-    run: usize,
-    block: u64,
-}
-
-impl Cursor {
-    fn next(&mut self, files: &[Incoming]) -> Option<Chunk> {
-        loop {
-            let file = files.get(self.file)?;
-            let Some(run) = file.runs.get(self.run) else {
-                *self = Self {
-                    file: self.file + 1,
-                    ..Self::default()
-                };
-                continue;
-            };
-            let start = run.start.max(self.block);
-            let end = run.end.min(start + CHUNK);
-            if start >= end {
-                self.run += 1;
-                continue;
-            }
-            self.block = end;
-            let (file, blocks) = (self.file, start..end);
-            return Some(Chunk { file, blocks });
-        }
-    }
-}
-
-/// Chunks of a run.
-fn count(run: &Range<u64>) -> usize {
-    (run.end - run.start).div_ceil(CHUNK) as usize
-}
-
-fn chunks(file: usize, runs: &[Range<u64>]) -> impl Iterator<Item = Chunk> + '_ {
-    runs.iter().flat_map(move |run| {
-        let end = run.end;
-        run.clone().step_by(CHUNK as usize).map(move |start| Chunk {
-            file,
-            blocks: start..end.min(start + CHUNK),
-        })
-    })
-}
-
-/// What lies between runs, to the end of the file.
-fn gaps(runs: &[Range<u64>], size: u64) -> Vec<Range<u64>> {
-    let end = size.div_ceil(BLOCK);
-    let mut at = 0;
-    let mut gaps = Vec::new();
-    for run in runs.iter().cloned().chain(std::iter::once(end..end)) {
-        if run.start > at {
-            gaps.push(at..run.start);
-        }
-        at = run.end;
-    }
-    gaps
-}
-
-/// Both, joined.
-pub fn union(one: &[Range<u64>], two: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut all: Vec<_> = one
-        .iter()
-        .chain(two)
-        .filter(|run| !run.is_empty())
-        .cloned()
-        .collect();
-    all.sort_by_key(|run| run.start);
-    let mut joined: Vec<Range<u64>> = Vec::new();
-    for run in all {
-        match joined.last_mut() {
-            Some(last) if last.end >= run.start => last.end = last.end.max(run.end),
-            _ => joined.push(run),
-        }
-    }
-    joined
-}
-
-/// A block to be had; the last one of its chunk brings that along.
-struct Wanted {
-    file: usize,
-    block: u64,
-    ends: Option<Chunk>,
-}
-
-struct Puller<'a> {
-    pull: &'a Pull<'a>,
-    number: u16,
-    connection: Option<Connection>,
-    /// Not answered yet, in the order of asking; the first `asked` of them are on their way.
-    wanted: VecDeque<Wanted>,
-    asked: usize,
-    /// For what is here already.
-    buffer: Aligned,
-    /// The block that is being received, and where in it there is something, in ascending order.
-    block: Aligned,
-    spans: Vec<Range<usize>>,
-    /// What has to be unpacked first.
-    payload: Vec<u8>,
-    unpacker: Option<zstd::bulk::Decompressor<'static>>,
-}
-
-impl Puller<'_> {
-    fn run(&mut self) -> Result<(), Error> {
-        loop {
-            match self.step() {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
-                Err(Error::Wire(error)) if is_cut(&error) => {
-                    self.pull.signals.check()?;
-                    tracing::warn!(%error, stream = self.number, "the connection was cut: connecting again");
-                    // One that is taken and closed at once would be made again at once.
-                    std::thread::sleep(PAUSE);
-                    self.connection = None;
-                    self.asked = 0;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Asks for what there is room for and takes one answer; false when there is nothing left to ask for.
-    fn step(&mut self) -> Result<bool, Error> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self
-                .pull
-                .peer
-                .connect(Purpose::Data(self.number), self.pull.signals, RECONNECT)?,
-        };
-        while self.asked < DEPTH {
-            if self.asked == self.wanted.len() {
-                let Some(chunk) = self.pull.next() else { break };
-                let last = chunk.blocks.end - 1;
-                let wanted = chunk.blocks.clone().map(|block| Wanted {
-                    file: chunk.file,
-                    block,
-                    ends: (block == last).then(|| chunk.clone()),
-                });
-                self.wanted.extend(wanted);
-            }
-            let Wanted { file, block, .. } = self.wanted[self.asked];
-            let file = &self.pull.files[file];
-            let have = match file.is_here(block) || file.target.is_none() {
-                true => Some(file.hash_here(&mut self.buffer, block)?),
-                false => None,
-            };
-            let want = Want {
-                file: file.number,
-                block,
-                have,
-            };
-            connection.send(&[&want.encode()], "asking for a block")?;
-            self.asked += 1;
-        }
-        if self.wanted.is_empty() {
-            return Ok(false);
-        }
-        self.take(&mut connection)?;
-        self.connection = Some(connection);
-        self.asked -= 1;
-        let Some(answered) = self.wanted.pop_front() else {
-            return Ok(false);
-        };
-        let length = self.pull.files[answered.file].length(answered.block);
-        self.pull.received.fetch_add(length as u64, Relaxed);
-        self.pull.measure();
-        if let Some(chunk) = answered.ends {
-            self.pull.written(chunk)?;
-        }
-        Ok(true)
-    }
-
-    /// Receives the answer for the first of the wanted blocks and writes it.
-    fn take(&mut self, connection: &mut Connection) -> Result<(), Error> {
-        let Wanted { file, block, .. } = self.wanted[0];
-        let file = &self.pull.files[file];
-        let (hash, same) = self.receive(connection, file.length(block))?;
-        match &file.target {
-            None if !same => {
-                return Err(Error::Other(format!(
-                    "{} is not the same as {} at the source: bases differ, move the whole chain with --copy-storage-all \
-                     to other paths",
-                    file.path.display(),
-                    file.source.display()
-                )))
-            }
-            Some(target) if !same => {
-                // Spans leave zeros out, so what is here of the block has to go first.
-                if file.is_here(block) {
-                    target.zero(block * BLOCK, file.length(block) as u64)?;
-                }
-                for span in self.spans.drain(..) {
-                    target.write(block * BLOCK, &self.block, span)?;
-                }
-            }
-            _ => {}
-        }
-        match file.lock().note(block, hash) {
-            true => Ok(()),
-            false => Err(Error::Other(format!(
-                "{} was changed while it was copied",
-                file.source.display()
-            ))),
-        }
-    }
-
-    /// Receives an answer: into `block` what there is of it, into `spans` where. Returns what the source says of the
-    /// block, and whether what is here is the same.
-    fn receive(&mut self, connection: &mut Connection, length: usize) -> Result<(BlockHash, bool), Error> {
-        let doing = "waiting for a block";
-        let meter = self.pull.meter;
-        self.spans.clear();
-        loop {
-            let mut header = [0; HEADER];
-            connection.receive_exact(&mut header, doing)?;
-            let frame = Frame::decode(&header).map_err(|what| bad(connection, what))?;
-            meter.wire.fetch_add((HEADER + frame.payload()) as u64, Relaxed);
-            match frame {
-                Frame::Piece {
-                    packed, offset, span, ..
-                } => {
-                    let place = offset as usize..(offset + span) as usize;
-                    let end = self.spans.last().map_or(0, |last| last.end);
-                    if place.start < end || place.end > length {
-                        return Err(bad(connection, Invalid::Place { offset, span }));
-                    }
-                    let into = &mut self.block.get_mut(length)[place.clone()];
-                    match packed {
-                        false => connection.receive_exact(into, doing)?,
-                        true => {
-                            let payload = &mut self.payload[..frame.payload()];
-                            connection.receive_exact(payload, doing)?;
-                            if !unpack(&mut self.unpacker, payload, into) {
-                                return Err(bad(connection, Invalid::Length(payload.len() as u32)));
-                            }
-                        }
-                    }
-                    meter.data.fetch_add(u64::from(span), Relaxed);
-                    match self.spans.last_mut().filter(|last| last.end == place.start) {
-                        Some(last) => last.end = place.end,
-                        None => self.spans.push(place),
-                    }
-                }
-                Frame::End { same } => {
-                    let mut hash = [0; 32];
-                    connection.receive_exact(&mut hash, doing)?;
-                    return Ok((Some(hash), same));
-                }
-                Frame::Zeros { same } => return Ok((None, same)),
-                Frame::Failed { .. } => {
-                    let payload = &mut self.payload[..frame.payload()];
-                    connection.receive_exact(payload, doing)?;
-                    return Err(Error::Refused {
-                        kind: FailureKind::Failed,
-                        cause: String::from_utf8_lossy(payload).into_owned(),
-                        host: connection.peer().ip().to_string(),
-                    });
-                }
-            }
-        }
-    }
-}
-
-/// Whether the payload unpacks to exactly as many bytes as `into` takes; not more than that is unpacked.
-fn unpack(unpacker: &mut Option<zstd::bulk::Decompressor<'static>>, payload: &[u8], into: &mut [u8]) -> bool {
-    if unpacker.is_none() {
-        *unpacker = zstd::bulk::Decompressor::new().ok();
-    }
-    let Some(zstd) = unpacker else { return false };
-    let length = into.len();
-    zstd.decompress_to_buffer(payload, into)
-        .is_ok_and(|unpacked| unpacked == length)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn runs_are_joined_and_their_gaps_known() {
-        assert_eq!(union(&[0..2, 5..6], &[1..3, 6..7, 9..9]), [0..3, 5..7]);
-        assert_eq!(gaps(&[1..2, 4..5], 6 * BLOCK + 1), [0..1, 2..4, 5..7]);
-        assert_eq!(gaps(&[0..3, 3..7], 6 * BLOCK + 1), []);
-        let chunks: Vec<_> = chunks(3, &[0..17, 20..21]).map(|chunk| chunk.blocks).collect();
-        assert_eq!(chunks, [0..16, 16..17, 20..21]);
-    }
+    use crate::wire::{self, Security};
 
     fn incoming(directory: &std::path::Path, runs: &[Range<u64>]) -> Incoming {
         let path = directory.join("disk");
@@ -712,30 +362,6 @@ mod tests {
     }
 
     #[test]
-    fn every_block_is_asked_for_once() {
-        let directory = tempfile::tempdir().unwrap();
-        let (one, two) = (directory.path().join("one"), directory.path().join("two"));
-        for path in [&one, &two] {
-            std::fs::create_dir(path).unwrap();
-        }
-        let end = 1 << 22;
-        let files = [
-            incoming(&one, &[0..17, 20..21]),
-            incoming(&two, &[5..end, end..end]),
-        ];
-        let open: usize = files.iter().flat_map(|file| &file.runs).map(count).sum();
-        let mut cursor = Cursor::default();
-        let found: Vec<_> = std::iter::from_fn(|| cursor.next(&files)).collect();
-        assert_eq!(found.len(), open);
-        let expected = files
-            .iter()
-            .enumerate()
-            .flat_map(|(number, file)| chunks(number, &file.runs));
-        let plain = |chunk: Chunk| (chunk.file, chunk.blocks);
-        assert!(found.into_iter().map(plain).eq(expected.map(plain)));
-    }
-
-    #[test]
     fn a_source_that_sends_nothing_is_given_up() {
         let security = Security {
             session: uuid::Uuid::from_u128(1),
@@ -751,7 +377,7 @@ mod tests {
             let (theirs, stop) = (security.clone(), listener.stopper());
             let source = std::thread::spawn(move || {
                 let mut open = Vec::new();
-                while let Ok(connection) = listener.accept(&theirs, Instant::now() + ATTEMPT) {
+                while let Ok(connection) = listener.accept(&theirs, Instant::now() + STALLED) {
                     open.extend((!closes).then_some(connection));
                 }
             });
@@ -766,17 +392,5 @@ mod tests {
             stop.stop();
             source.join().unwrap();
         }
-    }
-
-    #[test]
-    fn nothing_unpacks_to_more_than_it_says() {
-        let packed = zstd::bulk::compress(&[0; 4096], 1).unwrap();
-        let mut unpacker = None;
-        let mut unpacks = |payload: &[u8], span| unpack(&mut unpacker, payload, &mut vec![1; span]);
-        assert!(unpacks(&packed, 4096));
-        for span in [4095, 4097, 1] {
-            assert!(!unpacks(&packed, span));
-        }
-        assert!(!unpacks(b"not zstd", 4096));
     }
 }

@@ -19,11 +19,13 @@
 //! guest as long as its own files are what they were, and the destination, if the source does not answer, takes what has
 //! come as a whole. For both words the engine of the session is ended, should it still wait for the other host.
 
-use super::destination::{self, Link};
+use super::deletion::{delete, is_whole};
+use super::door::{linger, listen, refusal};
+use super::handover;
 use super::journal::Kept;
+use super::link::{Link, Peer};
 use super::messages::{Answer, Ask};
-use super::pull::Peer;
-use super::source::{delete, is_whole, linger, listen, refusal, Ownership};
+use super::ownership::Ownership;
 use super::{nonce, place, within, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
@@ -284,7 +286,7 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
     let other = |cause: &str| Error::Other(cause.to_owned());
     match kept.state {
         State::Owned => {
-            let told = destination::owned(&mut kept, &mut link, signals)?;
+            let told = handover::owned(&mut kept, &mut link, signals)?;
             if told {
                 kept.remove()?;
             }
@@ -305,22 +307,22 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
         }
         State::Aborted => {
             let before = other("the destination gave the migration up before a crash");
-            return destination::give_up(kept, link, &before).map(undone);
+            return handover::give_up(kept, link, &before).map(undone);
         }
         _ if wish == Wish::GiveUp => {
             let operator = other("the operator gave the migration up");
-            return destination::give_up(kept, link, &operator).map(undone);
+            return handover::give_up(kept, link, &operator).map(undone);
         }
         // The client that was to go on has gone, or was told that it failed.
         State::Ready | State::Returning => {
             let interrupted = other("the migration was interrupted at the destination");
-            match destination::hand_back(kept, link, &interrupted) {
+            match handover::hand_back(kept, link, &interrupted) {
                 Ok(told) => undone(told),
                 Err(error) => control.reply(unknown(&error)),
             }
             return Ok(());
         }
-        _ => match destination::commit(&mut kept, &mut link, signals, PATIENCE) {
+        _ => match handover::commit(&mut kept, &mut link, signals, PATIENCE) {
             Ok(()) => {}
             // libvirt may know it here already: that goes first, and by the operator's word.
             Err(refused @ Error::Refused { .. }) if kept.state == State::Placed => {
@@ -331,10 +333,10 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
                 return Ok(());
             }
             Err(refused @ Error::Refused { .. }) => {
-                return destination::give_up(kept, link, &refused).map(undone);
+                return handover::give_up(kept, link, &refused).map(undone);
             }
             Err(error @ (Error::Wire(_) | Error::Ended(_))) => {
-                control.reply(unknown(&destination::silent(&kept, &error)));
+                control.reply(unknown(&handover::silent(&kept, &error)));
                 return Ok(());
             }
             Err(error) => return Err(error),
@@ -343,7 +345,7 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
     control.reply(Reply::ColdRecovered(Recovered::Define));
     match signals.next_request(Some(Instant::now() + UNTIL_ASKED)) {
         Some(Request::ColdOwned) => {
-            let told = destination::owned(&mut kept, &mut link, signals)?;
+            let told = handover::owned(&mut kept, &mut link, signals)?;
             if told {
                 kept.remove()?;
             }
@@ -351,7 +353,7 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
         }
         Some(Request::ColdAbort) => {
             let libvirt = Error::Other("the guest is not registered at the destination".into());
-            destination::hand_back(kept, link, &libvirt)?;
+            handover::hand_back(kept, link, &libvirt)?;
             control.reply(Reply::ColdAborted);
         }
         // It stays placed: the next recovery asks again.

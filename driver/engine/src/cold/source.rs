@@ -7,13 +7,13 @@
 //!                   └── ColdAbort, the end of the plug-in, nobody there for too long ──▶ gone, or aborted
 //! ```
 
+use super::deletion::delete;
+use super::door::{linger, listen, refusal};
 use super::files::{self, Source};
-use super::hash;
-use super::identity::is_ours;
 use super::journal::{Claim, Kept};
 use super::messages::{Answer, Ask, RUNS};
-use super::nonce::{self, Nonces};
-use super::place::is_device;
+use super::nonce::Nonces;
+use super::ownership::Ownership;
 use super::record::Recorder;
 use super::serve::Shelf;
 use super::Error;
@@ -23,15 +23,14 @@ use crate::live::signals::Signals;
 use crate::report::Outcome;
 use crate::wire::{message, Connection, Identity, Listener, Protection, Purpose, Security, Token};
 use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
-use ferry_contract::cold::{Definition, Deleted, Digest, Inventory, Kept as KeptFile, Kind, Serve};
-use ferry_contract::control::{Failure, FailureKind, Reply, Request};
+use ferry_contract::cold::{Definition, Digest, Inventory, Kind, Serve};
+use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::Encryption;
-use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
@@ -45,8 +44,6 @@ const AWAY: Duration = Duration::from_secs(60);
 const UNTIL_OWNED: Duration = Duration::from_secs(10 * 60);
 /// How long a plug-in that wants to know waits for a destination that is still to say.
 const UNTIL_CONFIRMED: Duration = Duration::from_secs(30);
-/// How long a session that was given up can still be asked about.
-const LINGER: Duration = Duration::from_secs(5);
 /// How often the waiting looks around.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -63,179 +60,6 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
         control.reply(Reply::Failed(error.failure(&host)));
     }
     Ok(())
-}
-
-/// Whose the guest is, as this host's journal has it. `None` once the session is over.
-pub struct Ownership {
-    kept: Mutex<Option<Kept>>,
-    changed: Condvar,
-    /// Why it was given up.
-    cause: OnceLock<(FailureKind, String)>,
-}
-
-impl Ownership {
-    /// As this journal has it.
-    pub fn new(kept: Kept) -> Self {
-        Self {
-            kept: Mutex::new(Some(kept)),
-            changed: Condvar::new(),
-            cause: OnceLock::new(),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Kept>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How far it is.
-    pub fn state(&self) -> Option<State> {
-        self.lock().as_ref().map(|kept| kept.state)
-    }
-
-    /// Why the session was given up.
-    pub fn cause(&self) -> Error {
-        match self.cause.get() {
-            Some((FailureKind::Cancelled, _)) => Error::Ended(crate::live::Error::Cancelled),
-            Some((_, cause)) => Error::Other(cause.clone()),
-            None => Error::Other("this migration is over".into()),
-        }
-    }
-
-    /// Waits until the state is another one than this, for so long at most.
-    pub fn wait_while(&self, state: State, limit: Duration) -> Option<State> {
-        let same = |kept: &mut Option<Kept>| kept.as_ref().is_some_and(|kept| kept.state == state);
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, same);
-        let (kept, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        kept.as_ref().map(|kept| kept.state)
-    }
-
-    /// Lets go of the guest, which has this manifest, if `check` finds nothing against it.
-    pub fn commit(&self, manifest: Digest, check: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
-        let mut kept = self.lock();
-        let Some(kept) = kept.as_mut() else {
-            return Err(self.cause());
-        };
-        match (kept.state, kept.manifest) {
-            (_, known) if known != Some(manifest) => Err(Error::Other(
-                "the files there are not those that were verified".into(),
-            )),
-            (State::Prepared, _) => {
-                check()?;
-                kept.enter(State::Committed, |_| {})
-            }
-            (State::Committed | State::OwnedThere, _) => Ok(()),
-            _ => Err(self.cause()),
-        }?;
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// The destination says that the guest is registered there.
-    pub fn owned(&self) -> Result<(), Error> {
-        let mut kept = self.lock();
-        match kept.as_mut().map(|kept| (kept.state, kept)) {
-            Some((State::Committed, kept)) => kept.enter(State::OwnedThere, |_| {})?,
-            Some((State::OwnedThere, _)) => {}
-            _ => return Err(Error::Other("this host has not let go of the guest".into())),
-        }
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// The destination would give the guest up, and removes what it has once it knows that this host has it: it does, and
-    /// that stays written down for as long as the destination may have to ask again.
-    pub fn keep(&self, kind: FailureKind, cause: String) -> Result<(), Error> {
-        let mut kept = self.lock();
-        match kept.as_mut().map(|kept| (kept.state, kept)) {
-            Some((State::Prepared | State::Committed, kept)) => {
-                let _ = self.cause.set((kind, cause));
-                kept.enter(State::Aborted, |_| {})?;
-                kept.loosen();
-            }
-            Some((State::Aborted, _)) => {}
-            // Given up, and nothing was left to be told.
-            None if self.cause.get().is_some() => {}
-            _ => return Err(Error::Other("the guest was said to be registered there".into())),
-        }
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// The destination says that it will never own the guest: it is ours, and nothing is left to be asked.
-    pub fn given_back(&self, kind: FailureKind, cause: String) -> Result<(), Error> {
-        let mut kept = self.lock();
-        match kept.as_ref().map(|kept| kept.state) {
-            Some(State::OwnedThere) => {
-                return Err(Error::Other("the guest was said to be registered there".into()))
-            }
-            None => return Ok(()),
-            Some(_) => {}
-        }
-        let _ = self.cause.set((kind, cause));
-        kept.take().map_or(Ok(()), Kept::remove)?;
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// Gives the session up from here, as long as the guest has not been let go of; says whether that was so.
-    pub fn give_up(&self, cause: &Error) -> Result<bool, Error> {
-        let mut guard = self.lock();
-        let Some(kept) = guard.as_mut() else {
-            return Ok(true);
-        };
-        match kept.state {
-            State::Prepared => {
-                let _ = self.cause.set((cause.failure("").kind, cause.to_string()));
-                // A destination that has everything may be about to ask: after a crash it still has to hear it.
-                match kept.manifest.is_some() {
-                    true => {
-                        kept.enter(State::Aborted, |_| {})?;
-                        kept.loosen();
-                    }
-                    false => guard.take().map_or(Ok(()), Kept::remove)?,
-                }
-            }
-            State::Aborted => kept.loosen(),
-            _ => return Ok(false),
-        }
-        self.changed.notify_all();
-        Ok(true)
-    }
-
-    /// What a destination was found to have.
-    fn note(
-        &self,
-        digests: &[Option<Digest>],
-        fates: &[Fate],
-        peer: &str,
-        certificate: Option<&Vec<u8>>,
-    ) -> Result<(), Error> {
-        let mut kept = self.lock();
-        let Some(kept) = kept.as_mut().filter(|kept| kept.state == State::Prepared) else {
-            return Err(self.cause());
-        };
-        kept.note(|journal| {
-            journal.manifest = Some(hash::manifest(digests.iter().copied()));
-            journal.peer = peer.to_owned();
-            journal.peer_certificate = certificate.cloned();
-            for ((entry, digest), fate) in journal.entries.iter_mut().zip(digests).zip(fates) {
-                (entry.digest, entry.fate) = (*digest, *fate);
-            }
-        })
-    }
-
-    /// What is written down.
-    pub fn journal(&self) -> Option<Journal> {
-        self.lock().as_ref().map(|kept| Journal::clone(kept))
-    }
-
-    /// Ends the session, which nothing is left of. A journal that stays all the same is a recovery's, which finds
-    /// everything done.
-    pub fn forget(&self) {
-        if let Some(Err(error)) = self.lock().take().map(Kept::remove) {
-            tracing::warn!("{error}");
-        }
-    }
 }
 
 /// One migration, served.
@@ -517,41 +341,6 @@ fn security(offer: &ColdOffer, identity: Identity, peer: Arc<OnceLock<Vec<u8>>>)
     }
 }
 
-/// No, and why.
-pub fn refusal(error: &Error, host: &str) -> Answer {
-    let Failure { kind, host, cause } = error.failure(host);
-    Answer::Refused { kind, cause, host }
-}
-
-/// Opens the door: each connection that comes gets a thread of its own.
-pub fn listen(
-    listener: Listener,
-    security: Security,
-    welcome: impl Fn(Purpose, Connection) + Send + Sync + 'static,
-) -> Result<(), Error> {
-    let span = tracing::Span::current();
-    let welcome = Arc::new(welcome);
-    let door = move || {
-        let _entered = span.enter();
-        loop {
-            match listener.accept(&security, Instant::now() + UNTIL_CONNECTED) {
-                Ok((purpose, connection)) => {
-                    let (welcome, span) = (Arc::clone(&welcome), span.clone());
-                    let thread = std::thread::Builder::new().name(purpose.to_string().replace(' ', "-"));
-                    // Without a thread the connection closes, and is tried again.
-                    let _ = thread.spawn(move || span.in_scope(|| welcome(purpose, connection)));
-                }
-                Err(crate::wire::Error::NobodyCame { .. }) => {}
-                Err(error) => return tracing::error!("{error}"),
-            }
-        }
-    };
-    let started = std::thread::Builder::new().name("door".into()).spawn(door);
-    started
-        .map(drop)
-        .map_err(|error| Error::Other(format!("cannot start a thread: {error}")))
-}
-
 impl Shared {
     fn welcome(&self, purpose: Purpose, connection: Connection) {
         self.connected.fetch_add(1, Relaxed);
@@ -757,106 +546,5 @@ pub fn is_same_definition(definition: &Definition) -> Result<(), Error> {
         false => Err(Error::Other(
             "the guest's definition was changed while its files were copied: try again".into(),
         )),
-    }
-}
-
-/// A session that is over: who still asks is told, for a short time, and an answer under way gets there.
-pub fn linger(connected: &AtomicUsize) {
-    let end = Instant::now() + LINGER;
-    while Instant::now() < end && connected.load(Relaxed) > 0 {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since. What
-/// is gone already was deleted before a crash.
-pub fn delete(journal: &Journal, keep: Option<&str>, in_use: &[KeptFile]) -> Deleted {
-    let mut outcome = Deleted::default();
-    let real = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-    let others: HashMap<_, _> = in_use
-        .iter()
-        .map(|kept| (real(&kept.path), &kept.reason))
-        .collect();
-    for entry in &journal.entries {
-        let real = real(&entry.path);
-        let reason = match (entry.fate, entry.kind, keep, others.get(&real)) {
-            (_, _, Some(why), _) => why.to_owned(),
-            (Fate::Shared, ..) => "both hosts use it".to_owned(),
-            (Fate::Present, ..) => "the destination had it before".to_owned(),
-            _ if entry.digest.is_none() => "its copy was not verified".to_owned(),
-            (_, Kind::Block, ..) => {
-                "it is a volume: remove it where it was made, if nothing needs it".to_owned()
-            }
-            (.., Some(why)) => (*why).clone(),
-            _ if is_gone(&real) => {
-                outcome.deleted.push(entry.path.clone());
-                continue;
-            }
-            _ if !is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
-            _ if is_changed(&real, entry) => "it was changed after it was copied".to_owned(),
-            _ if files::is_held(&real) => "another process uses it".to_owned(),
-            _ => match remove(&entry.path, &real) {
-                Ok(()) => {
-                    tracing::info!(path = %entry.path.display(), "deleted: it has moved");
-                    outcome.deleted.push(entry.path.clone());
-                    continue;
-                }
-                Err(error) => error.to_string(),
-            },
-        };
-        tracing::info!(path = %entry.path.display(), reason, "not deleted");
-        let path = entry.path.clone();
-        outcome.kept.push(KeptFile { path, reason });
-    }
-    if keep.is_none() {
-        for directory in journal.inventory.directories.iter().rev() {
-            // Not empty: somebody else's too.
-            let _ = std::fs::remove_dir(&directory.path);
-        }
-    }
-    for entry in &journal.entries {
-        if let Some(parent) = entry.path.parent() {
-            nonce::remove(parent, journal.session);
-        }
-    }
-    outcome
-}
-
-fn is_gone(path: &Path) -> bool {
-    let found = path.symlink_metadata();
-    found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
-}
-
-/// Whether a file that was to be deleted is still there, as it was when it was copied. What does not move is not looked at.
-/// A device is never deleted: it has to be there, and its node is another one after a reboot.
-pub fn is_whole(entry: &Entry) -> bool {
-    let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
-    match (entry.fate, entry.kind) {
-        (Fate::Moves, Kind::File) => is_ours(&real, entry) && !is_changed(&real, entry),
-        (Fate::Moves, Kind::Block) => is_device(&real) && holds(&real, entry.size),
-        (Fate::Shared | Fate::Present, _) => true,
-    }
-}
-
-/// Whether a device can be read, and has so many bytes.
-fn holds(device: &Path, size: u64) -> bool {
-    let length = std::fs::File::open(device)
-        .and_then(|device| files::length(&device, &device.metadata()?, Kind::Block));
-    length.is_ok_and(|length| length >= size)
-}
-
-/// Whether it has another length or time than the file that was copied.
-fn is_changed(path: &Path, entry: &Entry) -> bool {
-    let found = std::fs::metadata(path).ok();
-    let found = found.map(|found| (found.len(), files::modified(&found)));
-    found != entry.modified.map(|modified| (entry.size, modified))
-}
-
-/// The file, and the symbolic link that named it.
-fn remove(path: &Path, real: &Path) -> std::io::Result<()> {
-    std::fs::remove_file(real)?;
-    match path.symlink_metadata() {
-        Ok(link) if link.is_symlink() => std::fs::remove_file(path),
-        _ => Ok(()),
     }
 }

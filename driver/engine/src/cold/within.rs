@@ -9,6 +9,7 @@
 //! whatever was made is removed; in `placed`, after a crash, the plug-in looks at it; from `owned` on it names the new ones.
 
 use super::copy::{self, Pair};
+use super::deletion::delete;
 use super::files::{self, Source};
 use super::hash::manifest;
 use super::journal::{Claim, Kept};
@@ -16,7 +17,7 @@ use super::messages::Looked;
 use super::place::{self, Target};
 use super::record::Recorder;
 use super::reserve::{survey, There};
-use super::source::{delete, is_same_definition};
+use super::source::is_same_definition;
 use super::users::Owner;
 use super::{extents, header, Error};
 use crate::control::{Control, Meter};

@@ -1,0 +1,103 @@
+//! The source's files, once the guest is another host's: exactly what has moved goes.
+
+use super::files;
+use super::identity::is_ours;
+use super::nonce;
+use super::place::is_device;
+use ferry_contract::cold::journal::{Entry, Fate, Journal};
+use ferry_contract::cold::{Deleted, Kept as KeptFile, Kind};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since. What
+/// is gone already was deleted before a crash.
+pub fn delete(journal: &Journal, keep: Option<&str>, in_use: &[KeptFile]) -> Deleted {
+    let mut outcome = Deleted::default();
+    let real = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    let others: HashMap<_, _> = in_use
+        .iter()
+        .map(|kept| (real(&kept.path), &kept.reason))
+        .collect();
+    for entry in &journal.entries {
+        let real = real(&entry.path);
+        let reason = match (entry.fate, entry.kind, keep, others.get(&real)) {
+            (_, _, Some(why), _) => why.to_owned(),
+            (Fate::Shared, ..) => "both hosts use it".to_owned(),
+            (Fate::Present, ..) => "the destination had it before".to_owned(),
+            _ if entry.digest.is_none() => "its copy was not verified".to_owned(),
+            (_, Kind::Block, ..) => {
+                "it is a volume: remove it where it was made, if nothing needs it".to_owned()
+            }
+            (.., Some(why)) => (*why).clone(),
+            _ if is_gone(&real) => {
+                outcome.deleted.push(entry.path.clone());
+                continue;
+            }
+            _ if !is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
+            _ if is_changed(&real, entry) => "it was changed after it was copied".to_owned(),
+            _ if files::is_held(&real) => "another process uses it".to_owned(),
+            _ => match remove(&entry.path, &real) {
+                Ok(()) => {
+                    tracing::info!(path = %entry.path.display(), "deleted: it has moved");
+                    outcome.deleted.push(entry.path.clone());
+                    continue;
+                }
+                Err(error) => error.to_string(),
+            },
+        };
+        tracing::info!(path = %entry.path.display(), reason, "not deleted");
+        let path = entry.path.clone();
+        outcome.kept.push(KeptFile { path, reason });
+    }
+    if keep.is_none() {
+        for directory in journal.inventory.directories.iter().rev() {
+            // Not empty: somebody else's too.
+            let _ = std::fs::remove_dir(&directory.path);
+        }
+    }
+    for entry in &journal.entries {
+        if let Some(parent) = entry.path.parent() {
+            nonce::remove(parent, journal.session);
+        }
+    }
+    outcome
+}
+
+fn is_gone(path: &Path) -> bool {
+    let found = path.symlink_metadata();
+    found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+}
+
+/// Whether a file that was to be deleted is still there, as it was when it was copied. What does not move is not looked at.
+/// A device is never deleted: it has to be there, and its node is another one after a reboot.
+pub fn is_whole(entry: &Entry) -> bool {
+    let real = std::fs::canonicalize(&entry.path).unwrap_or_else(|_| entry.path.clone());
+    match (entry.fate, entry.kind) {
+        (Fate::Moves, Kind::File) => is_ours(&real, entry) && !is_changed(&real, entry),
+        (Fate::Moves, Kind::Block) => is_device(&real) && holds(&real, entry.size),
+        (Fate::Shared | Fate::Present, _) => true,
+    }
+}
+
+/// Whether a device can be read, and has so many bytes.
+fn holds(device: &Path, size: u64) -> bool {
+    let length = std::fs::File::open(device)
+        .and_then(|device| files::length(&device, &device.metadata()?, Kind::Block));
+    length.is_ok_and(|length| length >= size)
+}
+
+/// Whether it has another length or time than the file that was copied.
+fn is_changed(path: &Path, entry: &Entry) -> bool {
+    let found = std::fs::metadata(path).ok();
+    let found = found.map(|found| (found.len(), files::modified(&found)));
+    found != entry.modified.map(|modified| (entry.size, modified))
+}
+
+/// The file, and the symbolic link that named it.
+fn remove(path: &Path, real: &Path) -> std::io::Result<()> {
+    std::fs::remove_file(real)?;
+    match path.symlink_metadata() {
+        Ok(link) if link.is_symlink() => std::fs::remove_file(path),
+        _ => Ok(()),
+    }
+}

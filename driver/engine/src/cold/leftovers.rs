@@ -1,0 +1,83 @@
+//! What an earlier session of the guest's has left at the destination: taken up, or removed, and who may.
+
+use super::identity::is_ours;
+use super::journal::Claim;
+use super::{place, Error};
+use ferry_contract::cold::journal::{Journal, Role, State};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+/// What an attempt that was cut off by a crash left of files with these places: place and temporary file.
+pub fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
+    let entries = earlier.into_iter().flat_map(|journal| &journal.entries);
+    let useful = entries.filter_map(|entry| {
+        let temporary = entry.temporary.as_ref()?;
+        let useful = places.contains(&entry.path) && is_ours(temporary, entry);
+        useful.then(|| (entry.path.clone(), temporary.clone()))
+    });
+    useful.collect()
+}
+
+/// Whether a session has all of the guest, and waits for its source to say whose it is.
+pub fn waits(journal: &Journal) -> bool {
+    journal.role == Role::Destination
+        && matches!(journal.state, State::Ready | State::Committing | State::Returning)
+}
+
+/// Lets a new session take the place of one that waits. A source that offers the guest anew has it: it begins none before it
+/// knows that. Another host has another copy, and does not know which one is the guest.
+///
+/// # Errors
+/// It comes from another host, or the journal cannot be written.
+pub fn follow(claim: &Claim, waiting: &Journal, source_host: &str) -> Result<(), Error> {
+    if waiting.peer != source_host {
+        let (name, peer) = (&waiting.guest.name, &waiting.peer);
+        return Err(Error::Other(format!(
+            "all of guest {name} has come here from {peer} before, which has not said whose it is: \"virt-ferry recover --abort \
+             {name}\" here removes that copy, \"virt-ferry recover --lost {peer} {name}\" makes it the guest"
+        )));
+    }
+    // Some of it has its names already, which the new session wants.
+    if waiting.entries.iter().any(|entry| is_ours(&entry.path, entry)) {
+        // A crash from here on must not leave a journal by which all of the guest is here; one that is given up has what is
+        // in its place removed, too.
+        claim.note(&in_state(waiting, State::Aborted))?;
+        place::undo(waiting);
+        claim.note(&in_state(waiting, State::Pulling))?;
+    }
+    Ok(())
+}
+
+fn in_state(journal: &Journal, state: State) -> Journal {
+    Journal {
+        state,
+        ..journal.clone()
+    }
+}
+
+/// Removes what an earlier session left and this one does not take up.
+///
+/// # Errors
+/// The journal cannot be written: nothing is removed.
+pub fn remove_useless(
+    claim: &Claim,
+    earlier: Option<&Journal>,
+    left: &BTreeMap<PathBuf, PathBuf>,
+) -> Result<(), Error> {
+    let Some(earlier) = earlier else { return Ok(()) };
+    if waits(earlier) {
+        // All of the guest is not here any more.
+        claim.note(&in_state(earlier, State::Pulling))?;
+    }
+    let used: BTreeSet<_> = left.values().collect();
+    let mut useless = earlier.clone();
+    useless.entries.retain(|entry| {
+        !entry
+            .temporary
+            .as_ref()
+            .is_some_and(|temporary| used.contains(temporary))
+    });
+    useless.directories.clear();
+    place::undo(&useless);
+    Ok(())
+}
