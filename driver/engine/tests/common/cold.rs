@@ -3,7 +3,7 @@
 use super::{await_some, PATIENCE};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
 use ferry_contract::cold::storage::Relocate;
-use ferry_contract::cold::{Item, Options, Part, Plan, Pull, Recovered, Serve, Wish};
+use ferry_contract::cold::{Deleted, Item, Kept, Options, Part, Plan, Pull, Recovered, Serve, Wish};
 use ferry_contract::control::{Failure, Message, Reply, Request, Settings, Statistics};
 use ferry_contract::cookie::ColdOffer;
 use ferry_contract::session::{Encryption, Guest};
@@ -544,4 +544,43 @@ pub fn allocated(path: &Path) -> u64 {
 
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
+}
+
+/// Finish and Confirm, as the plug-ins do them with --undefinesource.
+pub fn conclude(scene: &Scene, mut source: Engine, mut destination: Engine, in_use: &[Kept]) -> Deleted {
+    assert_eq!(destination.ask(&Request::ColdCommit), Reply::ColdPlaced);
+    assert_eq!(scene.journal(Role::Source).unwrap().state, State::Committed);
+    destination.own();
+    assert_eq!(source.ask(&Request::ColdConfirm), Reply::ColdOwnedThere);
+    let deleted = source.ask(&Request::ColdDelete {
+        keep: None,
+        in_use: in_use.to_vec(),
+    });
+    source.end();
+    destination.end();
+    match deleted {
+        Reply::ColdDeleted(deleted) => deleted,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A loop device over a file, detached at the end.
+pub struct Loop(pub PathBuf);
+
+impl Loop {
+    pub fn over(file: &Path) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+            .ok()?;
+        let device = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| Self(device.trim().into()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
 }
