@@ -16,10 +16,12 @@
 //!   timeline         what virt-ferry is told and tells on a host
 //!   phases           a client that runs the phases of a migration one by one
 //!   fault            slow and cut links, killed processes, and how a guest must come out of it
+//!   checkout         its files, and the programs that look at them
 //!   wait             waiting for a condition, never for a time
 //! ```
 
 pub mod authority;
+pub mod checkout;
 pub mod clean;
 pub mod cold;
 pub mod fault;
