@@ -3,8 +3,8 @@
 mod common;
 
 use common::cold::{
-    acl, allocated, conclude, disk, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, Engine,
-    Scene, ACCESS, DEFAULT, MIB, NO_ID,
+    acl, allocated, conclude, disk, is_root, list, noise, ofd_read_lock, report, set_acl, sha256, writer,
+    Engine, Scene, ACCESS, DEFAULT, MIB, NO_ID,
 };
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Kept, Medium, Options, Part};
@@ -113,12 +113,7 @@ fn everything_moves_as_it_was() {
             .directory
             .path()
             .join(format!("logs/g-{}-{role}.json", offer.session));
-        let told = Command::new(env!("CARGO_BIN_EXE_virt-ferry-engine"))
-            .arg("report")
-            .arg(&record)
-            .output()
-            .unwrap();
-        let told = String::from_utf8(told.stdout).unwrap();
+        let told = report(&record);
         assert!(
             told.contains("g, shut off, moved from host1 to host2 in") && told.contains("5 of 5 files moved"),
             "{told}"

@@ -4,7 +4,7 @@
 mod common;
 
 use common::cold::{
-    acl, allocated, list, recovered, set_acl, sha256, writer, Engine, Scene, ACCESS, MIB, NO_ID,
+    acl, allocated, list, recovered, report, set_acl, sha256, writer, Engine, Scene, ACCESS, MIB, NO_ID,
 };
 use ferry_contract::cold::journal::{Journal, Role, State};
 use ferry_contract::cold::storage::Rename;
@@ -149,12 +149,7 @@ fn files_that_are_needed_or_to_stay_are_not_deleted() {
         engine.end();
         let record = disks.scene.directory.path();
         let record = record.join(format!("logs/g-{session}-source.json"));
-        let told = Command::new(env!("CARGO_BIN_EXE_virt-ferry-engine"))
-            .arg("report")
-            .arg(&record)
-            .output()
-            .unwrap();
-        let told = String::from_utf8(told.stdout).unwrap();
+        let told = report(&record);
         for Kept { reason, .. } in &stays {
             assert!(told.contains(&format!(", not deleted: {reason}")), "{told}");
         }

@@ -9,7 +9,7 @@
 //! and none of its devices can change memory that their state knows nothing of (see [`Narrow`](crate::qemu::Narrow)).
 
 use super::signals::{End, Signals};
-use super::watch::Watch;
+use super::watch::{deadline, Watch};
 use super::Error;
 use crate::qemu::{stands, Devices, Narrow, Process};
 use crate::wire::chunk::{self, Kind};
@@ -25,7 +25,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Bytes read from QEMU at a time.
 const CHUNK: usize = 64 << 10;
@@ -197,6 +197,19 @@ impl BeforeDevices {
         }
         self.signals.seen().switched
     }
+
+    /// Whether QEMU comes to stand in its write, which it has begun.
+    fn stands(&self, qemu: &UnixStream) -> Result<bool, Error> {
+        let end = deadline(Duration::from_millis(SILENCE.into()));
+        while Instant::now() < end {
+            if stands(qemu).map_err(Error::system("look at QEMU's stream"))? {
+                return Ok(true);
+            }
+            self.signals.check()?;
+            std::thread::sleep(LOOK);
+        }
+        Ok(false)
+    }
 }
 
 impl Gate for BeforeDevices {
@@ -215,25 +228,19 @@ impl Gate for BeforeDevices {
                 ));
             }
         }
-        match (ready, self.devices.found()) {
+        let held = match (ready, self.devices.found()) {
             (true, false) => return Ok(()),
             (true, true) if !self.is_switched() => {
                 self.devices.forget();
                 return Ok(());
             }
-            (true, true) => {
-                while !stands(qemu).map_err(Error::system("look at QEMU's stream"))? {
-                    self.signals.check()?;
-                    std::thread::sleep(LOOK);
-                }
-            }
-            // A stream that is not as it is known, all written: nobody waits for what does not come.
-            (false, _) if self.signals.seen().switched => {
-                tracing::warn!(
-                    "QEMU's device state was not recognised: it was not held back for the last copy"
-                );
-            }
+            (true, true) => self.stands(qemu)?,
+            (false, _) if self.signals.seen().switched => false,
             (false, _) => return Ok(()),
+        };
+        if !held {
+            // A stream that is not as it is known, all written: a guest does not stand still for what does not come.
+            tracing::warn!("QEMU's device state was not recognised: it was not held back for the last copy");
         }
         self.signals.saw(|seen| seen.frozen = true);
         self.signals.wait_until_copied()?;

@@ -584,3 +584,12 @@ impl Drop for Loop {
         let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
     }
 }
+
+/// What a person is told of a migration by its record.
+pub fn report(record: &Path) -> String {
+    let program = Command::new(env!("CARGO_BIN_EXE_virt-ferry-engine"))
+        .arg("report")
+        .arg(record)
+        .output();
+    String::from_utf8(program.unwrap().stdout).unwrap()
+}

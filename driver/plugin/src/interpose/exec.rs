@@ -1,8 +1,9 @@
 //! The private monitor: each guest's QEMU is given a second QMP socket when libvirt starts it.
 //!
 //! libvirt refuses its own monitor passthrough for a guest that arrives, and lets it pass for one that leaves only as its
-//! job's mask happens to allow (libvirt 11.3, `VIR_JOB_QUERY`), so the engine needs a monitor of its own. We are called in a forked child, already as QEMU's user and confined as QEMU will be (libvirt 9.0 and 11.3,
-//! virCommandExec), so this does nothing but read arguments and make new ones.
+//! job's mask happens to allow (libvirt 11.3, `VIR_JOB_QUERY`), so the engine needs a monitor of its own. We are called in a
+//! forked child, already as QEMU's user and confined as QEMU will be (libvirt 9.0 and 11.3, virCommandExec), so this does
+//! nothing but read arguments and make new ones.
 
 use ferry_host::MONITOR;
 use std::ffi::{CStr, CString};
