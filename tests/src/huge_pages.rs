@@ -1,6 +1,6 @@
 //! Huge pages of 2 MiB, which all hosts of a lab share with this machine.
 
-use std::fs;
+use std::fs::{self, File};
 
 use anyhow::{Context, Result};
 
@@ -11,6 +11,8 @@ const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// More huge pages than this machine had, until dropped.
 pub struct HugePages {
     before: u64,
+    /// Locked: there is one pool, and who gives his pages back would take another one's along.
+    _pool: File,
 }
 
 fn figure(name: &str) -> Result<u64> {
@@ -29,11 +31,13 @@ impl HugePages {
     /// # Errors
     /// If they cannot be counted.
     pub fn add(count: u64) -> Result<Option<Self>> {
-        let Ok(before) = figure("nr_hugepages") else {
+        let Ok(pool) = File::open(format!("{POOL}/nr_hugepages")) else {
             skipped("this kernel has no huge pages");
             return Ok(None);
         };
-        let pages = HugePages { before };
+        pool.lock()?;
+        let before = figure("nr_hugepages")?;
+        let pages = HugePages { before, _pool: pool };
         if set(before + count).is_err() || figure("nr_hugepages")? < before + count {
             skipped(&format!("this machine has no memory for {count} huge pages"));
             return Ok(None);

@@ -123,18 +123,22 @@ const HUGE: u64 = 2 << 20;
 /// Huge pages of 2 MiB for a test, given back at the end.
 struct HugePages {
     before: String,
+    /// Locked: there is one pool, and who gives his pages back would take another one's along.
+    _pool: File,
 }
 
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 impl HugePages {
     fn reserve(count: u64) -> Option<HugePages> {
+        let pool = File::open(HUGE_PAGES).ok()?;
+        pool.lock().ok()?;
         let read = || std::fs::read_to_string(HUGE_PAGES).ok();
         let before = read()?;
         let had: u64 = before.trim().parse().ok()?;
         let wanted = had + count;
         let _ = std::fs::write(HUGE_PAGES, wanted.to_string());
-        let pages = HugePages { before };
+        let pages = HugePages { before, _pool: pool };
         if read()?.trim().parse() == Ok(wanted) {
             return Some(pages);
         }

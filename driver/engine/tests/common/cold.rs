@@ -13,12 +13,12 @@ use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -160,7 +160,7 @@ pub struct Scene {
     pub encryption: Encryption,
     pub incremental: bool,
     pub media: Vec<ferry_contract::cold::Medium>,
-    pub ports: (u16, u16),
+    pub ports: Ports,
     /// The destination's path of a file, where it is not the one of the same name.
     pub elsewhere: Vec<(PathBuf, PathBuf)>,
 }
@@ -183,18 +183,30 @@ impl Default for Scene {
             encryption: Encryption::Always,
             incremental: false,
             media: Vec::new(),
-            ports: ports(),
+            ports: Ports::take(),
             elsewhere: Vec::new(),
         }
     }
 }
 
 /// Ports of one scene's own: a recovery listens where the engine that died did, and nobody else must have come there. Not
-/// those of a real host, whose engines may be at work.
-fn ports() -> (u16, u16) {
-    static SCENES: AtomicU16 = AtomicU16::new(0);
-    let first = 47000 + SCENES.fetch_add(1, Relaxed) % 100 * 8;
-    (first, first + 7)
+/// those of a real host, whose engines may be at work, nor those that the kernel gives to connections (from 32768 on).
+pub struct Ports {
+    range: (u16, u16),
+    /// An abstract name, which is taken for as long as this is open, in the namespace that the ports are of.
+    _taken: UnixListener,
+}
+
+impl Ports {
+    fn take() -> Self {
+        let free = (24000..32000).step_by(8).find_map(|first| {
+            let name = SocketAddr::from_abstract_name(format!("ferry-test-ports-{first}")).ok()?;
+            let taken = UnixListener::bind_addr(&name).ok()?;
+            let range = (first, first + 7);
+            Some(Self { range, _taken: taken })
+        });
+        free.expect("ports that no other scene has")
+    }
 }
 
 impl Scene {
@@ -218,7 +230,7 @@ impl Scene {
             certificates: None,
             encryption: self.encryption,
             streams: 1,
-            ports: self.ports,
+            ports: self.ports.range,
             auto_converge: true,
             verify_memory: false,
             runtime_directory: self.directory.path().into(),
