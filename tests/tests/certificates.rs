@@ -234,12 +234,17 @@ impl Eavesdropper {
              \x20   link.bind((name, 0))\n\
              print('listening', flush=True)\n\
              heard = packets = 0\n\
+             asked = False\n\
              while True:\n\
-             \x20   ready, _, _ = select.select(links + [sys.stdin], [], [])\n\
-             \x20   if sys.stdin in ready: break\n\
-             \x20   for link in ready:\n\
+             \x20   # Asked for what it has heard, it hears what has come before: on a busy machine that is most of it.\n\
+             \x20   ready, _, _ = select.select(links + ([] if asked else [sys.stdin]), [], [], 0 if asked else None)\n\
+             \x20   if asked and not ready: break\n\
+             \x20   for file in ready:\n\
+             \x20       if file is sys.stdin:\n\
+             \x20           asked = True\n\
+             \x20           continue\n\
              \x20       packets += 1\n\
-             \x20       heard += b'{text}' in link.recv(1 << 17)\n\
+             \x20       heard += b'{text}' in file.recv(1 << 17)\n\
              print(heard, packets)\n"
         );
         let mut process = lab
