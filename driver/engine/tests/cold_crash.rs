@@ -96,8 +96,6 @@ fn the_destination_dies_when_everything_is_there() {
 fn the_destination_dies_while_it_asks_and_the_source_lets_go() {
     let mut guest = Guest::new();
     let (source, destination) = guest.committing();
-    // What it asked is in the source's socket, or on its way.
-    std::thread::sleep(std::time::Duration::from_millis(300));
     destination.crash();
     source.signal(Signal::SIGCONT);
     guest.scene.await_state(Role::Source, State::Committed);

@@ -14,7 +14,6 @@ use nix::sys::signal::Signal;
 fn the_destination_is_lost_and_the_operator_takes_the_guest_back() {
     let guest = Guest::new();
     let (source, destination) = guest.committing();
-    std::thread::sleep(std::time::Duration::from_millis(300));
     destination.crash();
     source.signal(Signal::SIGCONT);
     guest.scene.await_state(Role::Source, State::Committed);

@@ -404,6 +404,25 @@ impl Scene {
         });
     }
 
+    /// Whether something waits to be read from an open connection to a source, in /proc/net/tcp's words (proc_net_tcp(5)).
+    pub fn is_asked(&self) -> bool {
+        const ESTABLISHED: &str = "01";
+        let hex = |text: Option<&str>| u64::from_str_radix(text.unwrap_or_default(), 16).unwrap_or(0);
+        ["/proc/net/tcp", "/proc/net/tcp6"].into_iter().any(|table| {
+            let table = fs::read_to_string(table).unwrap_or_default();
+            table.lines().skip(1).any(|line| {
+                let fields: Vec<_> = line.split_whitespace().collect();
+                let [_, local, _, state, queues, ..] = fields[..] else {
+                    return false;
+                };
+                let ports = u64::from(self.ports.range.0)..=u64::from(self.ports.range.1);
+                state == ESTABLISHED
+                    && ports.contains(&hex(local.rsplit(':').next()))
+                    && hex(queues.rsplit(':').next()) > 0
+            })
+        })
+    }
+
     pub fn recovery(&self, role: Role, wish: Wish) -> Engine {
         let mut engine = Engine::start("cold-recover");
         engine.tell(&Request::ColdRecover {

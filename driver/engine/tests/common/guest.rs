@@ -1,5 +1,6 @@
 //! A guest that is shut off, between two hosts, one of which or both die.
 
+use super::await_that;
 use super::cold::{recovered, sha256, Engine, Scene};
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Recovered, Wish};
@@ -137,6 +138,7 @@ impl Guest {
         source.signal(Signal::SIGSTOP);
         destination.tell(&Request::ColdCommit);
         self.scene.await_state(Role::Destination, State::Committing);
+        await_that("the source to be asked", || self.scene.is_asked());
         assert_eq!(self.owners(), (false, false));
         (source, destination)
     }
