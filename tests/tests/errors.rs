@@ -152,6 +152,25 @@ fn a_directory_that_cannot_be_written() -> Result<()> {
     })
 }
 
+/// libvirt's hooks have a word in it once QEMU runs: what that had made by then goes with it.
+#[test]
+fn a_guest_that_a_hook_refuses() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("refused"), 1)?;
+        let hook = two.path("/etc/libvirt/hooks/qemu.d/refuses");
+        fs::write(&hook, "#!/bin/sh\n[ \"$2\" != started ]\n")?;
+        two.run(&["chmod", "755", "/etc/libvirt/hooks/qemu.d/refuses"])?;
+        for options in [&[][..], &["--p2p"]] {
+            fails(&scene, options, &["qemu", "hook"]).with_context(|| format!("{options:?}"))?;
+        }
+        let own = "its QEMU cannot be started for the engine: ";
+        ensure!(said(two, own) == 2, "the destination's log does not say why");
+        fs::remove_file(hook)?;
+        moves(&scene)
+    })
+}
+
 #[test]
 fn no_free_port() -> Result<()> {
     Lab::with(Options::default(), |lab| {
