@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  libvirt's dispatcher
-//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainSave…, virInitialize, …, execve
+//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainSave…, virInitialize, …, execve, kill
 //!  ┌─────▼──────┐   not ours    ┌─────────────────┐
 //!  │ interpose/ │ ────────────▶ │ the real libvirt│
 //!  └─────┬──────┘               └────────▲────────┘

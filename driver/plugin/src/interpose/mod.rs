@@ -7,6 +7,7 @@ mod define;
 mod event;
 mod exec;
 mod job;
+mod kill;
 mod migration;
 mod native;
 mod save;

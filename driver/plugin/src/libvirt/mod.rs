@@ -6,6 +6,7 @@
 mod cookie;
 mod definition;
 mod domain;
+pub mod ending;
 mod error;
 mod host;
 mod params;

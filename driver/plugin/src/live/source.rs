@@ -4,7 +4,7 @@ use super::{guard, job, moved, options, orphan, settings, unexpected, uri, DISAB
 use crate::engine::Engine;
 use crate::guest_memory;
 use crate::libvirt::phase::{self, Begun};
-use crate::libvirt::{Cookie, Domain, Error, Params};
+use crate::libvirt::{ending, Cookie, Domain, Error, Params};
 use crate::sessions::{self, Opening, Role, Session};
 use crate::turns::Moving;
 use ferry_contract::config::Config;
@@ -322,7 +322,7 @@ pub fn confirm(
         return Err(claimed());
     };
     if !(cancelled && session.is_handed_over()) {
-        phase::confirm(domain, params, cookie, flags, cancelled)?;
+        ending::waited_for(|| phase::confirm(domain, params, cookie, flags, cancelled))?;
         conclude(&session, !cancelled);
         sessions::remove(&session);
         return Ok(());
