@@ -337,6 +337,10 @@ fn they_die_between_the_phases() -> Result<()> {
         one.restart_libvirtd(true)?;
         let said = one.exec(&["virsh", "start", "g"])?;
         ensure!(!said.status.success(), "the guest starts on both hosts");
+        // Nobody asks for it: a client has connected.
+        wait_until("the source to bring it to an end", SETTLE, || {
+            Ok(scene.journal(one)?.is_none())
+        })?;
         scene.settles()?;
         scene
             .is_at_the_destination()

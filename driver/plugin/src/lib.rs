@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  libvirt's dispatcher
-//!        │ virDomainMigrate…3Params, virDomainGetJob…, virDomainSave…, virInitialize, …, execve, kill
+//!        │ virConnectOpenAuth, virDomainMigrate…3Params, virDomainGetJob…, virDomainSave…, …, execve, kill
 //!  ┌─────▼──────┐   not ours    ┌─────────────────┐
 //!  │ interpose/ │ ────────────▶ │ the real libvirt│
 //!  └─────┬──────┘               └────────▲────────┘

@@ -10,6 +10,7 @@ mod job;
 mod kill;
 mod migration;
 mod native;
+mod open;
 mod save;
 mod start;
 

@@ -5,8 +5,8 @@ use std::ffi::CStr;
 use std::os::raw::{c_char, c_int, c_uint, c_ulong, c_void};
 use std::sync::OnceLock;
 use virt_sys::{
-    virConnectDomainEventGenericCallback, virConnectPtr, virDomainJobInfoPtr, virDomainPtr,
-    virDomainSnapshotPtr, virErrorPtr, virFreeCallback, virTypedParameterPtr,
+    virConnectAuthPtr, virConnectDomainEventGenericCallback, virConnectPtr, virDomainJobInfoPtr,
+    virDomainPtr, virDomainSnapshotPtr, virErrorPtr, virFreeCallback, virTypedParameterPtr,
 };
 
 /// The next definition of a symbol after ours.
@@ -150,12 +150,16 @@ pub type MonitorCommandWithFiles = unsafe extern "C" fn(
     *mut *mut c_char,
     c_uint,
 ) -> c_int;
+/// `virConnectOpenAuth`.
+pub type Open = unsafe extern "C" fn(*const c_char, virConnectAuthPtr, c_uint) -> virConnectPtr;
 /// `virInitialize`.
 pub type Initialize = unsafe extern "C" fn() -> c_int;
 /// `virSetError`, private to libvirt but in every release since 0.8: takes a public structure and copies it.
 pub type SetError = unsafe extern "C" fn(virErrorPtr);
 
 real! {
+    #[doc = "libvirt's own opening of a connection."]
+    open = c"virConnectOpenAuth": Open;
     #[doc = "libvirt's own definition of a guest."]
     define = c"virDomainDefineXML": Define;
     #[doc = "libvirt's own definition of a guest, with flags."]
