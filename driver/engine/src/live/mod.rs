@@ -36,6 +36,7 @@ pub mod messages;
 pub mod pace;
 pub mod precopy;
 mod protection;
+mod queue;
 pub mod relay;
 pub mod reserve;
 pub mod rounds;

@@ -5,7 +5,7 @@
 
 use super::signals::Signals;
 use super::Error;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ const LOOK: Duration = Duration::from_millis(20);
 pub struct Pace {
     /// Bytes a second; 0 is no limit.
     limit: AtomicU64,
+    /// Nothing is limited any more.
+    lifted: AtomicBool,
     /// Bytes booked and not yet paid for by time, as of the instant.
     debt: Mutex<Option<(f64, Instant)>>,
 }
@@ -31,8 +33,14 @@ impl Pace {
     pub fn limit(&self) -> Option<u64> {
         match self.limit.load(Relaxed) {
             0 => None,
+            _ if self.lifted.load(Relaxed) => None,
             limit => Some(limit),
         }
+    }
+
+    /// From now on and for good no limit holds: a guest that stands still is not kept waiting for the sake of the link.
+    pub fn lift(&self) {
+        self.lifted.store(true, Relaxed);
     }
 
     /// Books bytes that have been sent, and returns when more may be.

@@ -203,8 +203,6 @@ impl Precopy {
     /// The last copy but one, of a guest that stands still and whose block I/O has drained: what is pending, and what has
     /// been given back since the sweep. It is no round, nor is the last: the timeline has them in the downtime.
     pub fn settle(&mut self) -> Result<(), Error> {
-        // A guest that stands still is not kept waiting for the sake of the link.
-        self.signals.pace.set(0);
         let (pages, bytes) = self.rest()?;
         self.settled = (pages, bytes);
         Ok(())

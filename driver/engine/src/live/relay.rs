@@ -8,6 +8,7 @@
 //! Device state is not even read before the last of the memory has been: QEMU then stands in its write, its big lock held,
 //! and none of its devices can change memory that their state knows nothing of (see [`Narrow`](crate::qemu::Narrow)).
 
+use super::queue::{queue, Receiver, Sender};
 use super::signals::{End, Signals};
 use super::watch::{deadline, Watch};
 use super::Error;
@@ -23,21 +24,24 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Bytes read from QEMU at a time.
 const CHUNK: usize = 64 << 10;
-/// Chunks of device state withheld at most; then the source's QEMU waits. At [`CHUNK`] bytes each this is 64 MiB,
-/// far beyond the device state of any machine type without big local memory.
-const WITHHELD: usize = 1024;
+/// Bytes withheld at most; then the source's QEMU waits, and with it the last copy. What QEMU writes of its own RAM after the
+/// switch-over is among them: less than the largest video memory there is (512 MiB, see `LARGEST_STREAMED` in qemu/ram.rs).
+const WITHHELD: usize = 640 << 20;
 /// Chunks besides the first that one answer of QEMU's is for: what more of them would save is not worth their memory.
 const BATCH: usize = 63;
 /// How often, [`LOOK`] apart, a thread that has the monitor is given the time to note what QEMU has said on it.
 const HEARING: u32 = 1000;
-/// A QEMU that writes device state, and nothing for so long, has written all of it.
+/// A QEMU that is to write device state and is silent for so long is asked whether it has written all of it, milliseconds.
 const SILENCE: u16 = 500;
+/// For an answer to that: the guest stands still, and one that has written all answers at once.
+const ANSWER: Duration = Duration::from_millis(100);
+/// A QEMU that may write device state, and neither comes to it nor answers for so long, is given up: the guest runs on here.
+const UNWRITTEN: Duration = Duration::from_secs(60);
 /// Between two looks whether QEMU writes device state: the guest stands still meanwhile.
 const LOOK: Duration = Duration::from_micros(100);
 
@@ -144,6 +148,7 @@ pub fn from_source(
             path,
             narrow: None,
             devices: Devices::default(),
+            silences: 0,
         };
         from_qemu(qemu, out, &inner, gate, |switched| {
             // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
@@ -183,6 +188,8 @@ struct BeforeDevices {
     path: PathBuf,
     narrow: Option<Narrow>,
     devices: Devices,
+    /// How often in a row it was silent since it has been let go on.
+    silences: u32,
 }
 
 impl BeforeDevices {
@@ -190,25 +197,61 @@ impl BeforeDevices {
     /// there too, and is heard here or by a thread that has the monitor. A monitor that is gone is for others to notice.
     fn is_switched(&self) -> bool {
         for _ in 0..HEARING {
-            if self.signals.seen().switched || self.watch.hear().unwrap_or(true) {
+            if self.signals.seen().switched.is_some() || self.watch.hear().unwrap_or(true) {
                 break;
             }
             std::thread::sleep(LOOK);
         }
-        self.signals.seen().switched
+        self.signals.seen().switched.is_some()
     }
 
-    /// Whether QEMU comes to stand in its write, which it has begun.
+    /// Waits until QEMU, which has begun with its devices, stands in its write; false where it has written all. One that does
+    /// neither is still at a device: a TPM ends its command first, and completes other devices' requests meanwhile (QEMU 7.2
+    /// and 10.0, `tpm_backend_finish_sync`).
     fn stands(&self, qemu: &UnixStream) -> Result<bool, Error> {
-        let end = deadline(Duration::from_millis(SILENCE.into()));
-        while Instant::now() < end {
-            if stands(qemu).map_err(Error::system("look at QEMU's stream"))? {
-                return Ok(true);
+        let stands = || stands(qemu).map_err(Error::system("look at QEMU's stream"));
+        let mut pause = Duration::from_millis(SILENCE.into());
+        let mut asked = deadline(pause);
+        while !stands()? {
+            if Instant::now() >= asked {
+                if self.watch.answers(ANSWER)? {
+                    return stands();
+                }
+                self.is_late()?;
+                pause *= 2;
+                asked = deadline(pause);
             }
             self.signals.check()?;
             std::thread::sleep(LOOK);
         }
-        Ok(false)
+        Ok(true)
+    }
+
+    /// Whether QEMU, which has been silent for [`SILENCE`] once more, has written all. If it has not, its main loop waits for
+    /// its lock, and may have written guest memory until it got that far: ending the block devices takes what their disks take.
+    fn has_ended(&mut self) -> Result<bool, Error> {
+        let Some(switched) = self.signals.seen().switched else {
+            return Ok(false);
+        };
+        if switched.elapsed() < Duration::from_millis(SILENCE.into()) {
+            return Ok(false);
+        }
+        self.is_late()?;
+        self.silences += 1;
+        // QEMU queues 8 commands of a monitor.
+        Ok(self.silences.is_power_of_two() && self.watch.answers(ANSWER)?)
+    }
+
+    /// Fails where QEMU has had more time than it needs.
+    fn is_late(&self) -> Result<(), Error> {
+        let switched = self.signals.seen().switched;
+        match switched.is_some_and(|switched| switched.elapsed() > UNWRITTEN) {
+            true => Err(Error::Elsewhere(format!(
+                "QEMU did not write the state of the guest's devices within {} s; is its storage reachable?",
+                UNWRITTEN.as_secs()
+            ))),
+            false => Ok(()),
+        }
     }
 }
 
@@ -235,7 +278,7 @@ impl Gate for BeforeDevices {
                 return Ok(());
             }
             (true, true) => self.stands(qemu)?,
-            (false, _) if self.signals.seen().switched => false,
+            (false, _) if self.has_ended()? => false,
             (false, _) => return Ok(()),
         };
         if !held {
@@ -249,6 +292,7 @@ impl Gate for BeforeDevices {
     }
 
     fn after(&mut self, bytes: &[u8]) {
+        self.silences = 0;
         if !self.devices.found() {
             self.devices.look(bytes);
         }
@@ -263,11 +307,11 @@ pub fn to_destination(
     back: Connection,
 ) -> Result<(), Error> {
     // Read on while device state is withheld: a sender whose data stays in the socket would give us up for dead.
-    let (queue, chunks) = sync_channel(WITHHELD);
+    let (queue, chunks) = queue(WITHHELD);
     run("relay", signals, move || loop {
         let mut bytes = Vec::new();
         let kind = chunk::receive(&mut from, &mut bytes)?;
-        if queue.send((kind, bytes)).is_err() {
+        if !queue.send(Chunk { kind, bytes }) {
             return Ok(());
         }
         match kind {
@@ -282,13 +326,25 @@ pub fn to_destination(
     })
 }
 
+/// What has come from the source.
+struct Chunk {
+    kind: Kind,
+    bytes: Vec<u8>,
+}
+
+impl AsRef<[u8]> for Chunk {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 fn deliver(
     incoming: &Path,
     signals: &Arc<Signals>,
-    chunks: &Receiver<(Kind, Vec<u8>)>,
+    chunks: &Receiver<Chunk>,
     back: Connection,
 ) -> Result<(), Error> {
-    let Ok(mut next) = chunks.recv() else {
+    let Some(mut next) = chunks.recv() else {
         return Ok(());
     };
     // QEMU begins to load with the first byte, so it is connected to no sooner.
@@ -302,8 +358,7 @@ fn deliver(
         from_qemu(other, back, &inner, Open, |_| Ok(Kind::Early))
     })?;
     loop {
-        let (kind, bytes) = next;
-        match kind {
+        match next.kind {
             Kind::Held => signals.wait_for_commitment()?,
             Kind::Early => {}
             Kind::Eof | Kind::Abort => {
@@ -311,12 +366,12 @@ fn deliver(
                 return Ok(());
             }
         }
-        if !write(&qemu, &bytes)? {
+        if !write(&qemu, &next.bytes)? {
             return Ok(());
         }
         match chunks.recv() {
-            Ok(chunk) => next = chunk,
-            Err(_) => return Ok(()),
+            Some(chunk) => next = chunk,
+            None => return Ok(()),
         }
     }
 }
@@ -333,7 +388,7 @@ fn from_qemu(
     gate: impl Gate + 'static,
     kind: impl FnMut(bool) -> Result<Kind, Error>,
 ) -> Result<(), Error> {
-    let (queue, chunks) = sync_channel(WITHHELD);
+    let (queue, chunks) = queue(WITHHELD);
     run("read-qemu", signals, move || read_all(qemu, gate, &queue))?;
     pass_on(&chunks, kind, |kind, chunk| {
         Ok(chunk::send(&mut to, kind, chunk)?)
@@ -350,10 +405,9 @@ fn pass_on(
     mut send: impl FnMut(Kind, &[u8]) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let mut held = false;
-    while let Ok(first) = chunks.recv() {
-        let read: Vec<_> = std::iter::once(first)
-            .chain(chunks.try_iter().take(BATCH))
-            .collect();
+    while let Some(first) = chunks.recv() {
+        let more = std::iter::from_fn(|| chunks.try_recv()).take(BATCH);
+        let read: Vec<_> = std::iter::once(first).chain(more).collect();
         let kind = kind(held)?;
         held |= kind == Kind::Held;
         read.iter().try_for_each(|chunk| send(kind, chunk))?;
@@ -362,7 +416,8 @@ fn pass_on(
 }
 
 /// Reads until QEMU closes.
-fn read_all(mut qemu: UnixStream, mut gate: impl Gate, queue: &SyncSender<Vec<u8>>) -> Result<(), Error> {
+fn read_all(mut qemu: UnixStream, mut gate: impl Gate, queue: &Sender<Vec<u8>>) -> Result<(), Error> {
+    let mut buffer = vec![0; CHUNK];
     loop {
         let mut polled = [PollFd::new(qemu.as_fd(), PollFlags::POLLIN)];
         let ready = match poll(&mut polled, SILENCE) {
@@ -373,17 +428,16 @@ fn read_all(mut qemu: UnixStream, mut gate: impl Gate, queue: &SyncSender<Vec<u8
         if !ready {
             continue;
         }
-        let mut chunk = vec![0; CHUNK];
-        let count = match qemu.read(&mut chunk) {
+        let count = match qemu.read(&mut buffer) {
             Ok(count) => count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             // QEMU closed with something unread: its end all the same; its monitor says whether it is well.
             Err(_) => 0,
         };
-        chunk.truncate(count);
-        gate.after(&chunk);
-        // A sender that has gone has ended the migration.
-        if count == 0 || queue.send(chunk).is_err() {
+        let read = &buffer[..count];
+        gate.after(read);
+        // Whoever sends it and has gone has ended the migration. A narrow stream gives little at a time.
+        if count == 0 || !queue.send(read.to_vec()) {
             return Ok(());
         }
     }
@@ -428,8 +482,8 @@ mod tests {
 
     #[test]
     fn qemu_is_asked_once_for_all_that_has_been_read() {
-        let (queue, chunks) = sync_channel(WITHHELD);
-        (0..200).for_each(|number| queue.send(vec![number]).unwrap());
+        let (queue, chunks) = queue(WITHHELD);
+        assert!((0..200).all(|number| queue.send(vec![number])));
         drop(queue);
         let (mut asked, mut sent) = (Vec::new(), Vec::new());
         let kind = |held| {

@@ -43,7 +43,7 @@ pub struct Seen {
     /// MIGRATION pre-switchover: block I/O is drained too.
     pub drained: Option<Instant>,
     /// MIGRATION device: libvirt has let it go on.
-    pub switched: bool,
+    pub switched: Option<Instant>,
     /// It writes device state: nothing of it changes guest memory until all of that is written.
     pub frozen: bool,
     /// MIGRATION completed.
@@ -98,7 +98,13 @@ impl Signals {
 
     /// QEMU did something.
     pub fn saw(&self, note: impl FnOnce(&mut Seen)) {
-        note(&mut self.lock().seen);
+        let mut state = self.lock();
+        note(&mut state.seen);
+        let seen = state.seen;
+        drop(state);
+        if seen.drained.is_some() || seen.migrating && seen.stopped.is_some() {
+            self.pace.lift();
+        }
         self.changed.notify_all();
     }
 

@@ -71,16 +71,18 @@ impl Watch {
     /// Waits until no block I/O is in flight: QEMU's answer to an empty transaction (QEMU 7.2 to 10.0, `blockdev.c`).
     /// A slow disk is waited for, one that does not answer is not, and neither is a migration that ends. Once QEMU has
     /// stopped the guest, and has drained for that, its answer is not waited for either: it may not answer before its
-    /// device state is read, which waits for the last copy. Nor is a thread that has asked it something.
+    /// device state is read, which waits for the last copy. Nor is a thread that has asked it something, or either once the
+    /// migration has ended.
     pub fn drain(&self) -> Result<Duration, Error> {
         let began = Instant::now();
         // QEMU queues 8 commands of a monitor: each slice asks anew, and the answer to the first answers all.
         let drained = || self.signals.seen().drained.is_some();
+        let moot = || drained() || self.signals.check().is_err();
         for slice in [1, 2, 4, 8, 16, 32, 64] {
             self.signals.check()?;
             let end = deadline(Duration::from_secs(slice));
-            let asked = match self.lock_unless(end, drained) {
-                Some(mut monitor) => monitor.drain(end, drained),
+            let asked = match self.lock_unless(end, moot) {
+                Some(mut monitor) => monitor.drain(end, moot),
                 None if drained() => return Ok(began.elapsed()),
                 None => continue,
             };
@@ -94,6 +96,21 @@ impl Watch {
             "the guest's disk I/O in flight did not end within {} s; is its storage reachable?",
             began.elapsed().as_secs()
         )))
+    }
+
+    /// Whether QEMU answers within so long. It does not while it writes device state, nor while it waits for block I/O: its
+    /// main loop then waits for its big lock.
+    pub fn answers(&self, limit: Duration) -> Result<bool, Error> {
+        let end = deadline(limit);
+        // A thread that has the monitor waits for an answer, too.
+        let Some(mut monitor) = self.lock_unless(end, || false) else {
+            return Ok(false);
+        };
+        match monitor.migration_status(end) {
+            Ok(_) => Ok(true),
+            Err(MonitorError::Timeout { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Whether QEMU's own migration is still before its switch-over.
@@ -156,7 +173,7 @@ fn saw(seen: &mut Seen, event: &str, status: &str, now: Instant) {
         ("RESUME", _) => (seen.stopped, seen.resumed) = (None, Some(now)),
         ("MIGRATION", "setup" | "active") => seen.migrating = true,
         ("MIGRATION", "pre-switchover") => seen.drained = seen.drained.or(Some(now)),
-        ("MIGRATION", "device") => seen.switched = true,
+        ("MIGRATION", "device") => seen.switched = seen.switched.or(Some(now)),
         ("MIGRATION", "completed") => seen.completed = Some(now),
         ("MIGRATION", "failed" | "cancelled") => seen.failed = true,
         _ => {}

@@ -19,6 +19,8 @@ use serde_json::{json, Value};
 
 /// Longest line accepted from QEMU, bytes. A reply that lists a thousand devices is far below a MiB.
 const MAX_LINE: usize = 16 << 20;
+/// How often a command that may become moot is looked after.
+const LOOK: Duration = Duration::from_millis(100);
 /// Events kept while nobody fetches them. A migration that goes well sends about ten.
 const MAX_EVENTS: usize = 1024;
 
@@ -175,7 +177,7 @@ impl Monitor {
         self.execute_unless(command, arguments, deadline, || false)
     }
 
-    /// As [`execute`](Self::execute), but times out as soon as `moot` is so, which is asked before and after each event.
+    /// As [`execute`](Self::execute), but times out soon after `moot` is so.
     pub(super) fn execute_unless(
         &mut self,
         command: &str,
@@ -202,7 +204,10 @@ impl Monitor {
         tracing::trace!(command, "to QEMU");
         self.send(command, format!("{line}\n").as_bytes(), deadline)?;
         loop {
-            let mut reply = self.receive(command, deadline)?;
+            let mut reply = match self.receive(command, deadline.min(Instant::now() + LOOK)) {
+                Err(MonitorError::Timeout { .. }) if Instant::now() < deadline && !moot() => continue,
+                received => received?,
+            };
             let is_ours = reply.get("id").is_none_or(|answered| answered == id);
             if reply.get("event").is_some() || !is_ours {
                 self.set_aside(reply);
