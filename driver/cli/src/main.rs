@@ -95,12 +95,14 @@ fn main() -> ExitCode {
 }
 
 fn run(connect: &str, guests: &[String]) -> Result<bool> {
+    // First: a daemon that has ended because it was idle is started by this.
+    let libvirt = check::connect(connect);
     let host = check::host();
     println!("host");
     for finding in &host {
         println!("  {finding}");
     }
-    let found = check::guests(connect, guests)?;
+    let found = check::guests(&libvirt?, guests)?;
     println!("guests");
     let width = found
         .iter()
