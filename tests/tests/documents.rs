@@ -217,6 +217,7 @@ fn what_a_person_starts_explains_itself() -> Result<()> {
         "tests/demo",
         "tests/bench",
         "tests/lab",
+        "tests/install",
         "packaging/install",
     ] {
         let output = said(program, "--help")?;

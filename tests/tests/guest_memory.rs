@@ -77,6 +77,14 @@ fn a_guest_without_a_choice_is_eligible() -> Result<()> {
             !definition(one, "left", &["--inactive"])?.contains("memoryBacking"),
             "guest_memory = \"as-defined\" does not keep it so"
         );
+        // As one that was defined before virt-ferry was installed: README's command.
+        one.configure("")?;
+        let anew = "virsh dumpxml --inactive --security-info left | virsh define /dev/stdin";
+        one.run(&["sh", "-c", anew])?;
+        ensure!(
+            definition(one, "left", &["--inactive"])?.contains(SHARED),
+            "a guest that is defined anew keeps its anonymous memory"
+        );
         Ok(())
     })
 }

@@ -79,8 +79,20 @@ fn it_is_not_uninstalled_below_those_who_need_it() -> Result<()> {
     for (configuration, journal) in [
         ("", "var/lib/virt-ferry/cold/1.json"),
         (
+            "# state_directory = \"/srv/journals\"\n",
+            "var/lib/virt-ferry/cold/1.json",
+        ),
+        (
             "state_directory = \"/srv/journals\"\n",
             "srv/journals/cold/2.json",
+        ),
+        (
+            "\tstate_directory='/srv/a # b'  # ours\r\n",
+            "srv/a # b/cold/3.json",
+        ),
+        (
+            "\"state_directory\"\t=\"/srv/journals\"#\"\n",
+            "srv/journals/cold/4.json",
         ),
     ] {
         host.write("etc/virt-ferry/virt-ferry.toml", configuration)?;
@@ -98,21 +110,51 @@ fn it_is_not_uninstalled_below_those_who_need_it() -> Result<()> {
         fs::remove_file(journal)?;
     }
 
+    // Nor where it is not known for sure where journals are.
+    for configuration in [
+        "state_directory = \"/srv/\\u006aournals\"\n",
+        "state_directory = \"\"\"\n/srv/journals\"\"\"\n",
+        "state_directory = \"journals\"\n",
+        "state_directory = \"/srv/a\"\nstate_directory = \"/srv/b\"\n",
+    ] {
+        host.write("etc/virt-ferry/virt-ferry.toml", configuration)?;
+        let before = files(&host.root())?;
+        let output = host.installer(&[], &["--uninstall"]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            !output.status.success() && said.contains("state_directory") && files(&host.root())? == before,
+            "{configuration}: {said}"
+        );
+    }
+    host.write("etc/virt-ferry/virt-ferry.toml", "")?;
+
     // Guests with memory in files, defined or running: they are named, and the tmpfs stays.
     let memory = "<domain>\n  <memoryBacking>\n    <source type='file'/>\n  </memoryBacking>\n</domain>\n";
     let defined = host.write("etc/libvirt/qemu/web.xml", memory)?;
     let runs = host.write("run/libvirt/qemu/mail.xml", memory)?;
-    host.write(
-        "etc/libvirt/qemu/db.xml",
-        "<domain><source file='/a'/></domain>\n",
-    )?;
+    // Any access is such memory as well, but for a memfd and huge pages.
+    let access = "<access mode='shared'/>";
+    let other = [
+        ("access", access.to_owned()),
+        ("cell", "<cell id='0' cpus='0' memAccess='shared'/>".into()),
+        ("dimm", "<memory model='dimm' access='private'>".into()),
+        ("db", "<source file='/a'/>".into()),
+        ("memfd", format!("<source type='memfd'/>{access}")),
+        ("huge", format!("<hugepages/>{access}")),
+    ];
+    let mut written = vec![defined, runs];
+    for (name, memory) in other {
+        let text = format!("<domain>{memory}</domain>\n");
+        written.push(host.write(&format!("etc/libvirt/qemu/{name}.xml"), &text)?);
+    }
     let said = host.run(&["--uninstall"])?;
     ensure!(
-        said.contains("\n  mail\n  web\n") && !said.contains("db") && unit.exists() && !hook.exists(),
+        said.contains(":\n  access\n  cell\n  dimm\n  mail\n  web\n") && unit.exists() && !hook.exists(),
         "{said}"
     );
-    fs::remove_file(defined)?;
-    fs::remove_file(runs)?;
+    for file in written {
+        fs::remove_file(file)?;
+    }
 
     // A mounted one stays as well.
     fs::create_dir_all(host.root().join("var/lib/libvirt/qemu/ram"))?;

@@ -138,12 +138,19 @@ fn journals() -> Finding {
     }
 }
 
+/// Reaches libvirt; where systemd holds its socket, that starts the daemon.
+///
+/// # Errors
+/// If libvirt cannot be asked.
+pub fn connect(uri: &str) -> Result<Connect> {
+    Connect::open(Some(uri)).with_context(|| format!("cannot ask libvirt at {uri}"))
+}
+
 /// Looks at guests, or all of them where none is named.
 ///
 /// # Errors
-/// If libvirt cannot be asked, or knows no guest of that name.
-pub fn guests(uri: &str, names: &[String]) -> Result<Vec<(String, Finding)>> {
-    let libvirt = Connect::open(Some(uri)).with_context(|| format!("cannot ask libvirt at {uri}"))?;
+/// If libvirt knows no guest of that name, or says no more.
+pub fn guests(libvirt: &Connect, names: &[String]) -> Result<Vec<(String, Finding)>> {
     let domains = match names {
         [] => libvirt.list_all_domains(0).context("cannot list the guests")?,
         names => names
@@ -171,7 +178,8 @@ fn guest(id: Option<u32>, name: &str) -> Result<Finding> {
     };
     let Some(monitor) = ferry_host::monitor(id, name) else {
         return Ok(Finding::No(
-            "its QEMU was started without the plug-in's monitor: it is eligible after its next start or move"
+            "its QEMU was started without the plug-in's monitor: migrate it once, or define it anew, shut it off and start it \
+             (see virt-ferry(1))"
                 .into(),
         ));
     };

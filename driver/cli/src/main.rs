@@ -58,7 +58,8 @@ enum Command {
     ///
     /// Its disks, with all images they stand on and their data files, are copied, verified and given to the guest, and then
     /// the old files are deleted. Files that others need stay. The daemon does it: Ctrl-C ends it and removes what was
-    /// copied, but if this command dies, it goes on. Ends with 0 if it is done, 2 if not: then the guest has what it had.
+    /// copied, but if this command dies, it goes on. Ends with 0 if it is done, 2 if not: then the guest
+    /// has what it had, unless the error says which disks it has.
     #[command(
         after_help = "Examples:\n  virt-ferry move-storage web --to /srv/fast --dry-run\n  virt-ferry move-storage web --to /srv/fast\n  virt-ferry move-storage web --disk vdb --disk vdc --to bulk"
     )]
@@ -95,12 +96,14 @@ fn main() -> ExitCode {
 }
 
 fn run(connect: &str, guests: &[String]) -> Result<bool> {
+    // First: a daemon that has ended because it was idle is started by this.
+    let libvirt = check::connect(connect);
     let host = check::host();
     println!("host");
     for finding in &host {
         println!("  {finding}");
     }
-    let found = check::guests(connect, guests)?;
+    let found = check::guests(&libvirt?, guests)?;
     println!("guests");
     let width = found
         .iter()

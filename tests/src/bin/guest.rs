@@ -4,7 +4,8 @@
 //! guest xml demo --install SHARE/guests --set 64 --rate 8M --ip 192.168.77.101/24 >demo.xml
 //! tests/lab exec host1 -- virsh create …
 //! guest listen --netns /proc/PID/ns/net --ip 192.168.77.101
-//! guest ask --netns /proc/PID/ns/net --ip 192.168.77.101 check
+//! guest check --netns /proc/PID/ns/net --ip 192.168.77.101
+//! guest order --netns /proc/PID/ns/net --ip 192.168.77.101 rate 8
 //! guest judge RAM-FILE --end 100
 //! ```
 

@@ -98,8 +98,8 @@ pub fn probe() -> Result<(), Unsupported> {
 /// Why this kernel cannot track writes to huge pages of a size; the text is for an administrator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "this host's kernel cannot track writes to huge pages of {} KiB (those of 2048 KiB it can, and Linux of July 2026 or \
-     later can all): {why}",
+    "this host's kernel cannot track writes to huge pages of {} KiB (those of 2048 KiB it can; newer kernels, whose \
+     PAGEMAP_SCAN does not stop at larger ones, can all): {why}",
     page >> 10
 )]
 pub struct UnsupportedPages {

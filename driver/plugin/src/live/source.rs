@@ -88,7 +88,8 @@ impl Candidate {
         let guest = found.get().guest().ok_or("libvirt does not say who it is")?;
         found.get().id().ok_or("it is not running")?;
         let monitor = super::monitor(found.get()).ok_or(
-            "its QEMU was started without the plug-in's monitor; it is eligible after its next start or move",
+            "its QEMU was started without the plug-in's monitor; it is eligible after a move to a host with virt-ferry, or \
+             defined and started anew (see virt-ferry(1))",
         )?;
         Ok(Self {
             config,
