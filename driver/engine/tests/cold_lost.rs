@@ -3,11 +3,11 @@
 
 mod common;
 
-use common::cold::{recovered, sha256, Engine, MIB};
+use common::cold::{ofd_read_lock, recovered, sha256, Engine, MIB};
 use common::guest::Guest;
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Recovered, Wish};
-use ferry_contract::control::Request;
+use ferry_contract::control::{Reply, Request};
 use nix::sys::signal::Signal;
 
 #[test]
@@ -313,4 +313,20 @@ fn a_copy_that_waits_gives_way_to_its_own_source_only() {
     assert_eq!(state, State::Pulling);
     guest.scene.elsewhere.clear();
     guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn what_another_guest_uses_by_now_stays_where_it_was_put() {
+    let guest = Guest::new();
+    let (source, mut destination) = guest.scene.placed();
+    let other = std::fs::File::open(guest.there()).unwrap();
+    ofd_read_lock(&other, 100);
+    assert_eq!(destination.ask(&Request::ColdAbort), Reply::ColdAborted);
+    destination.end();
+    source.end_aborted();
+    assert!(guest.there().exists(), "another guest's base was removed");
+    drop(other);
+    std::fs::remove_file(guest.there()).unwrap();
+    guest.check();
+    guest.assert_undone();
 }

@@ -80,11 +80,22 @@ impl Source {
     fn open(path: &Path, part: &Part) -> Result<Self, Error> {
         let failed = Error::file("open", path);
         let real = fs::canonicalize(path).map_err(failed)?;
+        // A device that is mounted, or part of another one, is written to by nobody who knows of QEMU's locks.
+        let alone = match super::place::is_device(&real) {
+            true => libc::O_EXCL,
+            false => 0,
+        };
         let file = OpenOptions::new()
             .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | alone)
             .open(&real)
-            .map_err(failed)?;
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::EBUSY) => Error::Other(format!(
+                    "{} is in use on this host (mounted, or part of another device)",
+                    path.display()
+                )),
+                _ => failed(error),
+            })?;
         let metadata = file.metadata().map_err(failed)?;
         let kind = kind(&metadata).ok_or_else(|| {
             Error::Other(format!("{} is neither a file nor a block device", path.display()))

@@ -181,6 +181,17 @@ impl Kept {
             journal,
             claim: Some(claim),
         };
+        // No longer than is read, with room for what is noted later.
+        let length = serde_json::to_vec(&kept.journal).map_or(0, |text| text.len() as u64);
+        if length > MAX_LENGTH / 2 {
+            return Err(Error::Other(format!(
+                "guest {} has too much to be moved in one go: its journal would have {} MiB of at most {}; it may have hundreds \
+                 of snapshots (virsh snapshot-list)",
+                kept.guest.name,
+                length >> 20,
+                MAX_LENGTH >> 21
+            )));
+        }
         write(&kept.path, &kept.journal)?;
         Ok(kept)
     }

@@ -115,6 +115,9 @@ impl Ownership {
             None => return Ok(()),
             Some(_) => {}
         }
+        // It may not be possible to remove it.
+        kept.as_mut()
+            .map_or(Ok(()), |kept| kept.enter(State::Aborted, |_| {}))?;
         let _ = self.cause.set((kind, cause));
         kept.take().map_or(Ok(()), Kept::remove)?;
         self.changed.notify_all();
