@@ -6,7 +6,7 @@ mod common;
 use common::cold::{recovered, sha256, Engine, MIB};
 use common::guest::Guest;
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Recovered, Wish};
+use ferry_contract::cold::{Kept, Recovered, Wish};
 use ferry_contract::control::Request;
 use nix::sys::signal::Signal;
 
@@ -313,4 +313,30 @@ fn a_copy_that_waits_gives_way_to_its_own_source_only() {
     assert_eq!(state, State::Pulling);
     guest.scene.elsewhere.clear();
     guest.assert_stays_and_moves_again();
+}
+
+#[test]
+fn what_another_guest_has_come_to_use_stays() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    source.crash();
+    destination.crash();
+    let base = [Kept {
+        path: guest.there(),
+        reason: "guest g2 needs it".into(),
+    }];
+    let mut there = guest
+        .scene
+        .recovery_beside(Role::Destination, Wish::GiveUp, &base);
+    assert_eq!(recovered(&mut there), Recovered::Undone);
+    there.end();
+    assert_eq!(sha256(&guest.there()), guest.digest);
+    // The source has not been told. Asked again, when nothing is known to need it, it is still not this session's.
+    let entry = guest.scene.journal(Role::Destination).unwrap().entries.remove(0);
+    assert_eq!(
+        (entry.identity, entry.lasting, entry.temporary),
+        (None, None, None)
+    );
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    assert_eq!(sha256(&guest.there()), guest.digest);
 }

@@ -7,12 +7,12 @@
 use super::destination::{complete, own_it, unregister, withdraw};
 use super::sessions::Session;
 use super::source::{leave, Left};
-use super::{here, sessions, storage, unexpected};
+use super::{here, inventory, sessions, storage, unexpected};
 use crate::awake;
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
-use ferry_contract::cold::{Recovered, Wish};
+use ferry_contract::cold::{Kept, Recovered, Wish};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
@@ -225,6 +225,7 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
     let request = Request::ColdRecover {
         journal: path.to_owned(),
         wish,
+        in_use: needed(connection, &journal),
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -250,6 +251,21 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
         }
         Recovered::Unknown { cause } => return Ok(Standing::Open(cause)),
     }))
+}
+
+/// What other guests of this host need of what has come, which may have lain here for days; all, where that is not known.
+fn needed(connection: Connection, journal: &Journal) -> Vec<Kept> {
+    if journal.role != Role::Destination {
+        return Vec::new();
+    }
+    inventory::others(connection, journal.guest.uuid).unwrap_or_else(|why| {
+        let paths = journal.entries.iter().map(|entry| entry.path.clone());
+        let stays = |path| Kept {
+            path,
+            reason: why.clone(),
+        };
+        paths.map(stays).collect()
+    })
 }
 
 /// Whether what libvirt knows here of an arriving guest is not that guest: only what a crash left of taking it back, or what
