@@ -6,7 +6,7 @@ mod common;
 use common::cold::{ofd_read_lock, recovered, sha256, Engine, MIB};
 use common::guest::Guest;
 use ferry_contract::cold::journal::{Role, State};
-use ferry_contract::cold::{Recovered, Wish};
+use ferry_contract::cold::{Kept, Recovered, Wish};
 use ferry_contract::control::{Reply, Request};
 use nix::sys::signal::Signal;
 
@@ -329,4 +329,30 @@ fn what_another_guest_uses_by_now_stays_where_it_was_put() {
     std::fs::remove_file(guest.there()).unwrap();
     guest.check();
     guest.assert_undone();
+}
+
+#[test]
+fn what_another_guest_has_come_to_use_stays() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    source.crash();
+    destination.crash();
+    let base = [Kept {
+        path: guest.there(),
+        reason: "guest g2 needs it".into(),
+    }];
+    let mut there = guest
+        .scene
+        .recovery_beside(Role::Destination, Wish::GiveUp, &base);
+    assert_eq!(recovered(&mut there), Recovered::Undone);
+    there.end();
+    assert_eq!(sha256(&guest.there()), guest.digest);
+    // The source has not been told. Asked again, when nothing is known to need it, it is still not this session's.
+    let entry = guest.scene.journal(Role::Destination).unwrap().entries.remove(0);
+    assert_eq!(
+        (entry.identity, entry.lasting, entry.temporary),
+        (None, None, None)
+    );
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    assert_eq!(sha256(&guest.there()), guest.digest);
 }

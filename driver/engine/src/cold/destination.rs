@@ -23,6 +23,7 @@ use super::pull::{Incoming, Pull};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
+use super::undo::{undo, Others};
 use super::users::Owner;
 use super::{extents, users, Error};
 use crate::control::{Control, Meter};
@@ -175,7 +176,7 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
                 .unwrap_or_else(|| Error::Other("nothing was pulled".into()));
             let error = signals_cause(error, signals);
             if let Some(kept) = kept {
-                place::undo(&kept);
+                undo(&kept, &Others::default());
                 told.ended(&kept, Some(&error));
                 kept.remove()?;
             }
@@ -209,7 +210,7 @@ impl Arriving<'_, '_> {
         self.told.recorder.enter("reservation");
         let (source_host, nonce) = link.open(signals)?;
         if let Some(waiting) = earlier.as_ref().filter(|earlier| waits(earlier)) {
-            follow(&claim, waiting, &source_host)?;
+            follow(&claim, waiting, &source_host, &Others::default())?;
         }
         let (mut looked, mut attributes) = (Vec::new(), 0);
         for (number, file) in inventory.files.iter().enumerate() {
@@ -527,7 +528,7 @@ impl Arrived {
             .check()
             .map_or_else(Error::from, |()| Error::Other(cause.to_owned()));
         record.ended(&self.kept, Some(&cause));
-        if !handover::hand_back(self.kept, self.link, &cause)? {
+        if !handover::hand_back(self.kept, self.link, &cause, &Others::default())? {
             tracing::warn!("the source could not be told that nothing is left here");
         }
         Ok(())

@@ -3,6 +3,7 @@
 
 use super::journal::Kept;
 use super::link::{Link, TELL};
+use super::undo::{undo_for_good, Others};
 use super::{place, Error};
 use crate::live::signals::Signals;
 use ferry_contract::cold::journal::{Journal, State};
@@ -58,7 +59,7 @@ pub fn owned(kept: &mut Kept, link: &mut Link, signals: &Signals) -> Result<bool
 ///
 /// # Errors
 /// The source does not answer, and all that has come stays; or as with [`give_up`].
-pub fn hand_back(mut kept: Kept, mut link: Link, cause: &Error) -> Result<bool, Error> {
+pub fn hand_back(mut kept: Kept, mut link: Link, cause: &Error, others: &Others) -> Result<bool, Error> {
     if matches!(kept.state, State::Ready | State::Committing | State::Placed) {
         // Before it is asked: a question that is late must not find that this host has asked for the guest again.
         kept.enter(State::Returning, |_| {})?;
@@ -66,7 +67,7 @@ pub fn hand_back(mut kept: Kept, mut link: Link, cause: &Error) -> Result<bool, 
     if kept.state == State::Returning {
         link.keep(cause, TELL).map_err(|error| silent(&kept, &error))?;
     }
-    give_up(kept, link, cause)
+    give_up(kept, link, cause, others)
 }
 
 /// The source has not answered, so that all that has come stays.
@@ -83,7 +84,7 @@ pub fn silent(waiting: &Journal, error: &Error) -> Error {
 ///
 /// # Errors
 /// The guest is this host's already, or the journal cannot be written.
-pub fn give_up(mut kept: Kept, mut link: Link, cause: &Error) -> Result<bool, Error> {
+pub fn give_up(mut kept: Kept, mut link: Link, cause: &Error, others: &Others) -> Result<bool, Error> {
     let undone = Journal::clone(&kept);
     match kept.state {
         State::Owned => {
@@ -95,7 +96,7 @@ pub fn give_up(mut kept: Kept, mut link: Link, cause: &Error) -> Result<bool, Er
         // Before anything is removed, it is written down that this host never will own it.
         _ => kept.enter(State::Aborted, |_| {})?,
     }
-    place::undo(&undone);
+    undo_for_good(&mut kept, &undone, others)?;
     match link.abort(cause, TELL) {
         // Or it has no such session any more: nothing is left to be known.
         Ok(()) | Err(Error::Refused { .. }) => kept.remove().map(|()| true),

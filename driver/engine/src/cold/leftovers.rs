@@ -2,7 +2,8 @@
 
 use super::identity::is_ours;
 use super::journal::Claim;
-use super::{place, Error};
+use super::undo::{undo, Others};
+use super::Error;
 use ferry_contract::cold::journal::{Journal, Role, State};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -29,7 +30,7 @@ pub fn waits(journal: &Journal) -> bool {
 ///
 /// # Errors
 /// It comes from another host, or the journal cannot be written.
-pub fn follow(claim: &Claim, waiting: &Journal, source_host: &str) -> Result<(), Error> {
+pub fn follow(claim: &Claim, waiting: &Journal, source_host: &str, others: &Others) -> Result<(), Error> {
     if waiting.peer != source_host {
         let (name, peer) = (&waiting.guest.name, &waiting.peer);
         return Err(Error::Other(format!(
@@ -42,7 +43,7 @@ pub fn follow(claim: &Claim, waiting: &Journal, source_host: &str) -> Result<(),
         // A crash from here on must not leave a journal by which all of the guest is here; one that is given up has what is
         // in its place removed, too.
         claim.note(&in_state(waiting, State::Aborted))?;
-        place::undo(waiting);
+        undo(waiting, others);
         claim.note(&in_state(waiting, State::Pulling))?;
     }
     Ok(())
@@ -78,6 +79,6 @@ pub fn remove_useless(
             .is_some_and(|temporary| used.contains(temporary))
     });
     useless.directories.clear();
-    place::undo(&useless);
+    undo(&useless, &Others::default());
     Ok(())
 }

@@ -22,7 +22,7 @@
 //! | [`source`], [`serve`] | the source's sequence, and one data connection of it |
 //! | `ownership`, `door`, `deletion` | whose the guest is by the source's journal; where it listens; what it deletes in the end |
 //! | [`reserve`] | everything that is in the way at the destination, at once |
-//! | [`place`] | the destination's files: temporary, final, or gone again |
+//! | [`place`], `undo` | the destination's files: temporary and final; gone again |
 //! | [`acl`] | who may use a file beside those that its mode speaks of |
 //! | [`destination`], [`pull`] | the destination's sequence, and all files on their way; `puller` one data connection of it, `chunks` what is copied together |
 //! | [`link`], `handover`, `leftovers` | how it speaks to the source; how the guest becomes its own or is given back; what an earlier session left |
@@ -58,6 +58,7 @@ pub mod recover;
 pub mod reserve;
 pub mod serve;
 pub mod source;
+mod undo;
 mod users;
 pub mod within;
 

@@ -1,4 +1,4 @@
-//! The destination's files: written under a temporary name beside the target, put in place whole, or gone again.
+//! The destination's files: written under a temporary name beside the target, put in place whole.
 
 use super::acl::{self, Acl};
 use super::files::{self, Aligned, Reader};
@@ -7,7 +7,7 @@ use super::journal::sync_parent;
 use super::messages::Looked;
 use super::users::Owner;
 use super::Error;
-use ferry_contract::cold::journal::{Fate, Journal, State};
+use ferry_contract::cold::journal::{Fate, Journal};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
 use nix::unistd::{getegid, geteuid};
@@ -380,38 +380,6 @@ fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// Whether a block device is there.
 pub fn is_device(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device())
-}
-
-/// Removes everything a session made on this host: temporary files, files in place, directories.
-pub fn undo(journal: &Journal) {
-    // Before it has asked the source, a session has nothing in place: a file there is of a later one that took up what
-    // this one left.
-    let may_be_placed = matches!(
-        journal.state,
-        State::Committing | State::Placed | State::Returning | State::Aborted
-    );
-    for entry in &journal.entries {
-        if entry.fate != Fate::Moves || entry.kind == Kind::Block {
-            continue;
-        }
-        let temporary = entry
-            .temporary
-            .iter()
-            .filter(|path| path.symlink_metadata().is_ok());
-        let placed = Some(&entry.path).filter(|path| may_be_placed && is_ours(path, entry));
-        for path in temporary.chain(placed) {
-            match fs::remove_file(path) {
-                Ok(()) => tracing::debug!(path = %path.display(), "removed"),
-                Err(error) => {
-                    tracing::warn!(path = %path.display(), %error, "cannot be removed: remove it by hand")
-                }
-            }
-        }
-    }
-    for directory in &journal.directories {
-        // Not empty: somebody else's by now.
-        let _ = fs::remove_dir(directory);
-    }
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ use super::journal::Kept;
 use super::link::{Link, Peer};
 use super::messages::{Answer, Ask};
 use super::ownership::Ownership;
+use super::undo::{undo, Others};
 use super::{nonce, place, within, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
@@ -50,8 +51,12 @@ const LAST_WORD: Duration = Duration::from_secs(5);
 
 /// Serves one plug-in, or a person's command, from its first request to its end.
 pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<(), crate::live::Error> {
-    let Some(Request::ColdRecover { journal, wish, .. }) =
-        signals.next_request(Some(Instant::now() + UNTIL_ASKED))
+    let Some(Request::ColdRecover {
+        journal,
+        wish,
+        in_use,
+        ..
+    }) = signals.next_request(Some(Instant::now() + UNTIL_ASKED))
     else {
         return Ok(());
     };
@@ -70,7 +75,7 @@ pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<
     let _entered = span.enter();
     let outcome = match kept.role {
         Role::Source => source(kept, wish, control, signals),
-        Role::Destination => arriving(kept, wish, control, signals),
+        Role::Destination => arriving(kept, wish, &Others::new(&in_use), control, signals),
         Role::Within => within::recover(kept, control, signals),
     };
     if let Err(error) = outcome {
@@ -277,7 +282,13 @@ fn open_door(
     })
 }
 
-fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) -> Result<(), Error> {
+fn arriving(
+    mut kept: Kept,
+    wish: Wish,
+    others: &Others,
+    control: &Control,
+    signals: &Signals,
+) -> Result<(), Error> {
     if wish == Wish::Own {
         return take(kept, control, signals);
     }
@@ -300,23 +311,23 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
         }
         // Not all of it is here. A next attempt that begins before this takes up what was pulled.
         State::Pulling => {
-            place::undo(&kept);
+            undo(&kept, others);
             kept.remove()?;
             undone(true);
             return Ok(());
         }
         State::Aborted => {
             let before = other("the destination gave the migration up before a crash");
-            return handover::give_up(kept, link, &before).map(undone);
+            return handover::give_up(kept, link, &before, others).map(undone);
         }
         _ if wish == Wish::GiveUp => {
             let operator = other("the operator gave the migration up");
-            return handover::give_up(kept, link, &operator).map(undone);
+            return handover::give_up(kept, link, &operator, others).map(undone);
         }
         // The client that was to go on has gone, or was told that it failed.
         State::Ready | State::Returning => {
             let interrupted = other("the migration was interrupted at the destination");
-            match handover::hand_back(kept, link, &interrupted) {
+            match handover::hand_back(kept, link, &interrupted, others) {
                 Ok(told) => undone(told),
                 Err(error) => control.reply(unknown(&error)),
             }
@@ -333,7 +344,7 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
                 return Ok(());
             }
             Err(refused @ Error::Refused { .. }) => {
-                return handover::give_up(kept, link, &refused).map(undone);
+                return handover::give_up(kept, link, &refused, others).map(undone);
             }
             Err(error @ (Error::Wire(_) | Error::Ended(_))) => {
                 control.reply(unknown(&handover::silent(&kept, &error)));
@@ -353,7 +364,7 @@ fn arriving(mut kept: Kept, wish: Wish, control: &Control, signals: &Signals) ->
         }
         Some(Request::ColdAbort) => {
             let libvirt = Error::Other("the guest is not registered at the destination".into());
-            handover::hand_back(kept, link, &libvirt)?;
+            handover::hand_back(kept, link, &libvirt, others)?;
             control.reply(Reply::ColdAborted);
         }
         // It stays placed: the next recovery asks again.

@@ -18,6 +18,7 @@ use super::place::{self, Target};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::is_same_definition;
+use super::undo::{undo, Others};
 use super::users::Owner;
 use super::{extents, header, Error};
 use crate::control::{Control, Meter};
@@ -138,7 +139,7 @@ impl Session {
         match place_all(&mut self.kept, sources, order, meter, signals, &mut recorder) {
             Ok(sources) => Ok((self.kept, sources, recorder)),
             Err(error) => {
-                place::undo(&self.kept);
+                undo(&self.kept, &Others::default());
                 let outcome = match &error {
                     Error::Ended(crate::live::Error::Cancelled) => Outcome::Cancelled,
                     error => Outcome::Failed {
@@ -222,7 +223,7 @@ fn conclude(
                 Err(error) => fail(&error),
             },
             (Some(Request::ColdAbort), State::Placed) => {
-                place::undo(&kept);
+                undo(&kept, &Others::default());
                 match kept.remove() {
                     Ok(()) => control.reply(Reply::ColdAborted),
                     Err(error) => fail(&error),
@@ -261,7 +262,7 @@ pub fn recover(kept: Kept, control: &Control, signals: &Signals) -> Result<(), E
         State::Placed => Recovered::Define,
         State::Owned => Recovered::Leaves,
         _ => {
-            place::undo(&kept);
+            undo(&kept, &Others::default());
             kept.remove()?;
             control.reply(Reply::ColdRecovered(Recovered::Undone));
             return Ok(());

@@ -424,10 +424,16 @@ impl Scene {
     }
 
     pub fn recovery(&self, role: Role, wish: Wish) -> Engine {
+        self.recovery_beside(role, wish, &[])
+    }
+
+    /// A recovery on a host whose other guests need these.
+    pub fn recovery_beside(&self, role: Role, wish: Wish, in_use: &[Kept]) -> Engine {
         let mut engine = Engine::start("cold-recover");
         engine.tell(&Request::ColdRecover {
             journal: self.journal_path(role),
             wish,
+            in_use: in_use.to_vec(),
             settings: self.settings(role),
         });
         engine

@@ -181,8 +181,8 @@ impl Arrival {
             })
         });
         let prepared = prepared.inspect_err(|_| {
-            give_up(&engine, &self.guest);
             exorcise(connection, &self.guest, &self.plan.definition);
+            give_up(&engine, &self.guest);
             attend(connection, &self.guest);
         })?;
         let session = sessions::add(Session {
@@ -323,8 +323,8 @@ pub fn finish(
     };
     let failed = |error: Option<Error>| {
         let libvirts = own(true);
-        give_up(&session.engine, &session.guest);
         exorcise(connection, &session.guest, &arrived.definition);
+        give_up(&session.engine, &session.guest);
         attend(connection, &session.guest);
         match (error, libvirts) {
             (Some(error), _) | (None, Err(error)) => Err(error),
@@ -344,8 +344,8 @@ pub fn finish(
         Ok((domain, cookie))
     });
     let finished = finished.inspect_err(|_| {
-        withdraw(connection, &session.engine, &session.guest);
         exorcise(connection, &session.guest, &arrived.definition);
+        withdraw(connection, &session.engine, &session.guest);
         attend(connection, &session.guest);
     })?;
     if !own_it(connection, &session.engine, &session.guest, &arrived.places) {
@@ -457,7 +457,8 @@ pub fn unregister(connection: Connection, guest: &Guest) -> Result<(), Error> {
 }
 
 /// libvirt's own Prepare leaves an object that is listed, cannot be undefined, and keeps the guest from ever coming
-/// (libvirt 11.3: nobody removes it when an offline migration is cancelled). Defined, it can be undefined.
+/// (libvirt 11.3: nobody removes it when an offline migration is cancelled). Defined, it can be undefined: while the
+/// journal still keeps it from being started, for a crash in between leaves it defined.
 fn exorcise(connection: Connection, guest: &Guest, definition: &str) {
     let Ok(domain) = connection.domain(guest.uuid) else {
         return;

@@ -7,12 +7,12 @@
 use super::destination::{complete, own_it, unregister, withdraw};
 use super::sessions::Session;
 use super::source::{leave, Left};
-use super::{here, sessions, storage, unexpected};
+use super::{here, inventory, sessions, storage, unexpected};
 use crate::awake;
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
 use ferry_contract::cold::journal::{self, Journal, Role, State};
-use ferry_contract::cold::{Recovered, Wish};
+use ferry_contract::cold::{Kept, Recovered, Wish};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
@@ -184,17 +184,6 @@ pub fn by_hand(connection: Connection, uuid: Uuid, wish: Wish) -> Result<(), Err
         };
     }
     let journal = read(&path).map_err(here)?;
-    let arrives = journal.role == Role::Destination;
-    if wish == Wish::GiveUp
-        && arrives
-        && matches!(
-            journal.state,
-            State::Committing | State::Placed | State::Returning
-        )
-    {
-        // Before its files go.
-        unregister(connection, &journal.guest)?;
-    }
     match recover(connection, &path, &config, wish)? {
         Standing::Ended(how) => {
             tracing::warn!(guest = journal.guest.name, "{how}, as the operator wished");
@@ -228,10 +217,15 @@ pub enum Standing {
 /// One attempt.
 fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> Result<Standing, Error> {
     let journal = read(path).map_err(here)?;
+    if is_no_guest(journal.role, journal.state, wish) {
+        // Before its files and its journal go, which keeps it from being started.
+        unregister(connection, &journal.guest)?;
+    }
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
         wish,
+        in_use: needed(connection, &journal),
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -257,6 +251,34 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
         }
         Recovered::Unknown { cause } => return Ok(Standing::Open(cause)),
     }))
+}
+
+/// What other guests of this host need of what has come, which may have lain here for days; all, where that is not known.
+fn needed(connection: Connection, journal: &Journal) -> Vec<Kept> {
+    if journal.role != Role::Destination {
+        return Vec::new();
+    }
+    inventory::others(connection, journal.guest.uuid).unwrap_or_else(|why| {
+        let paths = journal.entries.iter().map(|entry| entry.path.clone());
+        let stays = |path| Kept {
+            path,
+            reason: why.clone(),
+        };
+        paths.map(stays).collect()
+    })
+}
+
+/// Whether what libvirt knows here of an arriving guest is not that guest: only what a crash left of taking it back, or what
+/// the operator gives up. Registered in earnest it is from `placed` on.
+fn is_no_guest(role: Role, state: State, wish: Wish) -> bool {
+    use State::{Committing, Placed, Ready, Returning};
+    role == Role::Destination
+        && match (wish, state) {
+            (Wish::Own, _) => false,
+            (_, Ready | Committing | Returning) => true,
+            (Wish::GiveUp, Placed) => true,
+            _ => false,
+        }
 }
 
 fn leaves(connection: Connection, journal: &Journal, engine: &Engine) -> Result<(), Error> {
@@ -443,6 +465,21 @@ mod tests {
         assert!(try_hold(Uuid::from_u128(78)).is_some());
         drop(first);
         assert!(try_hold(uuid).is_some());
+    }
+
+    #[test]
+    fn what_was_registered_in_earnest_stays_unless_the_operator_gives_it_up() {
+        use State::{Aborted, Committing, Owned, Placed, Pulling, Ready, Returning};
+        for (wish, gone) in [
+            (Wish::Settle, vec![Ready, Committing, Returning]),
+            (Wish::GiveUp, vec![Ready, Committing, Returning, Placed]),
+            (Wish::Own, vec![]),
+        ] {
+            let states = [Pulling, Ready, Committing, Returning, Placed, Owned, Aborted].into_iter();
+            let found = states.filter(|state| is_no_guest(Role::Destination, *state, wish));
+            assert_eq!(found.collect::<Vec<_>>(), gone, "{wish:?}");
+            assert!(!is_no_guest(Role::Source, State::Committed, wish));
+        }
     }
 
     #[test]

@@ -301,15 +301,8 @@ pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left)
         }),
     };
     let sweeps = keep.is_none();
-    // A recovery may find it undefined.
-    if let (true, Ok(domain)) = (left.undefine, connection.domain(guest.uuid)) {
-        if !domain.get().is_shut_off()? {
-            return Err(here(format!(
-                "guest {} runs, though it is the destination's",
-                guest.name
-            )));
-        }
-        domain.get().undefine()?;
+    if left.undefine {
+        undefine(connection, guest)?;
     }
     match engine.ask(&Request::ColdDelete { keep, in_use }, Some(LOCAL))? {
         Reply::ColdDeleted(deleted) => {
@@ -322,6 +315,22 @@ pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left)
         }
         reply => Err(unexpected(&reply)),
     }
+}
+
+/// Removes the definition. A recovery may find it gone; whoever may not see the guest does not know that.
+fn undefine(connection: Connection, guest: &Guest) -> Result<(), Error> {
+    let domain = match connection.domain(guest.uuid) {
+        Ok(domain) => domain,
+        Err(error) if error.is_no_domain() => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if !domain.get().is_shut_off()? {
+        return Err(here(format!(
+            "guest {} runs, though it is the destination's",
+            guest.name
+        )));
+    }
+    domain.get().undefine()
 }
 
 /// What is left of a TPM whose state has moved: swtpm's lock file, which is empty, and directories that then are.

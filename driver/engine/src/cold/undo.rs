@@ -1,0 +1,93 @@
+//! What a session made on its host goes again: its own files, and none that somebody else has come to use.
+
+use super::files;
+use super::identity::is_ours;
+use super::journal::Kept;
+use super::Error;
+use ferry_contract::cold::journal::{Entry, Fate, Journal, Role, State};
+use ferry_contract::cold::{Kept as KeptFile, Kind};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// What others of this host need, as far as it is known.
+#[derive(Debug, Default)]
+pub struct Others(HashMap<PathBuf, String>);
+
+impl Others {
+    /// As the plug-in found them.
+    pub fn new(in_use: &[KeptFile]) -> Self {
+        let needed = in_use.iter().map(|kept| (real(&kept.path), kept.reason.clone()));
+        Self(needed.collect())
+    }
+
+    /// Why a file with its final name stays; a guest that runs holds it, whatever is known.
+    fn need(&self, path: &Path) -> Option<String> {
+        let real = real(path);
+        let held = || files::is_held(&real).then(|| "another process uses it".to_owned());
+        self.0.get(&real).cloned().or_else(held)
+    }
+}
+
+fn real(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Removes everything a session made on this host: temporary files, files in place, directories.
+pub fn undo(journal: &Journal, others: &Others) {
+    // Before it has asked the source, a session has nothing in place: a file there is of a later one that took up what
+    // this one left.
+    let may_be_placed = matches!(
+        journal.state,
+        State::Committing | State::Placed | State::Returning | State::Aborted
+    );
+    for entry in &journal.entries {
+        if entry.fate != Fate::Moves || entry.kind == Kind::Block {
+            continue;
+        }
+        let temporary = entry
+            .temporary
+            .iter()
+            .filter(|path| path.symlink_metadata().is_ok());
+        let placed = Some(&entry.path).filter(|path| may_be_placed && is_placed(path, entry, journal.role));
+        let placed = placed.filter(|path| match others.need(path) {
+            Some(reason) => {
+                tracing::warn!(path = %path.display(), reason, "not removed, though its guest does not come here");
+                false
+            }
+            None => true,
+        });
+        for path in temporary.chain(placed) {
+            match std::fs::remove_file(path) {
+                Ok(()) => tracing::debug!(path = %path.display(), "removed"),
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "cannot be removed: remove it by hand")
+                }
+            }
+        }
+    }
+    for directory in &journal.directories {
+        // Not empty: somebody else's by now.
+        let _ = std::fs::remove_dir(directory);
+    }
+}
+
+/// Whether it is the file that was put in place. Its numbers alone may be a later file's, of another length.
+fn is_placed(path: &Path, entry: &Entry, role: Role) -> bool {
+    let same_length = || path.metadata().is_ok_and(|found| found.len() == entry.size);
+    // Within a host, a new name in an image's header may make it longer.
+    is_ours(path, entry) && (entry.lasting.is_some() || role == Role::Within || same_length())
+}
+
+/// As [`undo`], of a session that is kept for its source to be told, and once: a file that comes later is never this one's.
+///
+/// # Errors
+/// The journal cannot be written; the next attempt undoes again.
+pub fn undo_for_good(kept: &mut Kept, made: &Journal, others: &Others) -> Result<(), Error> {
+    undo(made, others);
+    kept.note(|journal| {
+        for entry in &mut journal.entries {
+            (entry.temporary, entry.identity, entry.lasting) = (None, None, None);
+        }
+        journal.directories.clear();
+    })
+}
