@@ -305,6 +305,24 @@ fn the_network_is_cut_for_a_moment() -> Result<()> {
     })
 }
 
+/// libvirt's client says nothing for as long as files are on their way, so that its connection to the source may be cut.
+#[test]
+fn the_client_goes_before_it_confirms() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let mut client = scene.prepared()?;
+        client.finish(None, false)?.map_err(anyhow::Error::msg)?;
+        drop(client);
+        wait_until("the source to bring it to an end", SETTLE, || {
+            Ok(scene.journal(scene.one)?.is_none())
+        })?;
+        scene.settles()?;
+        scene.is_at_the_destination()?;
+        scene.comes_back()?;
+        scene.is_clean()
+    })
+}
+
 /// Between two phases: by a client that stops there.
 #[test]
 fn they_die_between_the_phases() -> Result<()> {

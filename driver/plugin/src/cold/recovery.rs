@@ -102,6 +102,12 @@ pub fn is_fenced(uuid: Uuid) -> bool {
     fence.unwrap_or_else(|_| is_pending(uuid))
 }
 
+/// Whether this guest has left, and only its end here is missing.
+pub fn has_left(uuid: Uuid) -> bool {
+    let journal = host::state_directory().map(|state| read(&journal::path(&state, uuid)));
+    matches!(journal, Ok(Ok(journal)) if journal.role == Role::Source && journal.state == State::OwnedThere)
+}
+
 /// Brings an earlier migration of this guest to an end, so that another can begin, in which this host has this role.
 ///
 /// # Errors

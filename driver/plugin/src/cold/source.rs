@@ -22,6 +22,9 @@ use virt_sys::*;
 
 /// Between two looks whether an engine has ended without a Confirm.
 const LOOK: Duration = Duration::from_secs(2);
+/// For a Confirm, once the guest is registered at the destination: a client's idle connection to the source may have been cut
+/// meanwhile. One that comes later finds the work done.
+const UNCONFIRMED: Duration = Duration::from_secs(60);
 /// For the engine to measure, lock and hash what it offers: it opens every file.
 const OFFERED: Duration = Duration::from_secs(300);
 
@@ -367,7 +370,10 @@ fn watch(session: &Arc<Session>, domain: Domain) {
     let watched = Arc::downgrade(session);
     let started = std::thread::Builder::new()
         .name("ferry-cold-watch".into())
-        .spawn(move || while !is_over(&watched, &uri) {});
+        .spawn(move || {
+            let mut left = None;
+            while !is_over(&watched, &uri, &mut left) {}
+        });
     if let Err(error) = started {
         tracing::warn!(
             guest = session.guest.name,
@@ -376,13 +382,19 @@ fn watch(session: &Arc<Session>, domain: Domain) {
     }
 }
 
-fn is_over(watched: &Weak<Session>, uri: &str) -> bool {
+/// Whether nothing is left to watch; `left` is when the guest was first seen to have.
+fn is_over(watched: &Weak<Session>, uri: &str, left: &mut Option<Instant>) -> bool {
     std::thread::sleep(LOOK);
     let Some(session) = watched.upgrade() else {
         return true;
     };
     // Given up by the destination, the engine still waits for a Confirm that nobody may send.
-    if !session.engine.is_gone() && recovery::is_fenced(session.guest.uuid) {
+    let uuid = session.guest.uuid;
+    if recovery::has_left(uuid) {
+        left.get_or_insert_with(Instant::now);
+    }
+    let unconfirmed = left.is_some_and(|left| left.elapsed() > UNCONFIRMED);
+    if !session.engine.is_gone() && !unconfirmed && recovery::is_fenced(uuid) {
         return false;
     }
     if sessions::take(&session) {
