@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::cold::{
-    acl, allocated, conclude, disk, is_root, list, noise, ofd_read_lock, report, set_acl, sha256, writer,
-    Engine, Scene, ACCESS, DEFAULT, MIB, NO_ID,
+use common::cold::{conclude, disk, report, Engine, Scene, MIB};
+use common::files::{
+    acl, allocated, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, ACCESS, DEFAULT, NO_ID,
 };
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Kept, Medium, Options, Part};

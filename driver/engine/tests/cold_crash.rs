@@ -5,7 +5,8 @@
 
 mod common;
 
-use common::cold::{recovered, sha256, Engine, MIB};
+use common::cold::{recovered, Engine, MIB};
+use common::files::sha256;
 use common::guest::Guest;
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Options, Recovered, Wish};
@@ -24,7 +25,7 @@ fn the_destination_dies_while_it_pulls_and_the_next_run_takes_up_what_is_there()
         let mut parts = std::fs::read_dir(guest.scene.destination()).unwrap();
         parts
             .next()
-            .is_some_and(|part| common::cold::allocated(&part.unwrap().path()) >= 4 * MIB)
+            .is_some_and(|part| common::files::allocated(&part.unwrap().path()) >= 4 * MIB)
     });
     destination.crash();
     guest.check();

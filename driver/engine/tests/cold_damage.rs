@@ -3,7 +3,8 @@
 mod common;
 
 use common::await_some;
-use common::cold::{conclude, sha256, Engine, Scene, MIB};
+use common::cold::{conclude, Engine, Scene, MIB};
+use common::files::sha256;
 use ferry_contract::cold::Definition;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Encryption;

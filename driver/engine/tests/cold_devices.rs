@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::cold::{conclude, disk, noise, Engine, Loop, Scene};
+use common::cold::{conclude, disk, Engine, Scene};
+use common::files::{noise, Loop};
 use ferry_contract::cold::journal::Role;
 use ferry_contract::cold::{Recovered, Wish};
 use ferry_contract::control::Reply;

@@ -3,7 +3,8 @@
 
 mod common;
 
-use common::cold::{ofd_read_lock, recovered, sha256, Engine, MIB};
+use common::cold::{recovered, Engine, MIB};
+use common::files::{ofd_read_lock, sha256};
 use common::guest::Guest;
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Kept, Recovered, Wish};

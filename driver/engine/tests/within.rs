@@ -3,9 +3,8 @@
 
 mod common;
 
-use common::cold::{
-    acl, allocated, list, recovered, report, set_acl, sha256, writer, Engine, Scene, ACCESS, MIB, NO_ID,
-};
+use common::cold::{recovered, report, Engine, Scene, MIB};
+use common::files::{acl, allocated, list, set_acl, sha256, writer, ACCESS, NO_ID};
 use ferry_contract::cold::journal::{Journal, Role, State};
 use ferry_contract::cold::storage::Rename;
 use ferry_contract::cold::{Kept, Recovered, Wish};

@@ -217,7 +217,7 @@ impl BeforeDevices {
                 if self.watch.answers(ANSWER)? {
                     return stands();
                 }
-                self.is_late()?;
+                self.in_time()?;
                 pause *= 2;
                 asked = deadline(pause);
             }
@@ -236,14 +236,14 @@ impl BeforeDevices {
         if switched.elapsed() < Duration::from_millis(SILENCE.into()) {
             return Ok(false);
         }
-        self.is_late()?;
+        self.in_time()?;
         self.silences += 1;
         // QEMU queues 8 commands of a monitor.
         Ok(self.silences.is_power_of_two() && self.watch.answers(ANSWER)?)
     }
 
     /// Fails where QEMU has had more time than it needs.
-    fn is_late(&self) -> Result<(), Error> {
+    fn in_time(&self) -> Result<(), Error> {
         let switched = self.signals.seen().switched;
         match switched.is_some_and(|switched| switched.elapsed() > UNWRITTEN) {
             true => Err(Error::Elsewhere(format!(

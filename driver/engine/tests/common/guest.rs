@@ -1,7 +1,8 @@
 //! A guest that is shut off, between two hosts, one of which or both die.
 
 use super::await_that;
-use super::cold::{recovered, sha256, Engine, Scene};
+use super::cold::{recovered, Engine, Scene};
+use super::files::sha256;
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Recovered, Wish};
 use ferry_contract::control::{Reply, Request};

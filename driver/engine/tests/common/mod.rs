@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub mod cold;
+pub mod files;
 pub mod guest;
 pub mod qemu;
 
