@@ -9,6 +9,7 @@ use ferry_contract::cold::{Recovered, Wish};
 use ferry_contract::control::Reply;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 #[test]
@@ -107,4 +108,28 @@ fn a_device_that_both_hosts_see_is_not_touched() {
     );
     assert!(fs::read(&file).unwrap() == content, "the device was written to");
     scene.assert_clean();
+}
+
+/// Whoever writes to a mounted one knows nothing of QEMU's locks.
+#[test]
+fn a_device_that_is_in_use_is_not_offered() {
+    let mut scene = Scene::default();
+    let content = scene.directory.path().join("content");
+    fs::write(&content, noise(12, 8 << 20)).unwrap();
+    let Some(device) = Loop::over(&content) else {
+        eprintln!("skipped: no loop devices");
+        return;
+    };
+    scene.own(&device.0, disk(0));
+    let mounted = File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(&device.0)
+        .unwrap();
+    let failure = Engine::start("cold-source").refusal(&scene.serve());
+    assert!(failure.cause.contains("mounted"), "{failure}");
+    drop(mounted);
+    let (source, destination) = scene.begin();
+    drop(destination);
+    source.end_aborted();
 }
