@@ -349,6 +349,8 @@ pub struct Statistics {
     pub bandwidth: u64,
     /// How much of their time the vCPUs are held, in percent.
     pub throttle: u64,
+    /// The guest stands still, and its QEMU answers nobody until the last of the memory has been read.
+    pub silent: bool,
 }
 
 #[cfg(test)]

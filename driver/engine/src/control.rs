@@ -4,7 +4,7 @@ use crate::live::signals::{End, Signals};
 use ferry_contract::control::{Message, Reply, Request, Statistics, MAX_LINE};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,6 +34,8 @@ pub struct Meter {
     pub bandwidth: AtomicU64,
     /// Percent.
     pub throttle: AtomicU64,
+    /// Whether QEMU answers nobody.
+    pub silent: AtomicBool,
 }
 
 impl Meter {
@@ -49,6 +51,7 @@ impl Meter {
             dirty_rate: of(&self.dirty_rate),
             bandwidth: of(&self.bandwidth),
             throttle: of(&self.throttle),
+            silent: self.silent.load(Ordering::Relaxed),
         }
     }
 }
@@ -92,6 +95,19 @@ impl Control {
     /// Tells how far the memory is, out of turn.
     pub fn report(&self) {
         self.say(&Message::Progress(self.meter.read()));
+    }
+
+    /// Does what QEMU stands in a write for: whoever asks for the job, or gives it up, is not to wait for QEMU's answer.
+    pub fn while_silent<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.silence(true);
+        let done = work();
+        self.silence(false);
+        done
+    }
+
+    fn silence(&self, silent: bool) {
+        self.meter.silent.store(silent, Ordering::Relaxed);
+        self.report();
     }
 
     fn say(&self, message: &Message) {

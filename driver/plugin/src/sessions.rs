@@ -7,6 +7,7 @@ use ferry_contract::session::Guest;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 use uuid::Uuid;
 
 /// Which end of a migration this host is.
@@ -88,6 +89,8 @@ pub struct Session {
     pub offer: Offer,
     /// Its engine.
     pub engine: Engine,
+    /// When it began.
+    pub started: Instant,
     promise: Option<Promise>,
     _incoming: Option<SocketFile>,
     cancelled: AtomicBool,
@@ -123,6 +126,7 @@ impl Session {
             guest,
             offer,
             engine,
+            started: Instant::now(),
             promise: None,
             _incoming: None,
             cancelled: AtomicBool::new(false),

@@ -24,9 +24,15 @@ pub unsafe extern "C" fn virDomainGetJobInfo(domain: virDomainPtr, info: virDoma
         let real = real::get_job_info().ok_or_else(|| missing("virDomainGetJobInfo"))?;
         // SAFETY: the dispatcher's arguments; info is filled by libvirt before it is read.
         unsafe {
-            if let (Some(progress), false) = (cold::job::progress(Domain::borrow(domain)), info.is_null()) {
-                *info = progress.info();
-                return Ok(0);
+            if !info.is_null() {
+                if let Some(progress) = cold::job::progress(Domain::borrow(domain)) {
+                    *info = progress.info();
+                    return Ok(0);
+                }
+                if let Some(standstill) = job::standstill(Domain::borrow(domain)) {
+                    *info = standstill.info();
+                    return Ok(0);
+                }
             }
             if real(domain, info) < 0 {
                 return Err(Error::libvirt());
@@ -60,6 +66,10 @@ pub unsafe extern "C" fn virDomainGetJobStats(
             if flags & VIR_DOMAIN_JOB_STATS_COMPLETED == 0 && outputs == [false; 3] {
                 if let Some(progress) = cold::job::progress(Domain::borrow(domain)) {
                     progress.stats(&mut *kind, &mut *params, &mut *nparams);
+                    return Ok(0);
+                }
+                if let Some(standstill) = job::standstill(Domain::borrow(domain)) {
+                    standstill.stats(&mut *kind, &mut *params, &mut *nparams);
                     return Ok(0);
                 }
             }
@@ -135,7 +145,8 @@ pub unsafe extern "C" fn virDomainMigrateSetMaxSpeed(
     })
 }
 
-/// libvirt has noted the abort, then the engine hears of it: its failure must find libvirt's note.
+/// libvirt has noted the abort, then the engine hears of it: its failure must find libvirt's note. But while QEMU answers
+/// nobody, libvirt's note would come when there is nothing left to give up.
 ///
 /// # Safety
 /// `domain` is the dispatcher's.
@@ -145,7 +156,15 @@ unsafe fn aborted(domain: virDomainPtr, real: impl FnOnce() -> c_int) -> Result<
     if cold::job::cancel(borrowed) {
         return Ok(0);
     }
+    let given_up = job::standstill(borrowed).is_some() && borrowed.may_migrate();
+    if given_up {
+        job::cancel(borrowed);
+    }
     let result = real();
+    // The job it is about may be over by now.
+    if given_up {
+        return Ok(0);
+    }
     if result < 0 {
         return Err(Error::libvirt());
     }

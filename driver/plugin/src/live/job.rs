@@ -8,6 +8,7 @@ use ferry_contract::cookie;
 use ferry_contract::session::PAGE;
 use std::ffi::CStr;
 use std::os::raw::c_int;
+use std::time::Duration;
 use virt_sys::*;
 
 /// The engine's part of a job.
@@ -19,6 +20,28 @@ pub fn progress(domain: Domain) -> Option<Progress> {
     let session = sessions::by_uuid(Role::Source, domain.guest()?.uuid)?;
     let statistics = session.engine.statistics();
     (statistics.total > 0).then_some(Progress(statistics))
+}
+
+/// A guest that stands still while the last of its memory is copied. Its QEMU answers nobody then, so that whoever asked
+/// libvirt for the job would be answered after the pause, and could not give it up (libvirt 11.3, QEMU 10.0).
+pub struct Standstill {
+    progress: Progress,
+    elapsed: Duration,
+}
+
+/// How far the guest is, where that is so, for a user who may look at it.
+pub fn standstill(domain: Domain) -> Option<Standstill> {
+    let session = sessions::by_uuid(Role::Source, domain.guest()?.uuid)?;
+    let statistics = session.engine.statistics();
+    if !statistics.silent || session.engine.has_failed() || session.engine.is_gone() {
+        return None;
+    }
+    // Whether it runs is told to whom it may be told, also now.
+    domain.is_shut_off().ok()?;
+    Some(Standstill {
+        progress: Progress(statistics),
+        elapsed: session.started.elapsed(),
+    })
 }
 
 /// What the engine did in the job that a guest has completed, where that was its move away from here. `libvirts` are
@@ -163,6 +186,36 @@ impl Progress {
             list.add(VIR_DOMAIN_JOB_MEMORY_PAGE_SIZE, PAGE);
         }
         list.give_back(params, count);
+    }
+}
+
+impl Standstill {
+    fn milliseconds(&self) -> u64 {
+        u64::try_from(self.elapsed.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// As libvirt's structure has it.
+    pub fn info(&self) -> virDomainJobInfo {
+        // SAFETY: a structure of integers, all of which may be 0.
+        let mut info: virDomainJobInfo = unsafe { std::mem::zeroed() };
+        info.type_ = VIR_DOMAIN_JOB_UNBOUNDED as c_int;
+        info.timeElapsed = self.milliseconds();
+        self.progress.complete_info(&mut info);
+        info
+    }
+
+    /// As libvirt's typed list has it; the list is made, from malloc.
+    pub fn stats(&self, kind: &mut c_int, params: &mut virTypedParameterPtr, count: &mut c_int) {
+        *kind = VIR_DOMAIN_JOB_UNBOUNDED as c_int;
+        (*params, *count) = (std::ptr::null_mut(), 0);
+        let mut list = List::take(params, count);
+        list.add_integer(
+            VIR_DOMAIN_JOB_OPERATION,
+            VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT as c_int,
+        );
+        list.add(VIR_DOMAIN_JOB_TIME_ELAPSED, self.milliseconds());
+        list.give_back(params, count);
+        self.progress.complete_stats(params, count);
     }
 }
 

@@ -103,7 +103,7 @@ impl Ready {
             .begin(session, device_state, return_path)
             .and_then(|()| {
                 switchover.until_drained(options, brake, recorder)?;
-                let copied = switchover.last_copy(recorder)?;
+                let copied = place.control.while_silent(|| switchover.last_copy(recorder))?;
                 switchover.commit(copied, control, recorder)
             });
         if let Err(error) = &outcome {
