@@ -4,7 +4,7 @@ use crate::live::signals::{End, Signals};
 use ferry_contract::control::{Message, Reply, Request, Statistics, MAX_LINE};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,12 +34,10 @@ pub struct Meter {
     pub bandwidth: AtomicU64,
     /// Percent.
     pub throttle: AtomicU64,
-    /// Whether QEMU answers nobody.
-    pub silent: AtomicBool,
 }
 
 impl Meter {
-    fn read(&self) -> Statistics {
+    fn read(&self, silent: bool) -> Statistics {
         let of = |figure: &AtomicU64| figure.load(Ordering::Relaxed);
         Statistics {
             total: of(&self.total),
@@ -51,7 +49,7 @@ impl Meter {
             dirty_rate: of(&self.dirty_rate),
             bandwidth: of(&self.bandwidth),
             throttle: of(&self.throttle),
-            silent: self.silent.load(Ordering::Relaxed),
+            silent,
         }
     }
 }
@@ -61,6 +59,7 @@ impl Meter {
 pub struct Control {
     socket: Arc<Mutex<UnixStream>>,
     meter: Arc<Meter>,
+    signals: Arc<Signals>,
 }
 
 impl Control {
@@ -69,20 +68,23 @@ impl Control {
     pub fn open(socket: UnixStream, meter: Arc<Meter>, signals: Arc<Signals>) -> std::io::Result<Self> {
         socket.set_write_timeout(Some(WRITE))?;
         let reader = BufReader::new(socket.try_clone()?);
-        std::thread::Builder::new()
-            .name("control".into())
-            .spawn(move || listen(reader, &signals))?;
+        std::thread::Builder::new().name("control".into()).spawn({
+            let signals = Arc::clone(&signals);
+            move || listen(reader, &signals)
+        })?;
         let control = Self {
             socket: Arc::new(Mutex::new(socket)),
             meter,
+            signals,
         };
         let reporter = control.clone();
-        std::thread::Builder::new()
-            .name("report".into())
-            .spawn(move || loop {
-                std::thread::sleep(REPORT);
+        std::thread::Builder::new().name("report".into()).spawn(move || {
+            let mut silent = false;
+            loop {
+                silent = reporter.signals.wait_for_silence(!silent, REPORT);
                 reporter.report();
-            })?;
+            }
+        })?;
         Ok(control)
     }
 
@@ -94,20 +96,8 @@ impl Control {
 
     /// Tells how far the memory is, out of turn.
     pub fn report(&self) {
-        self.say(&Message::Progress(self.meter.read()));
-    }
-
-    /// Does what QEMU stands in a write for: whoever asks for the job, or gives it up, is not to wait for QEMU's answer.
-    pub fn while_silent<T>(&self, work: impl FnOnce() -> T) -> T {
-        self.silence(true);
-        let done = work();
-        self.silence(false);
-        done
-    }
-
-    fn silence(&self, silent: bool) {
-        self.meter.silent.store(silent, Ordering::Relaxed);
-        self.report();
+        let silent = self.signals.is_silent();
+        self.say(&Message::Progress(self.meter.read(silent)));
     }
 
     fn say(&self, message: &Message) {

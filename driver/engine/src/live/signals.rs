@@ -113,6 +113,24 @@ impl Signals {
         self.lock().seen
     }
 
+    /// Whether QEMU answers nobody: its guest stands still, and its device state is withheld for the last of the memory.
+    pub fn is_silent(&self) -> bool {
+        self.lock().is_silent()
+    }
+
+    /// Waits so long for it to be silent, or not to be any more; says whether it is.
+    pub fn wait_for_silence(&self, silent: bool, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        let mut state = self.lock();
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if state.is_silent() == silent || left.is_zero() {
+                return state.is_silent();
+            }
+            state = self.sleep(state, Some(left));
+        }
+    }
+
     /// The last of the memory has been read here: QEMU's device state may be.
     pub fn copied(&self) {
         self.lock().copied = true;
@@ -326,6 +344,11 @@ impl Signals {
 }
 
 impl State {
+    /// From when libvirt may let it go on.
+    fn is_silent(&self) -> bool {
+        self.seen.drained.is_some() && !self.copied && !self.seen.failed && self.end.is_none()
+    }
+
     fn check(&self) -> Result<(), Error> {
         match &self.end {
             None => Ok(()),
@@ -424,6 +447,22 @@ mod tests {
         signals.end(End::Lost("the source has gone".into()));
         signals.request(Request::Finish);
         assert_eq!(signals.next_request_or_failure().unwrap(), Some(Request::Finish));
+    }
+
+    #[test]
+    fn qemu_is_silent_from_its_drain_until_the_memory_has_been_read() {
+        let signals = Signals::default();
+        let drained = |seen: &mut Seen| seen.drained = Some(Instant::now());
+        assert!(!signals.wait_for_silence(true, Duration::from_millis(1)));
+        signals.saw(drained);
+        assert!(signals.wait_for_silence(true, Duration::from_secs(60)));
+        signals.copied();
+        assert!(!signals.is_silent());
+        // Its stream has been cut.
+        let signals = Signals::default();
+        signals.saw(drained);
+        signals.end(End::Cancelled);
+        assert!(!signals.is_silent());
     }
 
     #[test]

@@ -102,8 +102,13 @@ impl Ready {
         let outcome = switchover
             .begin(session, device_state, return_path)
             .and_then(|()| {
-                switchover.until_drained(options, brake, recorder)?;
-                let copied = place.control.while_silent(|| switchover.last_copy(recorder))?;
+                let drained = switchover.until_drained(options, brake, recorder);
+                // The guest may have stopped while a round was under way, which then is the pause's, also if it fails.
+                if let Some(drained) = place.signals.seen().drained {
+                    recorder.enter_at(Stage::StopAndCopy, drained);
+                }
+                drained?;
+                let copied = switchover.last_copy(recorder)?;
                 switchover.commit(copied, control, recorder)
             });
         if let Err(error) = &outcome {
@@ -216,7 +221,6 @@ impl Switchover<'_> {
     /// `migration_completion_precopy`; the last bitmap of its own RAM is taken there, `ram_save_complete`.)
     fn last_copy(&mut self, recorder: &mut Recorder) -> Result<Copied, Error> {
         let signals = self.place.signals;
-        recorder.enter(Stage::StopAndCopy);
         let seen = signals.seen();
         let drained = seen.drained.unwrap_or_else(Instant::now);
         self.precopy.settle()?;
