@@ -15,6 +15,7 @@ use ferry_tests::phases::{Phases, LIVE, PROTECTED};
 use ferry_tests::scene::{usual, Scene};
 use ferry_tests::timeline::{Outcome, Role, Timeline};
 use ferry_tests::underway::{Job, Underway};
+use ferry_tests::wait::wait_until;
 use nix::sys::signal::Signal;
 
 /// libvirt's own words for a job that was given up (VIR_ERR_OPERATION_ABORTED).
@@ -422,6 +423,64 @@ fn begun<'a>(
     let mut moving = lab.host(1).begin_migration(domain, lab.host(2), options)?;
     moving.reaches(stage)?;
     Ok((slow, moving))
+}
+
+/// How many of the daemon's workers have something to do.
+fn busy_workers(host: &Host) -> Result<u64> {
+    let info = host.run(&["virt-admin", "server-threadpool-info", "libvirtd"])?;
+    let info = Job::parse(&info);
+    Ok(info.figure("nWorkers") - info.figure("freeWorkers"))
+}
+
+/// libvirt's virDomainJobOperation of a dump.
+const DUMP: u64 = 8;
+
+/// A migration waits for a dump's turn; whoever gives the dump up has not given up the migration.
+#[test]
+fn another_job_that_is_given_up_is_not_the_migration() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let (one, two) = (lab.host(1), lab.host(2));
+        let scene = Scene::start(lab, one, usual("dumped"), 1)?;
+        for options in [&[][..], &["--p2p"]] {
+            // A dump to somebody who does not read it.
+            one.run(&["mkfifo", "/run/dump"])?;
+            let mut reader = one
+                .command("sh")
+                .args(["-c", "exec sleep 180 </run/dump"])
+                .spawn()?;
+            let mut virsh = one.command("virsh");
+            let dump = virsh.args(["dump", "--live", scene.name(), "/run/dump"]);
+            let mut dump = dump.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+            wait_until("the dump to begin", Duration::from_secs(30), || {
+                Ok(one.job(scene.name())?.figure("operation") == DUMP)
+            })?;
+            let moving = one.begin_migration(scene.name(), two, options)?;
+            // Besides the dump, a worker of libvirtd's is at it for longer than any other of the client's calls takes.
+            let mut looks = 0;
+            wait_until(
+                "the migration to wait for its turn",
+                Duration::from_secs(30),
+                || {
+                    looks = if busy_workers(one)? > 1 { looks + 1 } else { 0 };
+                    Ok(looks == 5)
+                },
+            )?;
+            one.virsh(&["domjobabort", scene.name()])?;
+            signal(
+                &one.processes_named("sleep")?.pop().context("nobody reads")?,
+                Signal::SIGKILL,
+            )?;
+            reader.wait()?;
+            ensure!(!dump.wait()?.success(), "the dump was not given up");
+            moving.succeeds()?;
+            scene.lives_on(two)?;
+            two.migrate(scene.name(), one, &[])?;
+            fs::remove_file(one.path("/run/dump"))?;
+        }
+        one.assert_moved_away(2)?;
+        lab.assert_clean(1)?;
+        lab.assert_clean(2)
+    })
 }
 
 /// As with libvirt's own migration, a guest that is paused while it moves goes on: where it arrives, or where it stays.

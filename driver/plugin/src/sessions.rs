@@ -200,6 +200,11 @@ impl Opening {
     }
 }
 
+/// Whether a migration of this guest away from here has begun, or is about to.
+pub fn is_opening(guest: Uuid) -> bool {
+    openings().iter().any(|(other, _)| *other == guest)
+}
+
 impl Drop for Opening {
     fn drop(&mut self) {
         openings().retain(|(_, cancelled)| !Arc::ptr_eq(cancelled, &self.cancelled));

@@ -149,6 +149,7 @@ pub fn from_source(
             narrow: None,
             devices: Devices::default(),
             silences: 0,
+            answered: false,
         };
         from_qemu(qemu, out, &inner, gate, |switched| {
             // Read first, asked then: while QEMU says setup or active, what has been read predates the switch-over.
@@ -190,6 +191,8 @@ struct BeforeDevices {
     devices: Devices,
     /// How often in a row it was silent since it has been let go on.
     silences: u32,
+    /// It answered at the last of them.
+    answered: bool,
 }
 
 impl BeforeDevices {
@@ -229,7 +232,10 @@ impl BeforeDevices {
 
     /// Whether QEMU, which has been silent for [`SILENCE`] once more, has written all. If it has not, its main loop waits for
     /// its lock, and may have written guest memory until it got that far: ending the block devices takes what their disks take.
-    fn has_ended(&mut self) -> Result<bool, Error> {
+    ///
+    /// One answer is not enough: between what it writes of RAM and its first device QEMU 10.0 lets go of its lock, and answers
+    /// what has waited since before. What it wrote by then is there to be read; the rest is a matter of milliseconds.
+    fn has_ended(&mut self, qemu: &UnixStream) -> Result<bool, Error> {
         let Some(switched) = self.signals.seen().switched else {
             return Ok(false);
         };
@@ -239,7 +245,12 @@ impl BeforeDevices {
         self.in_time()?;
         self.silences += 1;
         // QEMU queues 8 commands of a monitor.
-        Ok(self.silences.is_power_of_two() && self.watch.answers(ANSWER)?)
+        if !self.answered && !self.silences.is_power_of_two() {
+            return Ok(false);
+        }
+        let before = self.answered;
+        self.answered = self.watch.answers(ANSWER)? && !is_readable(qemu, 0)?;
+        Ok(before && self.answered)
     }
 
     /// Fails where QEMU has had more time than it needs.
@@ -278,7 +289,7 @@ impl Gate for BeforeDevices {
                 return Ok(());
             }
             (true, true) => self.stands(qemu)?,
-            (false, _) if self.has_ended()? => false,
+            (false, _) if self.has_ended(qemu)? => false,
             (false, _) => return Ok(()),
         };
         if !held {
@@ -292,7 +303,7 @@ impl Gate for BeforeDevices {
     }
 
     fn after(&mut self, bytes: &[u8]) {
-        self.silences = 0;
+        (self.silences, self.answered) = (0, false);
         if !self.devices.found() {
             self.devices.look(bytes);
         }
@@ -419,11 +430,7 @@ fn pass_on(
 fn read_all(mut qemu: UnixStream, mut gate: impl Gate, queue: &Sender<Vec<u8>>) -> Result<(), Error> {
     let mut buffer = vec![0; CHUNK];
     loop {
-        let mut polled = [PollFd::new(qemu.as_fd(), PollFlags::POLLIN)];
-        let ready = match poll(&mut polled, SILENCE) {
-            Err(Errno::EINTR) => continue,
-            other => other.map_err(|error| Error::system("wait for QEMU's stream")(error.into()))? > 0,
-        };
+        let ready = is_readable(&qemu, SILENCE)?;
         gate.before(&qemu, ready)?;
         if !ready {
             continue;
@@ -439,6 +446,20 @@ fn read_all(mut qemu: UnixStream, mut gate: impl Gate, queue: &Sender<Vec<u8>>) 
         // Whoever sends it and has gone has ended the migration. A narrow stream gives little at a time.
         if count == 0 || !queue.send(read.to_vec()) {
             return Ok(());
+        }
+    }
+}
+
+/// Whether QEMU has written something, or closed, within so many milliseconds.
+fn is_readable(qemu: &UnixStream, limit: u16) -> Result<bool, Error> {
+    let mut polled = [PollFd::new(qemu.as_fd(), PollFlags::POLLIN)];
+    loop {
+        match poll(&mut polled, limit) {
+            Err(Errno::EINTR) => {}
+            other => {
+                let ready = other.map_err(|error| Error::system("wait for QEMU's stream")(error.into()))?;
+                return Ok(ready > 0);
+            }
         }
     }
 }

@@ -60,6 +60,7 @@ pub struct Seen {
 struct State {
     requests: VecDeque<Request>,
     seen: Seen,
+    mirrors: bool,
     copied: bool,
     committed: Option<Instant>,
     end: Option<End>,
@@ -131,6 +132,11 @@ impl Signals {
         }
     }
 
+    /// libvirt ends its copies of disks before it lets QEMU go on, and tells of them until then.
+    pub fn expect_mirrors(&self) {
+        self.lock().mirrors = true;
+    }
+
     /// The last of the memory has been read here: QEMU's device state may be.
     pub fn copied(&self) {
         self.lock().copied = true;
@@ -184,9 +190,11 @@ impl Signals {
         self.lock().check()
     }
 
-    /// The cause behind an error: that this side broke a connection off tells nothing, what ended the migration does.
+    /// The cause behind an error: that this side broke a connection off tells nothing, what ended the migration does; nor
+    /// does a QEMU that has failed because its stream was cut, or because it was told to cancel.
     pub fn cause(&self, error: Error) -> Error {
         match error {
+            Error::Libvirt if self.is_cancelled() => Error::Cancelled,
             Error::Wire(crate::wire::Error::BrokenOff { .. }) => self.check().err().unwrap_or(error),
             error => error,
         }
@@ -197,6 +205,10 @@ impl Signals {
         let mut state = self.lock();
         state.connections.push(breaker);
         state.break_off_if_ended();
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.lock().end == Some(End::Cancelled)
     }
 
     /// Whether it was the other engine that this one lost first.
@@ -344,9 +356,13 @@ impl Signals {
 }
 
 impl State {
-    /// From when libvirt may let it go on.
+    /// From when libvirt may let it go on: who asks when it has might be answered no more.
     fn is_silent(&self) -> bool {
-        self.seen.drained.is_some() && !self.copied && !self.seen.failed && self.end.is_none()
+        let may_go_on = match self.mirrors {
+            true => self.seen.switched,
+            false => self.seen.drained,
+        };
+        may_go_on.is_some() && !self.copied && !self.seen.failed && self.end.is_none()
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -417,6 +433,9 @@ mod tests {
         assert!(matches!(signals.cause(broken()), Error::Wire(_)));
         signals.end(End::Cancelled);
         assert!(matches!(signals.cause(broken()), Error::Cancelled));
+        assert!(matches!(signals.cause(Error::Libvirt), Error::Cancelled));
+        let signals = Signals::default();
+        signals.end(End::Failed("why".into()));
         assert!(matches!(signals.cause(Error::Libvirt), Error::Libvirt));
     }
 
@@ -463,6 +482,13 @@ mod tests {
         signals.saw(drained);
         signals.end(End::Cancelled);
         assert!(!signals.is_silent());
+        // libvirt still tells of its disks.
+        let signals = Signals::default();
+        signals.expect_mirrors();
+        signals.saw(drained);
+        assert!(!signals.is_silent());
+        signals.saw(|seen| seen.switched = Some(Instant::now()));
+        assert!(signals.is_silent());
     }
 
     #[test]

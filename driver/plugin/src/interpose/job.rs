@@ -107,7 +107,7 @@ pub unsafe extern "C" fn virDomainAbortJob(domain: virDomainPtr) -> c_int {
     border(-1, || {
         let real = real::abort_job().ok_or_else(|| missing("virDomainAbortJob"))?;
         // SAFETY: the dispatcher's argument.
-        unsafe { aborted(domain, || real(domain)) }
+        unsafe { aborted(domain, 0, || real(domain)) }
     })
 }
 
@@ -118,7 +118,7 @@ pub unsafe extern "C" fn virDomainAbortJobFlags(domain: virDomainPtr, flags: c_u
     border(-1, || {
         let real = real::abort_job_flags().ok_or_else(|| missing("virDomainAbortJobFlags"))?;
         // SAFETY: the dispatcher's arguments.
-        unsafe { aborted(domain, || real(domain, flags)) }
+        unsafe { aborted(domain, flags, || real(domain, flags)) }
     })
 }
 
@@ -146,28 +146,28 @@ pub unsafe extern "C" fn virDomainMigrateSetMaxSpeed(
 }
 
 /// libvirt has noted the abort, then the engine hears of it: its failure must find libvirt's note. But while QEMU answers
-/// nobody, libvirt's note would come when there is nothing left to give up.
+/// nobody, libvirt would be told when there is nothing left to give up: then the engine alone is, for whoever may migrate the
+/// guest, and libvirt's Perform fails with its stream.
 ///
 /// # Safety
 /// `domain` is the dispatcher's.
-unsafe fn aborted(domain: virDomainPtr, real: impl FnOnce() -> c_int) -> Result<c_int, Error> {
+unsafe fn aborted(domain: virDomainPtr, flags: c_uint, real: impl FnOnce() -> c_int) -> Result<c_int, Error> {
     // SAFETY: as the caller says.
     let borrowed = unsafe { Domain::borrow(domain) };
     if cold::job::cancel(borrowed) {
         return Ok(0);
     }
-    let given_up = job::standstill(borrowed).is_some() && borrowed.may_migrate();
-    if given_up {
+    if flags == 0 && job::standstill(borrowed).is_some() && borrowed.may_migrate() {
         job::cancel(borrowed);
-    }
-    let result = real();
-    // The job it is about may be over by now.
-    if given_up {
         return Ok(0);
     }
+    let ours = job::is_ours(borrowed);
+    let result = real();
     if result < 0 {
         return Err(Error::libvirt());
     }
-    job::cancel(borrowed);
+    if ours {
+        job::cancel(borrowed);
+    }
     Ok(result)
 }

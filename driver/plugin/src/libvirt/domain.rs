@@ -179,6 +179,22 @@ impl Domain {
         asked < 0 || info.type_ != virt_sys::VIR_DOMAIN_JOB_NONE as c_int
     }
 
+    /// What its job is, a `virDomainJobOperation`; `None` where it has none, or cannot be asked.
+    pub fn job_operation(self) -> Option<c_int> {
+        let ask = super::real::get_job_stats()?;
+        let (mut kind, mut list, mut count, mut operation) = (0, std::ptr::null_mut(), 0, 0);
+        // SAFETY: a valid domain, and values to write; the list is ours then, and freed.
+        unsafe {
+            if ask(self.0, &mut kind, &mut list, &mut count, 0) < 0 {
+                return None;
+            }
+            let name = virt_sys::VIR_DOMAIN_JOB_OPERATION.as_ptr();
+            let found = virt_sys::virTypedParamsGetInt(list, count, name, &mut operation);
+            virt_sys::virTypedParamsFree(list, count);
+            (found == 1).then_some(operation)
+        }
+    }
+
     /// Lets its vCPUs go on.
     pub fn resume(self) -> Result<(), Error> {
         // SAFETY: a valid domain.

@@ -45,12 +45,13 @@ fn guarded(domain: Domain, patience: Duration) -> Result<Option<Writing>, Error>
     let Some(Guest { uuid, name }) = domain.guest() else {
         return Ok(None);
     };
+    // libvirt refuses it at once: it must not keep a migration from its turn. (Who may migrate is asked first, as the other
+    // question is one that libvirt logs.)
+    if !domain.may_migrate() && domain.is_read_only() {
+        return Ok(None);
+    }
     let writing = Writing::of(uuid);
     if !writing.alone(Duration::ZERO) {
-        if domain.is_read_only() {
-            // libvirt refuses it at once.
-            return Ok(None);
-        }
         if !patience.is_zero() {
             tracing::info!(
                 guest = name,

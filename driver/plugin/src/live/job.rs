@@ -90,6 +90,17 @@ fn integer(list: &[virTypedParameter], name: &CStr) -> Option<c_int> {
     list.iter().find(int).map(|entry| unsafe { entry.value.i })
 }
 
+/// Whether the guest's job, as it is now, is its migration away from here. One that waits for its turn has no session yet,
+/// and the job is another's until then: a dump that is given up is none of ours.
+pub fn is_ours(domain: Domain) -> bool {
+    let Some(guest) = domain.guest() else {
+        return false;
+    };
+    sessions::by_uuid(Role::Source, guest.uuid).is_some()
+        || sessions::is_opening(guest.uuid)
+            && domain.job_operation() == Some(VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT as c_int)
+}
+
 /// Cancels the migration of a guest that the engine moves away from here.
 pub fn cancel(domain: Domain) {
     if let Some(guest) = domain.guest() {

@@ -45,10 +45,14 @@ fn look(watched: &Weak<Session>, uri: &CString) -> ControlFlow<()> {
     let Ok(connection) = OwnedConnection::here(uri) else {
         return ControlFlow::Continue(());
     };
-    let Ok(domain) = connection.get().domain(session.guest.uuid) else {
+    let domain = match connection.get().domain(session.guest.uuid) {
+        Ok(domain) => domain,
         // The guest is gone, and the migration with it.
-        sessions::remove(&session);
-        return ControlFlow::Break(());
+        Err(error) if error.is_no_domain() => {
+            sessions::remove(&session);
+            return ControlFlow::Break(());
+        }
+        Err(_) => return ControlFlow::Continue(()),
     };
     if domain.get().has_job() {
         return ControlFlow::Continue(());

@@ -106,17 +106,26 @@ struct Move<'a> {
     managed: u32,
 }
 
+/// A session that ends with the phases, however they do: nobody else looks after it.
+struct Listed(Arc<Session>);
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        sessions::remove(&self.0);
+    }
+}
+
 impl Move<'_> {
     /// Begin, which checks the guest and takes the job; then, under the job, whether all is there for the engine.
     fn run(&self, candidate: Candidate) -> Result<Outcome, Error> {
         let opening = self.domain.guest().map(|guest| Opening::of(guest.uuid));
         let begun = phase::begin(self.domain, self.params, self.managed)?;
         let session = match candidate.open(self.domain, opening.as_ref()) {
-            Ok(session) => session,
+            Ok(session) => Listed(session),
             Err(reason) => return Ok(self.own(reason)),
         };
-        let outcome = match OwnedConnection::to_peer(self.uri) {
-            Ok(peer) if answers(peer.get()) => self.phases(peer.get(), begun, &session),
+        match OwnedConnection::to_peer(self.uri) {
+            Ok(peer) if answers(peer.get()) => self.phases(peer.get(), begun, &session.0),
             Ok(_) => Ok(self.own(
                 "the destination has no plug-in, one of another version, or is not to use it (see its log)",
             )),
@@ -125,9 +134,7 @@ impl Move<'_> {
                 "the destination {} cannot be reached: {error}",
                 self.uri.to_string_lossy()
             ))),
-        };
-        sessions::remove(&session);
-        outcome
+        }
     }
 
     /// Leaves everything as it was before Begin.

@@ -211,10 +211,6 @@ fn through_engine(
     let socket = match session.engine.ask(&Request::Precopy { answer, options }, None) {
         Ok(Reply::Switchover { socket }) => socket,
         Ok(reply) => return Err(give_up(unexpected(&reply))),
-        // libvirt knows of the abort: its own Perform ends the job with its own error, before QEMU does anything.
-        Err(failure) if failure.kind == FailureKind::Cancelled && session.is_cancelled() => {
-            return phase::perform(domain, None, &towards(Path::new("/nonexistent")), cookie, native)
-        }
         Err(failure) => {
             let error = give_up(failure.into());
             // The engine may have noticed before libvirt has.

@@ -247,17 +247,7 @@ impl Inspected {
         let mut brake = Brake::new(allowed, &self.process, &self.watch, place.meter);
         converge(place, recorder, &mut precopy, brake.as_mut())
             .map_err(|error| last_words(place, &mut links.control, error))?;
-        // It may have begun since it was looked at.
-        if self
-            .watch
-            .command(|monitor| nested::in_the_way(monitor, deadline(COMMAND)))?
-        {
-            return Err(Error::Elsewhere(
-                "the guest has begun to run guests of its own while it was migrated, which this host's CPU does past \
-                 write tracking; migrate it again: it goes libvirt's own way then"
-                    .into(),
-            ));
-        }
+        has_no_guests(&self.watch)?;
         Ok(Converged {
             control: links.control,
             ready: Ready {
@@ -270,6 +260,18 @@ impl Inspected {
                 return_path: links.return_path,
             },
         })
+    }
+}
+
+/// Fails where the guest has begun to run guests of its own since it was found eligible.
+fn has_no_guests(watch: &Watch) -> Result<(), Error> {
+    match watch.command(|monitor| nested::in_the_way(monitor, deadline(COMMAND)))? {
+        false => Ok(()),
+        true => Err(Error::Elsewhere(
+            "the guest has begun to run guests of its own while it was migrated, which this host's CPU does past write \
+             tracking; migrate it again: it goes libvirt's own way then"
+                .into(),
+        )),
     }
 }
 

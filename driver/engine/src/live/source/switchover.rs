@@ -1,7 +1,7 @@
 //! From the last round on: stop-and-copy, commitment, and what the destination says afterwards.
 
 use super::links::{last_words, out_of_turn};
-use super::{save, Place, CLEAR, UNTIL_PERFORM};
+use super::{has_no_guests, save, Place, CLEAR, UNTIL_PERFORM};
 use crate::live::brake::Brake;
 use crate::live::messages::{downtime, Answer, Ask, SourcePause};
 use crate::live::precopy::{Last, Precopy, Spent};
@@ -175,14 +175,20 @@ impl Switchover<'_> {
         recorder: &mut Recorder,
     ) -> Result<(), Error> {
         let (place, precopy) = (self.place, &mut *self.precopy);
+        if options.storage {
+            place.signals.expect_mirrors();
+        }
         let mut step = STEP;
         loop {
             let begun = place.signals.seen().migrating;
             // While libvirt copies disks, rounds are rare: nobody waits for them.
             let early = options.storage && !begun;
-            if begun {
-                // QEMU is about to stop the vCPUs, which is not to wait for them to be let go.
+            if begun || early {
+                // QEMU is about to stop the vCPUs, which is not to wait for them to be let go; and while disks are copied, a
+                // guest that is held would be for hours, and for nothing.
                 drop(brake.take());
+            }
+            if begun {
                 // A drain asked for now would be answered only once they have stopped, and hold up the last copy.
                 step = IMMINENT;
             }
@@ -198,6 +204,9 @@ impl Switchover<'_> {
                 Some(false) => return Err(Error::Libvirt),
                 None => {
                     let began = Instant::now();
+                    if early {
+                        has_no_guests(self.watch)?;
+                    }
                     precopy.sweep_again()?;
                     let scan = precopy.scan()?;
                     // From the switch-over on QEMU may not answer before its device state is out.
