@@ -499,7 +499,71 @@ fn end_writing(qemu: &UnixStream) {
 
 #[cfg(test)]
 mod tests {
+    //! What no QEMU does on demand. The rest is tested on a real one (tests/qemu.rs, tests/tests/lost_write.rs).
+
     use super::*;
+    use crate::live::signals::Seen;
+    use std::io::{BufRead, BufReader};
+
+    /// A monitor that answers every command, or none once it has greeted; and the source's gate for a QEMU with it that was let
+    /// go on `ago`.
+    fn gate(answers: bool, ago: Duration) -> BeforeDevices {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            stream.write_all(b"{\"QMP\": {}}\n").unwrap();
+            for (number, _) in (1..).zip(lines) {
+                if answers || number == 1 {
+                    let answer = format!("{{\"return\": {{\"status\": \"device\"}}, \"id\": {number}}}\n");
+                    let _ = stream.write_all(answer.as_bytes());
+                }
+            }
+        });
+        let signals = Arc::<Signals>::default();
+        let switched = Instant::now().checked_sub(ago);
+        signals.saw(|seen: &mut Seen| seen.switched = switched);
+        BeforeDevices {
+            watch: Watch::open(&path, Arc::clone(&signals)).unwrap(),
+            signals,
+            process: Arc::new(Process::open(nix::unistd::getpid().as_raw()).unwrap()),
+            path,
+            narrow: None,
+            devices: Devices::default(),
+            silences: 0,
+            answered: false,
+        }
+    }
+
+    #[test]
+    fn a_qemu_that_answers_twice_and_writes_nothing_has_written_all() {
+        let (qemu, mut theirs) = UnixStream::pair().unwrap();
+        let second = Duration::from_secs(1);
+        let mut gate = gate(true, second);
+        assert!(!gate.has_ended(&qemu).unwrap(), "it may be between two pieces");
+        assert!(gate.has_ended(&qemu).unwrap());
+        // It let go of its lock for a moment, after it had written something.
+        let mut gate = self::gate(true, second);
+        assert!(!gate.has_ended(&qemu).unwrap());
+        theirs.write_all(b"the end of its memory").unwrap();
+        assert!((0..4).all(|_| !gate.has_ended(&qemu).unwrap()));
+        gate.after(b"the end of its memory");
+        assert_eq!((gate.silences, gate.answered), (0, false));
+    }
+
+    #[test]
+    fn a_qemu_that_does_not_answer_is_waited_for_and_then_given_up() {
+        let (qemu, _theirs) = UnixStream::pair().unwrap();
+        let mut waited_for = gate(false, Duration::from_secs(1));
+        assert!((0..4).all(|_| !waited_for.has_ended(&qemu).unwrap()));
+        let mut silent = gate(false, UNWRITTEN + Duration::from_secs(1));
+        assert!(matches!(silent.has_ended(&qemu), Err(Error::Elsewhere(_))));
+        // One that has only just been let go on is not even asked.
+        let mut new = gate(true, Duration::ZERO);
+        assert!((0..4).all(|_| !new.has_ended(&qemu).unwrap()));
+    }
 
     #[test]
     fn qemu_is_asked_once_for_all_that_has_been_read() {
