@@ -88,6 +88,11 @@ impl Brake {
         Ok(Some(percent))
     }
 
+    /// It slows the guest down.
+    pub fn is_on(&self) -> bool {
+        self.throttle.is_some()
+    }
+
     /// It cannot help any further.
     pub fn is_spent(&self) -> bool {
         self.policy.is_spent()

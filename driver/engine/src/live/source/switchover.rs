@@ -186,7 +186,11 @@ impl Switchover<'_> {
             if begun || early {
                 // QEMU is about to stop the vCPUs, which is not to wait for them to be let go; and while disks are copied, a
                 // guest that is held would be for hours, and for nothing.
-                drop(brake.take());
+                let held = brake.take().is_some_and(|brake| brake.is_on());
+                if held && early {
+                    recorder
+                        .note("its vCPUs go on while disks are copied; the last pause may be longer for it");
+                }
             }
             if begun {
                 // A drain asked for now would be answered only once they have stopped, and hold up the last copy.
