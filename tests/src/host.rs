@@ -190,6 +190,28 @@ impl Host {
         domain_name(xml)
     }
 
+    /// Bytes that have come on connections to this port and that nobody has read yet.
+    ///
+    /// # Errors
+    /// What ss said.
+    pub fn unread(&self, port: u16) -> Result<u64> {
+        let shown = self.run(&[
+            "ss",
+            "-Htn",
+            "state",
+            "established",
+            "sport",
+            "=",
+            &format!(":{port}"),
+        ])?;
+        let queues = shown
+            .lines()
+            .map(|line| line.split_whitespace().next().unwrap_or_default());
+        queues
+            .map(|bytes| bytes.parse::<u64>().with_context(|| shown.clone()))
+            .sum()
+    }
+
     /// The guest's state and its reason as `virsh domstate --reason` puts it, e.g. `running (migrated)`;
     /// None where the host does not know the guest.
     ///

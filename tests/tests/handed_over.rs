@@ -24,6 +24,11 @@ const LINK: u32 = 80;
 /// What host1's engine says then.
 const HANDED_OVER: &str = "stage: activation";
 
+/// Where the lab's libvirtd listens for other hosts,
+const LIBVIRTD: u16 = 16509;
+/// and what a Finish with its cookie has at least, in bytes; a keepalive has 28 (libvirt 11.3, `virKeepAliveMessage`).
+const FINISH: u64 = 400;
+
 fn stand_still(host: &Host) -> Result<Process> {
     let daemon = host.processes_named("libvirtd")?.pop().context("no daemon")?;
     signal(&daemon, SIGSTOP)?;
@@ -172,6 +177,9 @@ fn a_guest_that_arrived_unseen_runs_once() -> Result<()> {
     both_ways("unseen", |scene, options| {
         let (one, two) = (scene.lab.host(1), scene.lab.host(2));
         let handed_over = HandedOver::new(scene, options)?;
+        wait_until("its Finish to wait for the daemon", PATIENCE, || {
+            Ok(two.unread(LIBVIRTD)? >= FINISH)
+        })?;
         let cut = Cut::off(scene.lab, two)?;
         let said = handed_over.fails()?;
         two.wait_for_state(scene.name(), "running")?;

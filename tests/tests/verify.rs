@@ -98,6 +98,9 @@ fn a_difference_is_found() -> Result<()> {
 
 /// Megabytes a program in the guest uses and frees.
 const SPENT: u64 = 96;
+/// Bytes of it, or of half of it, that may stay with the guest: it reports free memory in pieces of 2 MiB and more, and
+/// others' pages lie in some.
+const LEFT: u64 = 16 * MIB;
 
 #[test]
 fn memory_freed_while_the_guest_moves() -> Result<()> {
@@ -122,7 +125,7 @@ fn memory_freed_while_the_guest_moves() -> Result<()> {
             scene.remote().spend(SPENT, from.name(), PATIENCE)?;
             let mut moving = from.begin_migration(scene.name(), to, options)?;
             moving.wait_for_job("free pages to be given back while memory flows", |job| {
-                job.figure("memory_processed") > 0 && ram.resident().is_ok_and(|now| now <= idle + 8 * MIB)
+                job.figure("memory_processed") > 0 && ram.resident().is_ok_and(|now| now <= idle + LEFT)
             })?;
             moving.succeeds()?;
             drop(slow);
@@ -135,7 +138,7 @@ fn memory_freed_while_the_guest_moves() -> Result<()> {
             );
             let after = to.ram_file(scene.name())?.resident()?;
             ensure!(
-                after <= idle + 8 * MIB,
+                after <= idle + LEFT,
                 "what the guest gave back under way takes memory on {}: {after} bytes, {idle} before",
                 to.name()
             );
@@ -180,14 +183,14 @@ fn memory_freed_while_disks_are_copied() -> Result<()> {
         );
         moving.wait_for_job("free pages to be given back", |job| {
             job.figure("disk_processed") < DISK_MIB * MIB
-                && ram.resident().is_ok_and(|now| now <= idle + 8 * MIB)
+                && ram.resident().is_ok_and(|now| now <= idle + LEFT)
         })?;
         drop(slow);
         moving.succeeds()?;
         scene.lives_on(two)?;
         assert_compared(one)?;
         let after = two.ram_file(scene.name())?.resident()?;
-        ensure!(after <= idle + 8 * MIB, "{after} bytes, {idle} before");
+        ensure!(after <= idle + LEFT, "{after} bytes, {idle} before");
         lab.assert_clean(1)?;
         lab.assert_clean(2)
     })
