@@ -323,6 +323,40 @@ fn the_client_goes_before_it_confirms() -> Result<()> {
     })
 }
 
+/// A power failure must not bring a definition back once the files, or the journal that fences it, have gone: where that is not
+/// certain they stay, and it is tried again.
+#[test]
+fn a_definition_goes_for_good_before_its_files() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let one = scene.one;
+        let mut client = scene.prepared()?;
+        client.finish(None, false)?.map_err(anyhow::Error::msg)?;
+        // Nobody can bring to the disk what leads nowhere.
+        let link = "/var/lib/libvirt/qemu/snapshot/g";
+        one.run(&["ln", "-s", "g", link])?;
+        let confirmed = client.confirm(None, false)?;
+        println!("{confirmed:?}");
+        let uncertain = "cannot be brought to the disk";
+        ensure!(
+            confirmed.is_err_and(|why| why.contains(uncertain)),
+            "nobody was told"
+        );
+        ensure!(one.state("g")?.is_none(), "the guest is still defined");
+        let journal = scene.journal(one)?.context("no journal")?;
+        ensure!(journal.state == State::OwnedThere, "{:?}", journal.state);
+        ensure!(
+            one.sha256(&disk())? == scene.digest,
+            "its disk has gone before its definition"
+        );
+        one.run(&["rm", link])?;
+        scene.settles()?;
+        scene.is_at_the_destination()?;
+        scene.comes_back()?;
+        scene.is_clean()
+    })
+}
+
 /// Between two phases: by a client that stops there.
 #[test]
 fn they_die_between_the_phases() -> Result<()> {

@@ -436,24 +436,21 @@ pub fn withdraw(connection: Connection, engine: &Engine, guest: &Guest) {
     }
 }
 
-/// Takes back a registration of ours that is not complete.
+/// Takes back a registration of ours that is not complete, for good: its files and its journal go next.
 ///
 /// # Errors
-/// If the guest is still registered, or that is not known.
+/// If the guest is still registered, may be after a power failure, or that is not known.
 pub fn unregister(connection: Connection, guest: &Guest) -> Result<(), Error> {
-    let domain = match connection.domain(guest.uuid) {
-        Ok(domain) => domain,
-        Err(error) if error.is_no_domain() => return Ok(()),
+    match connection.domain(guest.uuid) {
+        Ok(domain) if !domain.get().is_shut_off()? => {
+            return Err(here(format!("guest {} runs", guest.name)));
+        }
+        Ok(domain) if domain.get().is_persistent()? => domain.get().undefine()?,
+        Ok(_) => {}
+        Err(error) if error.is_no_domain() => {}
         Err(error) => return Err(error),
-    };
-    let domain = domain.get();
-    if !domain.is_shut_off()? {
-        return Err(here(format!("guest {} runs", guest.name)));
     }
-    match domain.is_persistent()? {
-        true => domain.undefine(),
-        false => Ok(()),
-    }
+    durable::definitions(&guest.name)
 }
 
 /// libvirt's own Prepare leaves an object that is listed, cannot be undefined, and keeps the guest from ever coming

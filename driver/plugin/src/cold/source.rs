@@ -2,7 +2,9 @@
 
 use super::definition::Definition;
 use super::sessions::{self, Session};
-use super::{configuration, for_libvirt, here, inventory, pools, recovery, unexpected, LOCAL, SETTLED};
+use super::{
+    configuration, durable, for_libvirt, here, inventory, pools, recovery, unexpected, LOCAL, SETTLED,
+};
 use crate::engine::Engine;
 use crate::libvirt::phase::{self, Begun, MallocString};
 use crate::libvirt::{c_string, Connection, Cookie, Domain, Error, OwnedConnection, Params};
@@ -320,20 +322,21 @@ pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left)
     }
 }
 
-/// Removes the definition. A recovery may find it gone; whoever may not see the guest does not know that.
+/// Removes the definition, for good: its files and its journal go next. A recovery may find it gone; whoever may not see the
+/// guest does not know that.
 fn undefine(connection: Connection, guest: &Guest) -> Result<(), Error> {
-    let domain = match connection.domain(guest.uuid) {
-        Ok(domain) => domain,
-        Err(error) if error.is_no_domain() => return Ok(()),
+    match connection.domain(guest.uuid) {
+        Ok(domain) if domain.get().is_shut_off()? => domain.get().undefine()?,
+        Ok(_) => {
+            return Err(here(format!(
+                "guest {} runs, though it is the destination's",
+                guest.name
+            )))
+        }
+        Err(error) if error.is_no_domain() => {}
         Err(error) => return Err(error),
-    };
-    if !domain.get().is_shut_off()? {
-        return Err(here(format!(
-            "guest {} runs, though it is the destination's",
-            guest.name
-        )));
     }
-    domain.get().undefine()
+    durable::definitions(&guest.name)
 }
 
 /// What is left of a TPM whose state has moved: swtpm's lock file, which is empty, and directories that then are.
