@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use ferry_contract::cold::journal::{self, Journal, State};
+use ferry_contract::cold::REMAINS;
 use ferry_tests::cold::{same_files, Content, Guest, IMAGES};
 use ferry_tests::fault::{engine, names, signal, Cut, Held};
 use ferry_tests::host::{Host, Process};
@@ -561,6 +562,48 @@ fn the_source_is_lost_when_it_is_asked() -> Result<()> {
             ensure!(scene.two.state("g")?.is_none(), "host2 knows the guest");
             Ok(())
         })
+    })
+}
+
+/// What the operator defines while the guest waits is his, and nobody else undefines it; what a crash has left of taking the
+/// guest back goes.
+#[test]
+fn a_guest_that_waits_is_defined_by_hand() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let (one, two) = (scene.one, scene.two);
+        let xml = one.virsh(&["dumpxml", "--inactive", "g"])?;
+        let left = xml.replace("</name>", &format!("</name><metadata>{REMAINS}</metadata>"));
+        let client = scene.prepared()?;
+        scene.wait_for_state(two, State::Ready)?;
+        scene.crashes(one)?;
+        two.restart_libvirtd(true)?;
+        drop(client);
+        scene.wait_for_state(two, State::Returning)?;
+        two.define(&left)?;
+        wait_until("what a crash has left to go", SETTLE, || {
+            Ok(two.state("g")?.is_none())
+        })?;
+        two.define(&xml)?;
+        // It says how that stands when its time is up.
+        two.exec(&["timeout", "1", "virt-ferry", "recover", "g"])?;
+        for way in [
+            "virsh undefine g",
+            "virt-ferry recover --lost host1 g",
+            "virt-ferry recover --abort g",
+        ] {
+            wait_until(way, SETTLE, || {
+                let log = two.libvirtd_log();
+                let mut lines = log.lines();
+                Ok(lines.any(|line| line.contains("is defined here") && line.contains(way)))
+            })?;
+        }
+        two.has_shut_off("g")?;
+        scene.does_not_start(two, "which has not said yet whose it is")?;
+        two.run(&["virt-ferry", "recover", "--lost", "host1", "g"])?;
+        two.has_shut_off("g")?;
+        ensure!(two.sha256(&disk())? == scene.digest, "the disk has changed");
+        two.boots(lab, "g")
     })
 }
 

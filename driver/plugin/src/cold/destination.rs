@@ -1,6 +1,7 @@
 //! The host the guest comes to: Prepare, Finish.
 
 use super::definition::{Definition, Source};
+use super::ghost::exorcise;
 use super::inventory::TPM;
 use super::machine::Machine;
 use super::plan::{self, Here, Places};
@@ -451,28 +452,6 @@ pub fn unregister(connection: Connection, guest: &Guest) -> Result<(), Error> {
         Err(error) => return Err(error),
     }
     durable::definitions(&guest.name)
-}
-
-/// libvirt's own Prepare leaves an object that is listed, cannot be undefined, and keeps the guest from ever coming
-/// (libvirt 11.3: nobody removes it when an offline migration is cancelled). Defined, it can be undefined: while the
-/// journal still keeps it from being started, for a crash in between leaves it defined.
-fn exorcise(connection: Connection, guest: &Guest, definition: &str) {
-    let Ok(domain) = connection.domain(guest.uuid) else {
-        return;
-    };
-    let domain = domain.get();
-    let (Ok(false), Ok(true)) = (domain.is_persistent(), domain.is_shut_off()) else {
-        return;
-    };
-    let gone = connection
-        .define(definition)
-        .and_then(|domain| domain.get().undefine());
-    if let Err(error) = gone {
-        tracing::warn!(
-            guest = guest.name,
-            "libvirt's half of an arriving guest is left until its daemon is restarted: {error}"
-        );
-    }
 }
 
 /// Ends a migration whose client has gone between Prepare and Finish: nobody else will.

@@ -20,6 +20,7 @@
 mod definition;
 pub mod destination;
 mod durable;
+mod ghost;
 mod image;
 mod inventory;
 pub mod job;

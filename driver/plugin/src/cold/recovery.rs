@@ -7,7 +7,7 @@
 use super::destination::{complete, own_it, unregister, withdraw};
 use super::sessions::Session;
 use super::source::{leave, Left};
-use super::{here, inventory, sessions, storage, unexpected};
+use super::{ghost, here, inventory, sessions, storage, unexpected};
 use crate::awake;
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
@@ -223,10 +223,7 @@ pub enum Standing {
 /// One attempt.
 fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> Result<Standing, Error> {
     let journal = read(path).map_err(here)?;
-    if is_no_guest(journal.role, journal.state, wish) {
-        // Before its files and its journal go, which keeps it from being started.
-        unregister(connection, &journal.guest)?;
-    }
+    make_way(connection, &journal, wish)?;
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
@@ -272,6 +269,39 @@ fn needed(connection: Connection, journal: &Journal) -> Vec<Kept> {
         };
         paths.map(stays).collect()
     })
+}
+
+/// What libvirt knows here of an arriving guest and is not that guest goes before its files and its journal, which keeps it
+/// from being started.
+///
+/// # Errors
+/// It cannot be removed, or is the operator's.
+fn make_way(connection: Connection, journal: &Journal, wish: Wish) -> Result<(), Error> {
+    if journal.role != Role::Destination {
+        return Ok(());
+    }
+    let guest = &journal.guest;
+    let is_left = match connection.domain(guest.uuid) {
+        Ok(domain) if domain.get().is_persistent()? => Some(ghost::is_left(domain.get())?),
+        Ok(_) => None,
+        Err(error) if error.is_no_domain() => None,
+        Err(error) => return Err(error),
+    };
+    let is_no_guest = is_no_guest(journal.role, journal.state, wish);
+    match is_left {
+        Some(true) => unregister(connection, guest),
+        // So far, no migration has registered anything.
+        Some(false) if is_no_guest && wish == Wish::Settle => Err(here(format!(
+            "guest {name} is defined here, which its migration from {peer} has not done: neither that nor what has come is \
+             touched. \"virsh undefine {name}\" lets {peer} be asked again; if {peer} is lost for good, \"virt-ferry recover \
+             --lost {peer} {name}\" makes what has come the guest, as it is defined; \"virt-ferry recover --abort {name}\" \
+             removes both",
+            name = guest.name,
+            peer = journal.peer
+        ))),
+        _ if is_no_guest => unregister(connection, guest),
+        _ => Ok(()),
+    }
 }
 
 /// Whether what libvirt knows here of an arriving guest is not that guest: only what a crash left of taking it back, or what
