@@ -83,7 +83,7 @@ impl Here for ThisHost {
         path.symlink_metadata().is_ok()
     }
     fn keeps_images(&self, path: &Path) -> bool {
-        path.is_file() || pools::hold(self.0, path)
+        pools::hold(self.0, path)
     }
 }
 
