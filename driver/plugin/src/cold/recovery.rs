@@ -11,13 +11,15 @@ use super::{ghost, here, inventory, sessions, storage, unexpected};
 use crate::awake;
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
-use ferry_contract::cold::journal::{self, Journal, Role, State};
+use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Kept, Recovered, Wish};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
 use ferry_host as host;
 use std::collections::{HashMap, HashSet};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once};
 use std::time::{Duration, Instant};
@@ -102,10 +104,43 @@ pub fn is_fenced(uuid: Uuid) -> bool {
     fence.unwrap_or_else(|_| is_pending(uuid))
 }
 
-/// Whether this guest has left, and only its end here is missing.
-pub fn has_left(uuid: Uuid) -> bool {
-    let journal = host::state_directory().map(|state| read(&journal::path(&state, uuid)));
-    matches!(journal, Ok(Ok(journal)) if journal.role == Role::Source && journal.state == State::OwnedThere)
+/// How a guest that is to leave stands by its journal, which is large, and seldom another one.
+#[derive(Debug, Default)]
+pub struct Departing {
+    /// What tells it from the next one.
+    file: Option<(u64, i64, i64, u64)>,
+    /// Whether something keeps the guest from being started here.
+    pub is_fenced: bool,
+    /// Whether it has left, and only its end here is missing.
+    pub has_left: bool,
+}
+
+impl Departing {
+    /// Looks again; reads only what it has not read.
+    pub fn look(&mut self, uuid: Uuid) {
+        let is_leaving = |journal: &Journal| {
+            let has_left = (journal.role, journal.state) == (Role::Source, State::OwnedThere);
+            (journal.fence().is_some(), has_left)
+        };
+        match host::state_directory() {
+            Ok(state) => self.look_at(&journal::path(&state, uuid), |path| {
+                read(path).as_ref().map(is_leaving).ok()
+            }),
+            Err(_) => (self.is_fenced, self.has_left) = (true, false),
+        }
+    }
+
+    fn look_at(&mut self, path: &Path, read: impl FnOnce(&Path) -> Option<(bool, bool)>) {
+        let identity = |file: Metadata| (file.ino(), file.mtime(), file.mtime_nsec(), file.len());
+        // Before it is read: whoever writes it puts another file in its place.
+        let file = path.symlink_metadata().map(identity).ok();
+        if self.file.is_some() && self.file == file {
+            return;
+        }
+        let found = read(path);
+        self.file = file.filter(|_| found.is_some());
+        (self.is_fenced, self.has_left) = found.unwrap_or_else(|| (path.symlink_metadata().is_ok(), false));
+    }
 }
 
 /// Brings an earlier migration of this guest to an end, so that another can begin, in which this host has this role.
@@ -228,7 +263,7 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
     let request = Request::ColdRecover {
         journal: path.to_owned(),
         wish,
-        in_use: needed(connection, &journal),
+        in_use: needed(connection, &journal, wish),
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -257,8 +292,11 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
 }
 
 /// What other guests of this host need of what has come, which may have lain here for days; all, where that is not known.
-fn needed(connection: Connection, journal: &Journal) -> Vec<Kept> {
+fn needed(connection: Connection, journal: &Journal, wish: Wish) -> Vec<Kept> {
     if journal.role != Role::Destination {
+        return Vec::new();
+    }
+    if wish == Wish::Own || !may_remove(journal) {
         return Vec::new();
     }
     inventory::others(connection, journal.guest.uuid).unwrap_or_else(|why| {
@@ -269,6 +307,13 @@ fn needed(connection: Connection, journal: &Journal) -> Vec<Kept> {
         };
         paths.map(stays).collect()
     })
+}
+
+/// Whether giving it up can remove a file that others have come to need: one with its final name.
+fn may_remove(journal: &Journal) -> bool {
+    use State::{Aborted, Committing, Placed, Returning};
+    let came = |entry: &Entry| entry.fate == Fate::Moves && entry.path.symlink_metadata().is_ok();
+    matches!(journal.state, Committing | Placed | Returning | Aborted) && journal.entries.iter().any(came)
 }
 
 /// What libvirt knows here of an arriving guest and is not that guest goes before its files and its journal, which keeps it
@@ -516,6 +561,34 @@ mod tests {
             assert_eq!(found.collect::<Vec<_>>(), gone, "{wish:?}");
             assert!(!is_no_guest(Role::Source, State::Committed, wish));
         }
+    }
+
+    #[test]
+    fn a_journal_is_read_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.json");
+        let (mut departing, mut reads) = (Departing::default(), 0);
+        let mut look = |found| {
+            departing.look_at(&path, |_| {
+                reads += 1;
+                found
+            });
+            (departing.is_fenced, departing.has_left, reads)
+        };
+        assert_eq!(look(None), (false, false, 1));
+        std::fs::write(&path, "1").unwrap();
+        let left = Some((true, true));
+        assert_eq!(
+            [look(None), look(left), look(left)],
+            [(true, false, 2), (true, true, 3), (true, true, 3)]
+        );
+        let next = path.with_extension("part");
+        std::fs::write(&next, "2").unwrap();
+        std::fs::rename(&next, &path).unwrap();
+        let given_up = Some((false, false));
+        assert_eq!([look(given_up), look(left)], [(false, false, 4); 2]);
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(look(None), (false, false, 5));
     }
 
     #[test]

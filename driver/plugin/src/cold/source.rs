@@ -1,9 +1,10 @@
 //! The host the guest leaves: Begin, Confirm.
 
 use super::definition::Definition;
+use super::recovery::Departing;
 use super::sessions::{self, Session};
 use super::{
-    configuration, durable, for_libvirt, here, inventory, pools, recovery, unexpected, LOCAL, SETTLED,
+    configuration, durable, for_libvirt, here, inventory, pools, recovery, unexpected, DELETED, SETTLED,
 };
 use crate::engine::Engine;
 use crate::libvirt::phase::{self, Begun, MallocString};
@@ -309,7 +310,7 @@ pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left)
     if left.undefine {
         undefine(connection, guest)?;
     }
-    match engine.ask(&Request::ColdDelete { keep, in_use }, Some(LOCAL))? {
+    match engine.ask(&Request::ColdDelete { keep, in_use }, Some(DELETED))? {
         Reply::ColdDeleted(deleted) => {
             tell(guest, &deleted);
             if sweeps {
@@ -374,8 +375,8 @@ fn watch(session: &Arc<Session>, domain: Domain) {
     let started = std::thread::Builder::new()
         .name("ferry-cold-watch".into())
         .spawn(move || {
-            let mut left = None;
-            while !is_over(&watched, &uri, &mut left) {}
+            let (mut left, mut departing) = (None, Departing::default());
+            while !is_over(&watched, &uri, &mut left, &mut departing) {}
         });
     if let Err(error) = started {
         tracing::warn!(
@@ -386,18 +387,23 @@ fn watch(session: &Arc<Session>, domain: Domain) {
 }
 
 /// Whether nothing is left to watch; `left` is when the guest was first seen to have.
-fn is_over(watched: &Weak<Session>, uri: &str, left: &mut Option<Instant>) -> bool {
+fn is_over(
+    watched: &Weak<Session>,
+    uri: &str,
+    left: &mut Option<Instant>,
+    departing: &mut Departing,
+) -> bool {
     std::thread::sleep(LOOK);
     let Some(session) = watched.upgrade() else {
         return true;
     };
     // Given up by the destination, the engine still waits for a Confirm that nobody may send.
-    let uuid = session.guest.uuid;
-    if recovery::has_left(uuid) {
+    departing.look(session.guest.uuid);
+    if departing.has_left {
         left.get_or_insert_with(Instant::now);
     }
     let unconfirmed = left.is_some_and(|left| left.elapsed() > UNCONFIRMED);
-    if !session.engine.is_gone() && !unconfirmed && recovery::is_fenced(uuid) {
+    if !session.engine.is_gone() && !unconfirmed && departing.is_fenced {
         return false;
     }
     if sessions::take(&session) {
