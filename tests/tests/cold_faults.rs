@@ -56,6 +56,35 @@ impl<'a> Scene<'a> {
         })
     }
 
+    /// A guest that has more than a disk: a snapshot in it, and it starts with its host.
+    fn with_a_snapshot(lab: &'a Lab) -> Result<Self> {
+        let mut scene = Self::new(lab)?;
+        let one = scene.one;
+        one.virsh(&["undefine", "g"])?;
+        let raw = format!("{IMAGES}/raw");
+        one.run(&["mv", &disk(), &raw])?;
+        one.run(&["qemu-img", "convert", "-O", "qcow2", &raw, &disk()])?;
+        one.run(&["rm", &raw])?;
+        Guest::new("g").disk("vda", "qcow2", &disk()).define(one)?;
+        one.virsh(&["snapshot-create-as", "g", "first"])?;
+        one.virsh(&["autostart", "g"])?;
+        (scene.there, scene.digest) = (one.guests_files()?, one.sha256(&disk())?);
+        Ok(scene)
+    }
+
+    /// All of that is here.
+    fn is_complete(&self, host: &Host) -> Result<()> {
+        host.has_shut_off("g")?;
+        ensure!(host.sha256(&disk())? == self.digest, "the disk has changed");
+        same_files(&self.there, &host.guests_files()?).with_context(|| host.name().to_owned())?;
+        let snapshots = host.virsh(&["snapshot-list", "g", "--name"])?;
+        ensure!(snapshots.trim() == "first", "{snapshots}");
+        let about = host.virsh(&["dominfo", "g"])?;
+        let autostart = about.lines().find(|line| line.starts_with("Autostart:"));
+        ensure!(autostart.is_some_and(|line| line.ends_with("enable")), "{about}");
+        host.boots(self.lab, "g")
+    }
+
     /// The guest is whole at host1 and not at host2, which keeps nothing but what a second try takes up.
     fn is_at_the_source(&self) -> Result<()> {
         self.one.has_shut_off("g")?;
@@ -504,24 +533,34 @@ fn the_destination_is_lost_for_good() -> Result<()> {
     })
 }
 
+/// The guest is the destination's, which is lost before the source has deleted it, though it has undefined it: the operator
+/// takes it back, with all that libvirt had of it.
+#[test]
+fn the_destination_is_lost_with_the_guest() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::with_a_snapshot(lab)?;
+        let (one, two) = (scene.one, scene.two);
+        let mut client = scene.prepared()?;
+        client.finish(None, false)?.map_err(anyhow::Error::msg)?;
+        scene.wait_for_state(one, State::OwnedThere)?;
+        let daemon = two.processes_named("libvirtd")?.pop().context("no libvirtd")?;
+        signal(&daemon, SIGKILL)?;
+        // As the client's Confirm would, had it come so far.
+        one.virsh(&["undefine", "g", "--snapshots-metadata"])?;
+        one.run(&["virt-ferry", "recover", "--lost", "host2", "g"])?;
+        ensure!(scene.journal(one)?.is_none(), "it is still open");
+        scene.is_complete(one)
+    })
+}
+
 /// Everything has come, and the source is lost: the destination keeps it, and it is the guest once the operator says so, with
 /// all that belongs to it.
 fn is_owned_by_the_destination(
     lab: &Lab,
     ends: impl FnOnce(&Scene, &mut Phases) -> Result<()>,
 ) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let scene = Scene::with_a_snapshot(lab)?;
     let (one, two) = (scene.one, scene.two);
-    one.virsh(&["undefine", "g"])?;
-    let raw = format!("{IMAGES}/raw");
-    one.run(&["mv", &disk(), &raw])?;
-    one.run(&["qemu-img", "convert", "-O", "qcow2", &raw, &disk()])?;
-    one.run(&["rm", &raw])?;
-    Guest::new("g").disk("vda", "qcow2", &disk()).define(one)?;
-    one.virsh(&["snapshot-create-as", "g", "first"])?;
-    one.virsh(&["autostart", "g"])?;
-    (scene.there, scene.digest) = (one.guests_files()?, one.sha256(&disk())?);
-
     let mut client = scene.prepared()?;
     scene.wait_for_state(two, State::Ready)?;
     scene.crashes(one)?;
@@ -530,15 +569,7 @@ fn is_owned_by_the_destination(
     let error = String::from_utf8_lossy(&said.stderr).into_owned();
     ensure!(error.contains("is host1, not host3"), "{error}");
     two.run(&["virt-ferry", "recover", "--lost", "host1", "g"])?;
-    two.has_shut_off("g")?;
-    ensure!(two.sha256(&disk())? == scene.digest, "the disk has changed");
-    same_files(&scene.there, &two.guests_files()?).context("host2")?;
-    let snapshots = two.virsh(&["snapshot-list", "g", "--name"])?;
-    ensure!(snapshots.trim() == "first", "{snapshots}");
-    let about = two.virsh(&["dominfo", "g"])?;
-    let autostart = about.lines().find(|line| line.starts_with("Autostart:"));
-    ensure!(autostart.is_some_and(|line| line.ends_with("enable")), "{about}");
-    two.boots(lab, "g")
+    scene.is_complete(two)
 }
 
 /// And the destination's daemon, with libvirt's half of the guest: its engine gives up, and the next daemon recovers.

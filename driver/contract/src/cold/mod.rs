@@ -93,6 +93,8 @@ pub struct Serve {
     pub autostart: bool,
     /// libvirt's definition file, which must be the same one at the commitment; `None` where it is not a file.
     pub definition: Option<Definition>,
+    /// What libvirt has of it, for the journal: should the destination be lost with the guest, it is defined by that again.
+    pub xml: String,
     /// What the operator asked.
     pub options: Options,
     /// The configuration in force.

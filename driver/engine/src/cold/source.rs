@@ -331,7 +331,7 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         directories: Vec::new(),
         manifest: None,
         options: serve.options,
-        definition: None,
+        definition: Some(serve.xml.clone()),
         former: Vec::new(),
     }
 }

@@ -7,7 +7,7 @@
 use super::destination::{complete, own_it, unregister, withdraw};
 use super::sessions::Session;
 use super::source::{leave, Left};
-use super::{ghost, here, inventory, sessions, storage, unexpected};
+use super::{durable, ghost, here, inventory, sessions, storage, unexpected};
 use crate::awake;
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
@@ -259,11 +259,27 @@ pub enum Standing {
 fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> Result<Standing, Error> {
     let journal = read(path).map_err(here)?;
     make_way(connection, &journal, wish)?;
+    let is_back = define_again(connection, &journal, wish)?;
+    attempt(connection, path, config, wish, &journal).inspect_err(|_| {
+        if is_back {
+            take_back(connection, &journal.guest);
+        }
+    })
+}
+
+/// As [`recover`], once libvirt has no more of the guest than it should.
+fn attempt(
+    connection: Connection,
+    path: &Path,
+    config: &Config,
+    wish: Wish,
+    journal: &Journal,
+) -> Result<Standing, Error> {
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
         wish,
-        in_use: needed(connection, &journal, wish),
+        in_use: needed(connection, journal, wish),
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -271,18 +287,18 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
         reply => return Err(unexpected(&reply)),
     };
     if journal.role == Role::Within {
-        return storage::ending::recovered(connection, &journal, &engine, recovered);
+        return storage::ending::recovered(connection, journal, &engine, recovered);
     }
     Ok(Standing::Ended(match recovered {
         Recovered::Stays => "an interrupted migration was ended: the guest stays here",
         Recovered::Undone => "an interrupted migration was ended: the guest did not come here",
         Recovered::Arrived => "an interrupted migration was ended: the guest is here",
         Recovered::Leaves => {
-            leaves(connection, &journal, &engine)?;
+            leaves(connection, journal, &engine)?;
             "an interrupted migration was ended: the guest is the other host's"
         }
         Recovered::Define => {
-            if !define(connection, &journal, &engine)? {
+            if !define(connection, journal, &engine)? {
                 return Ok(Standing::Open("its former host does not answer".into()));
             }
             "an interrupted migration was ended: the guest is here now"
@@ -369,6 +385,45 @@ fn leaves(connection: Connection, journal: &Journal, engine: &Engine) -> Result<
         keep: options.keep || !options.undefine,
     };
     leave(connection, &journal.guest, engine, left)
+}
+
+/// The guest had left, is this host's again by the operator's word, and may have been undefined here: it is defined before the
+/// journal goes, which still has its definition; says whether that was to be done.
+///
+/// # Errors
+/// It cannot be defined: nothing has changed.
+fn define_again(connection: Connection, journal: &Journal, wish: Wish) -> Result<bool, Error> {
+    if (journal.role, journal.state, wish) != (Role::Source, State::OwnedThere, Wish::Own) {
+        return Ok(false);
+    }
+    let guest = &journal.guest;
+    match connection.domain(guest.uuid) {
+        Err(error) if error.is_no_domain() => {}
+        found => return found.map(|_| false),
+    }
+    let definition = journal.definition.as_deref().ok_or_else(|| {
+        here(format!(
+            "guest {} is not defined on this host any more, and an earlier release has not kept its definition: define it (virsh \
+             define), then again",
+            guest.name
+        ))
+    })?;
+    let domain = connection.define(definition)?;
+    let complete = complete(domain.get(), &journal.inventory);
+    complete
+        .and_then(|()| durable::definitions(&guest.name))
+        .inspect_err(|_| take_back(connection, guest))?;
+    Ok(true)
+}
+
+/// Undefines a guest that is not this host's again after all; until that is done, its journal keeps it from being started.
+fn take_back(connection: Connection, guest: &Guest) {
+    if let Err(error) = unregister(connection, guest) {
+        tracing::warn!(
+            guest = guest.name,
+            "it is defined again, and left this host: {error}"
+        );
+    }
 }
 
 /// Registers a guest whose files are in their places, as far as that has not happened. Whether its former host knows.

@@ -78,11 +78,12 @@ impl Departure<'_> {
         // Before the definition is read: an edit after this is noticed at the commitment.
         let file = inventory::definition_file(name);
         let begun = self.libvirts()?;
-        let definition = Definition::read(&self.domain.definition()?).map_err(here)?;
+        let xml = self.domain.definition()?;
+        let definition = Definition::read(&xml).map_err(here)?;
         let disks = self.params.texts(VIR_MIGRATE_PARAM_MIGRATE_DISKS);
         let found = inventory::take(self.domain, &definition, &disks)
             .map_err(|why| here(format!("guest {name} cannot be moved: {why}")))?;
-        let (session, offer) = self.serve(found, file)?;
+        let (session, offer) = self.serve(found, file, xml)?;
         match cookie::with_cold_offer(begun.cookie.bytes(), &offer) {
             Ok(bytes) => {
                 watch(&session, self.domain);
@@ -159,6 +160,7 @@ impl Departure<'_> {
         &self,
         found: inventory::Found,
         definition: Option<cold::Definition>,
+        xml: String,
     ) -> Result<(Arc<Session>, ColdOffer), Error> {
         let name_here = self.domain.connection().hostname().unwrap_or_else(host::name);
         let asked = cold::Options {
@@ -178,6 +180,7 @@ impl Departure<'_> {
             metadata: found.metadata,
             autostart: self.domain.autostart()?,
             definition,
+            xml,
             options: asked,
             settings: self.config.settings(),
         };
