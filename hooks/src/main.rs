@@ -1,6 +1,6 @@
 //! `virt-ferry-hook`: libvirt asks it before a guest starts (`/etc/libvirt/hooks/qemu.d/virt-ferry GUEST prepare begin -`,
 //! the definition on standard input), and a failure ends the start. A guest that is on its way between two hosts must
-//! not start on either: the journal says so, and nothing else is asked.
+//! not start on either: the journal says so, or the definition's own mark, and nothing else is asked.
 //!
 //! It is run for every start of every guest and under libvirt's lock of that guest: it opens one file, and answers.
 
