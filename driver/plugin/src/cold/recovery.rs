@@ -342,13 +342,20 @@ fn make_way(connection: Connection, journal: &Journal, wish: Wish) -> Result<(),
         return Ok(());
     }
     let guest = &journal.guest;
-    let is_left = match connection.domain(guest.uuid) {
-        Ok(domain) if domain.get().is_persistent()? => Some(ghost::is_left(domain.get())?),
-        Ok(_) => None,
-        Err(error) if error.is_no_domain() => None,
+    let is_no_guest = is_no_guest(journal.role, journal.state, wish);
+    let is_left = connection.domain(guest.uuid).and_then(|domain| {
+        let domain = domain.get();
+        domain
+            .is_persistent()?
+            .then(|| ghost::is_left(domain))
+            .transpose()
+    });
+    let is_left = match is_left {
+        Ok(is_left) => is_left,
+        // Where it may be the guest, nobody need be allowed to see it.
+        Err(error) if error.is_no_domain() || !is_no_guest => None,
         Err(error) => return Err(error),
     };
-    let is_no_guest = is_no_guest(journal.role, journal.state, wish);
     match is_left {
         Some(true) => unregister(connection, guest),
         // So far, no migration has registered anything.
