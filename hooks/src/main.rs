@@ -1,10 +1,10 @@
 //! `virt-ferry-hook`: libvirt asks it before a guest starts (`/etc/libvirt/hooks/qemu.d/virt-ferry GUEST prepare begin -`,
 //! the definition on standard input), and a failure ends the start. A guest that is on its way between two hosts must
-//! not start on either: the journal says so, and nothing else is asked.
+//! not start on either: the journal says so, or the definition's own mark, and nothing else is asked.
 //!
 //! It is run for every start of every guest and under libvirt's lock of that guest: it opens one file, and answers.
 
-use ferry_contract::cold::journal;
+use ferry_contract::cold::{is_remains, journal};
 use std::ffi::OsStr;
 use std::io::{Error, ErrorKind, Read};
 use std::path::Path;
@@ -53,6 +53,11 @@ fn verdict(xml: &str, state: &Path) -> Result<(), String> {
         // libvirt has parsed it, and gives every guest a UUID.
         return Err("its definition has no UUID".into());
     };
+    if is_remains(xml) {
+        return Err(
+            "it is only what a crash has left of a migration that was given up: virsh undefine it".into(),
+        );
+    }
     let path = journal::path(state, uuid);
     let unreadable = |why: Error| {
         format!(
@@ -77,6 +82,7 @@ fn uuid(xml: &str) -> Option<Uuid> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferry_contract::cold::REMAINS;
 
     const XML: &str = "<domain type='kvm'>\n  <name>g</name>\n  <uuid>00000000-0000-0000-0000-000000000007</uuid>\n</domain>";
 
@@ -86,6 +92,14 @@ mod tests {
         assert_eq!(verdict(XML, directory.path()), Ok(()));
         assert_eq!(verdict(XML, Path::new("/dev/null")), Ok(()));
         assert!(verdict("<domain/>", directory.path()).is_err());
+    }
+
+    #[test]
+    fn what_a_crash_has_left_of_a_guest_does_not_start() {
+        let directory = tempfile::tempdir().unwrap();
+        let left = XML.replace("</name>", &format!("</name><metadata>{REMAINS}</metadata>"));
+        let why = verdict(&left, directory.path()).unwrap_err();
+        assert!(why.contains("virsh undefine"), "{why}");
     }
 
     #[test]

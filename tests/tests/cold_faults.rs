@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use ferry_contract::cold::journal::{self, Journal, State};
+use ferry_contract::cold::REMAINS;
 use ferry_tests::cold::{same_files, Content, Guest, IMAGES};
 use ferry_tests::fault::{engine, names, signal, Cut, Held};
 use ferry_tests::host::{Host, Process};
@@ -53,6 +54,35 @@ impl<'a> Scene<'a> {
             nowhere,
             digest: one.sha256(&disk())?,
         })
+    }
+
+    /// A guest that has more than a disk: a snapshot in it, and it starts with its host.
+    fn with_a_snapshot(lab: &'a Lab) -> Result<Self> {
+        let mut scene = Self::new(lab)?;
+        let one = scene.one;
+        one.virsh(&["undefine", "g"])?;
+        let raw = format!("{IMAGES}/raw");
+        one.run(&["mv", &disk(), &raw])?;
+        one.run(&["qemu-img", "convert", "-O", "qcow2", &raw, &disk()])?;
+        one.run(&["rm", &raw])?;
+        Guest::new("g").disk("vda", "qcow2", &disk()).define(one)?;
+        one.virsh(&["snapshot-create-as", "g", "first"])?;
+        one.virsh(&["autostart", "g"])?;
+        (scene.there, scene.digest) = (one.guests_files()?, one.sha256(&disk())?);
+        Ok(scene)
+    }
+
+    /// All of that is here.
+    fn is_complete(&self, host: &Host) -> Result<()> {
+        host.has_shut_off("g")?;
+        ensure!(host.sha256(&disk())? == self.digest, "the disk has changed");
+        same_files(&self.there, &host.guests_files()?).with_context(|| host.name().to_owned())?;
+        let snapshots = host.virsh(&["snapshot-list", "g", "--name"])?;
+        ensure!(snapshots.trim() == "first", "{snapshots}");
+        let about = host.virsh(&["dominfo", "g"])?;
+        let autostart = about.lines().find(|line| line.starts_with("Autostart:"));
+        ensure!(autostart.is_some_and(|line| line.ends_with("enable")), "{about}");
+        host.boots(self.lab, "g")
     }
 
     /// The guest is whole at host1 and not at host2, which keeps nothing but what a second try takes up.
@@ -323,6 +353,40 @@ fn the_client_goes_before_it_confirms() -> Result<()> {
     })
 }
 
+/// A power failure must not bring a definition back once the files, or the journal that fences it, have gone: where that is not
+/// certain they stay, and it is tried again.
+#[test]
+fn a_definition_goes_for_good_before_its_files() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let one = scene.one;
+        let mut client = scene.prepared()?;
+        client.finish(None, false)?.map_err(anyhow::Error::msg)?;
+        // Nobody can bring to the disk what leads nowhere.
+        let link = "/var/lib/libvirt/qemu/snapshot/g";
+        one.run(&["ln", "-s", "g", link])?;
+        let confirmed = client.confirm(None, false)?;
+        println!("{confirmed:?}");
+        let uncertain = "cannot be brought to the disk";
+        ensure!(
+            confirmed.is_err_and(|why| why.contains(uncertain)),
+            "nobody was told"
+        );
+        ensure!(one.state("g")?.is_none(), "the guest is still defined");
+        let journal = scene.journal(one)?.context("no journal")?;
+        ensure!(journal.state == State::OwnedThere, "{:?}", journal.state);
+        ensure!(
+            one.sha256(&disk())? == scene.digest,
+            "its disk has gone before its definition"
+        );
+        one.run(&["rm", link])?;
+        scene.settles()?;
+        scene.is_at_the_destination()?;
+        scene.comes_back()?;
+        scene.is_clean()
+    })
+}
+
 /// Between two phases: by a client that stops there.
 #[test]
 fn they_die_between_the_phases() -> Result<()> {
@@ -469,24 +533,34 @@ fn the_destination_is_lost_for_good() -> Result<()> {
     })
 }
 
+/// The guest is the destination's, which is lost before the source has deleted it, though it has undefined it: the operator
+/// takes it back, with all that libvirt had of it.
+#[test]
+fn the_destination_is_lost_with_the_guest() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::with_a_snapshot(lab)?;
+        let (one, two) = (scene.one, scene.two);
+        let mut client = scene.prepared()?;
+        client.finish(None, false)?.map_err(anyhow::Error::msg)?;
+        scene.wait_for_state(one, State::OwnedThere)?;
+        let daemon = two.processes_named("libvirtd")?.pop().context("no libvirtd")?;
+        signal(&daemon, SIGKILL)?;
+        // As the client's Confirm would, had it come so far.
+        one.virsh(&["undefine", "g", "--snapshots-metadata"])?;
+        one.run(&["virt-ferry", "recover", "--lost", "host2", "g"])?;
+        ensure!(scene.journal(one)?.is_none(), "it is still open");
+        scene.is_complete(one)
+    })
+}
+
 /// Everything has come, and the source is lost: the destination keeps it, and it is the guest once the operator says so, with
 /// all that belongs to it.
 fn is_owned_by_the_destination(
     lab: &Lab,
     ends: impl FnOnce(&Scene, &mut Phases) -> Result<()>,
 ) -> Result<()> {
-    let mut scene = Scene::new(lab)?;
+    let scene = Scene::with_a_snapshot(lab)?;
     let (one, two) = (scene.one, scene.two);
-    one.virsh(&["undefine", "g"])?;
-    let raw = format!("{IMAGES}/raw");
-    one.run(&["mv", &disk(), &raw])?;
-    one.run(&["qemu-img", "convert", "-O", "qcow2", &raw, &disk()])?;
-    one.run(&["rm", &raw])?;
-    Guest::new("g").disk("vda", "qcow2", &disk()).define(one)?;
-    one.virsh(&["snapshot-create-as", "g", "first"])?;
-    one.virsh(&["autostart", "g"])?;
-    (scene.there, scene.digest) = (one.guests_files()?, one.sha256(&disk())?);
-
     let mut client = scene.prepared()?;
     scene.wait_for_state(two, State::Ready)?;
     scene.crashes(one)?;
@@ -495,15 +569,7 @@ fn is_owned_by_the_destination(
     let error = String::from_utf8_lossy(&said.stderr).into_owned();
     ensure!(error.contains("is host1, not host3"), "{error}");
     two.run(&["virt-ferry", "recover", "--lost", "host1", "g"])?;
-    two.has_shut_off("g")?;
-    ensure!(two.sha256(&disk())? == scene.digest, "the disk has changed");
-    same_files(&scene.there, &two.guests_files()?).context("host2")?;
-    let snapshots = two.virsh(&["snapshot-list", "g", "--name"])?;
-    ensure!(snapshots.trim() == "first", "{snapshots}");
-    let about = two.virsh(&["dominfo", "g"])?;
-    let autostart = about.lines().find(|line| line.starts_with("Autostart:"));
-    ensure!(autostart.is_some_and(|line| line.ends_with("enable")), "{about}");
-    two.boots(lab, "g")
+    scene.is_complete(two)
 }
 
 /// And the destination's daemon, with libvirt's half of the guest: its engine gives up, and the next daemon recovers.
@@ -527,6 +593,48 @@ fn the_source_is_lost_when_it_is_asked() -> Result<()> {
             ensure!(scene.two.state("g")?.is_none(), "host2 knows the guest");
             Ok(())
         })
+    })
+}
+
+/// What the operator defines while the guest waits is his, and nobody else undefines it; what a crash has left of taking the
+/// guest back goes.
+#[test]
+fn a_guest_that_waits_is_defined_by_hand() -> Result<()> {
+    Lab::with(Options::default(), |lab| {
+        let scene = Scene::new(lab)?;
+        let (one, two) = (scene.one, scene.two);
+        let xml = one.virsh(&["dumpxml", "--inactive", "g"])?;
+        let left = xml.replace("</name>", &format!("</name><metadata>{REMAINS}</metadata>"));
+        let client = scene.prepared()?;
+        scene.wait_for_state(two, State::Ready)?;
+        scene.crashes(one)?;
+        two.restart_libvirtd(true)?;
+        drop(client);
+        scene.wait_for_state(two, State::Returning)?;
+        two.define(&left)?;
+        wait_until("what a crash has left to go", SETTLE, || {
+            Ok(two.state("g")?.is_none())
+        })?;
+        two.define(&xml)?;
+        // It says how that stands when its time is up.
+        two.exec(&["timeout", "1", "virt-ferry", "recover", "g"])?;
+        for way in [
+            "virsh undefine g",
+            "virt-ferry recover --lost host1 g",
+            "virt-ferry recover --abort g",
+        ] {
+            wait_until(way, SETTLE, || {
+                let log = two.libvirtd_log();
+                let mut lines = log.lines();
+                Ok(lines.any(|line| line.contains("is defined here") && line.contains(way)))
+            })?;
+        }
+        two.has_shut_off("g")?;
+        scene.does_not_start(two, "which has not said yet whose it is")?;
+        two.run(&["virt-ferry", "recover", "--lost", "host1", "g"])?;
+        two.has_shut_off("g")?;
+        ensure!(two.sha256(&disk())? == scene.digest, "the disk has changed");
+        two.boots(lab, "g")
     })
 }
 

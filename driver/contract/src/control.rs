@@ -395,6 +395,7 @@ mod tests {
             media: Vec::new(),
             metadata: Vec::new(),
             autostart: true,
+            xml: "<domain/>".into(),
             definition: Some(crate::cold::Definition {
                 path: "/etc/g.xml".into(),
                 inode: u64::MAX,

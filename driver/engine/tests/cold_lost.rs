@@ -94,6 +94,18 @@ fn a_destination_whose_other_host_is_lost_takes_what_is_whole() {
     destination.tell(&Request::ColdOwned);
     guest.scene.await_state(Role::Destination, State::Owned);
     destination.crash();
+    // Before it moves on, that must be said.
+    let Request::ColdServe(mut onward) = guest.scene.serve() else {
+        unreachable!("it serves")
+    };
+    onward.settings = guest.scene.settings(Role::Destination);
+    let why = Engine::start("cold-source")
+        .refusal(&Request::ColdServe(onward))
+        .cause;
+    assert!(
+        why.contains("\"virt-ferry recover --lost host1 g\" here"),
+        "{why}"
+    );
     let engine = guest.owned(Role::Destination, Recovered::Arrived);
     engine.end();
     assert!(guest.scene.journal(Role::Destination).is_none());

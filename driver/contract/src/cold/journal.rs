@@ -150,7 +150,7 @@ pub struct Journal {
     pub manifest: Option<Digest>,
     /// Source: what the operator asked.
     pub options: Options,
-    /// Destination: the definition that libvirt is to register.
+    /// The definition that libvirt is to register: at the destination, and at the source should the destination be lost.
     pub definition: Option<String>,
     /// Within: the files as they were, in the inventory's order.
     #[serde(default)]

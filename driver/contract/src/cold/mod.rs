@@ -41,6 +41,15 @@ pub const BLOCK: u64 = 1 << 20;
 /// What `virt-ferry recover` gives libvirt to define: no guest, but the word at which the plug-in looks at its journals.
 pub const RECOVER: &str = "<virt-ferry-recover/>";
 
+/// What a definition has in its metadata that libvirt got only for it to be undefined: a crash in between leaves it.
+pub const REMAINS: &str = "<virt-ferry:remains xmlns:virt-ferry='https://virt-ferry.org/xmlns/domain/1'/>";
+
+/// Whether a definition has [`REMAINS`] in it, as it is or as libvirt writes it: it is no guest, and is not started.
+pub fn is_remains(definition: &str) -> bool {
+    // In the text of XML, "<" begins nothing but an element.
+    definition.contains("<virt-ferry:remains ")
+}
+
 /// A file the source's plug-in found, before the engine has looked at it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Item {
@@ -84,6 +93,8 @@ pub struct Serve {
     pub autostart: bool,
     /// libvirt's definition file, which must be the same one at the commitment; `None` where it is not a file.
     pub definition: Option<Definition>,
+    /// What libvirt has of it, for the journal: should the destination be lost with the guest, it is defined by that again.
+    pub xml: String,
     /// What the operator asked.
     pub options: Options,
     /// The configuration in force.

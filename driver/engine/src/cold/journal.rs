@@ -40,6 +40,8 @@ impl Claim {
             .recursive(true)
             .mode(0o700)
             .create(directory)
+            // Its own entry, too: it may be new.
+            .and_then(|()| sync_parent(directory))
             .map_err(Error::file("make the directory", directory))?;
         Self::of(&journal, Holder::MayStay)
     }

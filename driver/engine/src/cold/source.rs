@@ -282,9 +282,16 @@ impl Session {
 
 /// A journal of an earlier session that is not at its end must not be lost.
 pub fn refuse_unfinished(earlier: Option<&Journal>) -> Result<(), Error> {
-    match earlier.map(|journal| (journal.role, journal.state)) {
-        None | Some((_, State::Aborted | State::Prepared | State::Pulling)) => Ok(()),
-        Some((role, state)) => Err(Error::Other(format!(
+    let Some(earlier) = earlier else { return Ok(()) };
+    let (name, peer) = (&earlier.guest.name, &earlier.peer);
+    match (earlier.role, earlier.state) {
+        (_, State::Aborted | State::Prepared | State::Pulling) => Ok(()),
+        // Another journal in its place, and that host would never hear it.
+        (Role::Destination, State::Owned) => Err(Error::Other(format!(
+            "host {peer}, which guest {name} came from, has not heard yet that it is here: run \"virt-ferry recover {name}\" on \
+             both hosts, or, if {peer} is lost for good, \"virt-ferry recover --lost {peer} {name}\" here"
+        ))),
+        (role, state) => Err(Error::Other(format!(
             "an earlier migration of this guest has not come to its end on this host ({role:?}, {state:?}): run \"virt-ferry \
              recover\" on both hosts first"
         ))),
@@ -324,7 +331,7 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         directories: Vec::new(),
         manifest: None,
         options: serve.options,
-        definition: None,
+        definition: Some(serve.xml.clone()),
         former: Vec::new(),
     }
 }

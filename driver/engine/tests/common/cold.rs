@@ -273,6 +273,7 @@ impl Scene {
             metadata: Vec::new(),
             autostart: false,
             definition: None,
+            xml: "<domain/>".into(),
             options: self.options,
             settings: self.settings(Role::Source),
         }))

@@ -1,6 +1,7 @@
 //! The host the guest comes to: Prepare, Finish.
 
 use super::definition::{Definition, Source};
+use super::ghost::exorcise;
 use super::inventory::TPM;
 use super::machine::Machine;
 use super::plan::{self, Here, Places};
@@ -82,7 +83,7 @@ impl Here for ThisHost {
         path.symlink_metadata().is_ok()
     }
     fn keeps_images(&self, path: &Path) -> bool {
-        path.is_file() || pools::hold(self.0, path)
+        pools::hold(self.0, path)
     }
 }
 
@@ -436,46 +437,21 @@ pub fn withdraw(connection: Connection, engine: &Engine, guest: &Guest) {
     }
 }
 
-/// Takes back a registration of ours that is not complete.
+/// Takes back a registration of ours that is not complete, for good: its files and its journal go next.
 ///
 /// # Errors
-/// If the guest is still registered, or that is not known.
+/// If the guest is still registered, may be after a power failure, or that is not known.
 pub fn unregister(connection: Connection, guest: &Guest) -> Result<(), Error> {
-    let domain = match connection.domain(guest.uuid) {
-        Ok(domain) => domain,
-        Err(error) if error.is_no_domain() => return Ok(()),
+    match connection.domain(guest.uuid) {
+        Ok(domain) if !domain.get().is_shut_off()? => {
+            return Err(here(format!("guest {} runs", guest.name)));
+        }
+        Ok(domain) if domain.get().is_persistent()? => domain.get().undefine()?,
+        Ok(_) => {}
+        Err(error) if error.is_no_domain() => {}
         Err(error) => return Err(error),
-    };
-    let domain = domain.get();
-    if !domain.is_shut_off()? {
-        return Err(here(format!("guest {} runs", guest.name)));
     }
-    match domain.is_persistent()? {
-        true => domain.undefine(),
-        false => Ok(()),
-    }
-}
-
-/// libvirt's own Prepare leaves an object that is listed, cannot be undefined, and keeps the guest from ever coming
-/// (libvirt 11.3: nobody removes it when an offline migration is cancelled). Defined, it can be undefined: while the
-/// journal still keeps it from being started, for a crash in between leaves it defined.
-fn exorcise(connection: Connection, guest: &Guest, definition: &str) {
-    let Ok(domain) = connection.domain(guest.uuid) else {
-        return;
-    };
-    let domain = domain.get();
-    let (Ok(false), Ok(true)) = (domain.is_persistent(), domain.is_shut_off()) else {
-        return;
-    };
-    let gone = connection
-        .define(definition)
-        .and_then(|domain| domain.get().undefine());
-    if let Err(error) = gone {
-        tracing::warn!(
-            guest = guest.name,
-            "libvirt's half of an arriving guest is left until its daemon is restarted: {error}"
-        );
-    }
+    durable::definitions(&guest.name)
 }
 
 /// Ends a migration whose client has gone between Prepare and Finish: nobody else will.

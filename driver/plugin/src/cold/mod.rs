@@ -20,6 +20,7 @@
 mod definition;
 pub mod destination;
 mod durable;
+mod ghost;
 mod image;
 mod inventory;
 pub mod job;
@@ -52,6 +53,8 @@ const DISKS: [&std::ffi::CStr; 4] = [
 
 /// For what an engine does without the network or big files.
 const LOCAL: Duration = Duration::from_secs(60);
+/// For an engine to delete what has moved: file systems take their time over files of many TiB.
+const DELETED: Duration = Duration::from_secs(60 * 60);
 /// For what the two engines settle between them, an interrupted connection included.
 const SETTLED: Duration = Duration::from_secs(120);
 

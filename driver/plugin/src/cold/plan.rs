@@ -15,7 +15,7 @@ pub trait Here {
     fn path_of(&self, source: &Source) -> Result<Option<PathBuf>, String>;
     /// Whether a file is there.
     fn exists(&self, path: &Path) -> bool;
-    /// Whether this is a file that is there already, which nothing overwrites, or in the directory of a pool.
+    /// Whether this is, or will be, in an active storage pool.
     fn keeps_images(&self, path: &Path) -> bool;
 }
 
@@ -66,7 +66,7 @@ pub fn places(
 }
 
 /// A place that only the source's headers or snapshots name, and no definition, must be one where this host keeps images:
-/// beside a disk of the guest's, or in a pool.
+/// beside a disk of the guest's, or in a pool. Beside a device are those of others.
 fn images_only(place: PathBuf, file: &File, guest: &Definition, here: &impl Here) -> Result<PathBuf, String> {
     let named = match &file.part {
         Part::Disk { layer: 0, .. } | Part::Nvram | Part::Tpm | Part::Log => true,
@@ -77,17 +77,18 @@ fn images_only(place: PathBuf, file: &File, guest: &Definition, here: &impl Here
     };
     let disks = guest.disks.iter().filter(|disk| !disk.media);
     let mut disks = disks.filter_map(|disk| here.path_of(&disk.source).ok().flatten());
-    // Everything is below the root.
     let beside = |disk: PathBuf| {
-        disk.parent()
-            .is_some_and(|directory| directory.parent().is_some() && place.starts_with(directory))
+        disk.parent().is_some_and(|directory| {
+            // Everything is below the root.
+            directory.parent().is_some() && !directory.starts_with("/dev") && place.starts_with(directory)
+        })
     };
     if named || here.keeps_images(&place) || disks.any(beside) {
         return Ok(place);
     }
     Err(format!(
-        "{} is neither beside a disk of the guest's nor in the directory of a storage pool: make one of its directory \
-         (virsh pool-create-as NAME dir --target DIRECTORY)",
+        "{} is neither beside a disk of the guest's that is a file nor in the directory of a storage pool: make one of its \
+         directory (virsh pool-create-as NAME dir --target DIRECTORY), or name it in the definition (<backingStore>)",
         place.display()
     ))
 }
@@ -484,6 +485,31 @@ mod tests {
                 "{path}"
             );
         }
+    }
+
+    #[test]
+    fn beside_a_device_are_those_of_others() {
+        let chain = [
+            ("/dev/sda", disk("vda", 0, false)),
+            ("/dev/sdb", disk("vda", 1, false)),
+        ];
+        let guest = |backing: &str| {
+            definition(
+                "",
+                &format!(
+                    "<disk type='block'><driver type='qcow2'/><source dev='/dev/sda'/>{backing}<target dev='vda'/></disk>"
+                ),
+            )
+        };
+        let refused = files(&inventory(&chain, &[]), &guest(""), "g", &Host(&[])).unwrap_err();
+        assert!(
+            refused[0].starts_with("/dev/sdb is neither beside"),
+            "{refused:?}"
+        );
+        let named =
+            "<backingStore type='block'><format type='raw'/><source dev='/dev/sdb'/><backingStore/></backingStore>";
+        let places = files(&inventory(&chain, &[]), &guest(named), "g", &Host(&[]));
+        assert_eq!(places.unwrap(), ["/dev/sda", "/dev/sdb"]);
     }
 
     #[test]

@@ -91,9 +91,12 @@ fn files(pool: &str, shape: Option<Shape>) -> Result<PathBuf, String> {
 
 /// Whether this path is, or will be, in an active pool: a file in its directory, or a device among its volumes.
 pub fn hold(connection: Connection, path: &Path) -> bool {
-    // Everything is below the root.
-    let mut targets = targets(connection).into_iter();
-    targets.any(|target| target.parent().is_some() && path.starts_with(target))
+    targets(connection).iter().any(|target| has(target, path))
+}
+
+/// Everything is below the root, and every disk of the host's in the other.
+fn has(target: &Path, path: &Path) -> bool {
+    target.parent().is_some() && target != Path::new("/dev") && path.starts_with(target)
 }
 
 /// Where the volumes of active pools are.
@@ -156,6 +159,9 @@ mod tests {
             let why = files("p", refused).unwrap_err();
             assert!(why.contains(&format!("pool p is of type {kind}")), "{why}");
         }
+        let has = |target: &str, path: &str| super::has(Path::new(target), Path::new(path));
+        assert!(has("/srv", "/srv/a/b") && has("/dev/vg", "/dev/vg/lv"));
+        assert!(!has("/srv", "/srv2") && !has("/", "/etc/shadow") && !has("/dev", "/dev/sdb"));
         assert_eq!(Shape::read("<pool type='rbd'><name>p</name></pool>"), None);
         assert_eq!(Shape::read("<pool"), None);
     }

@@ -7,17 +7,19 @@
 use super::destination::{complete, own_it, unregister, withdraw};
 use super::sessions::Session;
 use super::source::{leave, Left};
-use super::{here, inventory, sessions, storage, unexpected};
+use super::{durable, ghost, here, inventory, sessions, storage, unexpected};
 use crate::awake;
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error, OwnedConnection};
-use ferry_contract::cold::journal::{self, Journal, Role, State};
+use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Kept, Recovered, Wish};
 use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Guest;
 use ferry_host as host;
 use std::collections::{HashMap, HashSet};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once};
 use std::time::{Duration, Instant};
@@ -102,10 +104,43 @@ pub fn is_fenced(uuid: Uuid) -> bool {
     fence.unwrap_or_else(|_| is_pending(uuid))
 }
 
-/// Whether this guest has left, and only its end here is missing.
-pub fn has_left(uuid: Uuid) -> bool {
-    let journal = host::state_directory().map(|state| read(&journal::path(&state, uuid)));
-    matches!(journal, Ok(Ok(journal)) if journal.role == Role::Source && journal.state == State::OwnedThere)
+/// How a guest that is to leave stands by its journal, which is large, and seldom another one.
+#[derive(Debug, Default)]
+pub struct Departing {
+    /// What tells it from the next one.
+    file: Option<(u64, i64, i64, u64)>,
+    /// Whether something keeps the guest from being started here.
+    pub is_fenced: bool,
+    /// Whether it has left, and only its end here is missing.
+    pub has_left: bool,
+}
+
+impl Departing {
+    /// Looks again; reads only what it has not read.
+    pub fn look(&mut self, uuid: Uuid) {
+        let is_leaving = |journal: &Journal| {
+            let has_left = (journal.role, journal.state) == (Role::Source, State::OwnedThere);
+            (journal.fence().is_some(), has_left)
+        };
+        match host::state_directory() {
+            Ok(state) => self.look_at(&journal::path(&state, uuid), |path| {
+                read(path).as_ref().map(is_leaving).ok()
+            }),
+            Err(_) => (self.is_fenced, self.has_left) = (true, false),
+        }
+    }
+
+    fn look_at(&mut self, path: &Path, read: impl FnOnce(&Path) -> Option<(bool, bool)>) {
+        let identity = |file: Metadata| (file.ino(), file.mtime(), file.mtime_nsec(), file.len());
+        // Before it is read: whoever writes it puts another file in its place.
+        let file = path.symlink_metadata().map(identity).ok();
+        if self.file.is_some() && self.file == file {
+            return;
+        }
+        let found = read(path);
+        self.file = file.filter(|_| found.is_some());
+        (self.is_fenced, self.has_left) = found.unwrap_or_else(|| (path.symlink_metadata().is_ok(), false));
+    }
 }
 
 /// Brings an earlier migration of this guest to an end, so that another can begin, in which this host has this role.
@@ -223,15 +258,28 @@ pub enum Standing {
 /// One attempt.
 fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> Result<Standing, Error> {
     let journal = read(path).map_err(here)?;
-    if is_no_guest(journal.role, journal.state, wish) {
-        // Before its files and its journal go, which keeps it from being started.
-        unregister(connection, &journal.guest)?;
-    }
+    make_way(connection, &journal, wish)?;
+    let is_back = define_again(connection, &journal, wish)?;
+    attempt(connection, path, config, wish, &journal).inspect_err(|_| {
+        if is_back {
+            take_back(connection, &journal.guest);
+        }
+    })
+}
+
+/// As [`recover`], once libvirt has no more of the guest than it should.
+fn attempt(
+    connection: Connection,
+    path: &Path,
+    config: &Config,
+    wish: Wish,
+    journal: &Journal,
+) -> Result<Standing, Error> {
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
         wish,
-        in_use: needed(connection, &journal),
+        in_use: needed(connection, journal, wish),
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -239,18 +287,18 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
         reply => return Err(unexpected(&reply)),
     };
     if journal.role == Role::Within {
-        return storage::ending::recovered(connection, &journal, &engine, recovered);
+        return storage::ending::recovered(connection, journal, &engine, recovered);
     }
     Ok(Standing::Ended(match recovered {
         Recovered::Stays => "an interrupted migration was ended: the guest stays here",
         Recovered::Undone => "an interrupted migration was ended: the guest did not come here",
         Recovered::Arrived => "an interrupted migration was ended: the guest is here",
         Recovered::Leaves => {
-            leaves(connection, &journal, &engine)?;
+            leaves(connection, journal, &engine)?;
             "an interrupted migration was ended: the guest is the other host's"
         }
         Recovered::Define => {
-            if !define(connection, &journal, &engine)? {
+            if !define(connection, journal, &engine)? {
                 return Ok(Standing::Open("its former host does not answer".into()));
             }
             "an interrupted migration was ended: the guest is here now"
@@ -260,8 +308,11 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
 }
 
 /// What other guests of this host need of what has come, which may have lain here for days; all, where that is not known.
-fn needed(connection: Connection, journal: &Journal) -> Vec<Kept> {
+fn needed(connection: Connection, journal: &Journal, wish: Wish) -> Vec<Kept> {
     if journal.role != Role::Destination {
+        return Vec::new();
+    }
+    if wish == Wish::Own || !may_remove(journal) {
         return Vec::new();
     }
     inventory::others(connection, journal.guest.uuid).unwrap_or_else(|why| {
@@ -272,6 +323,53 @@ fn needed(connection: Connection, journal: &Journal) -> Vec<Kept> {
         };
         paths.map(stays).collect()
     })
+}
+
+/// Whether giving it up can remove a file that others have come to need: one with its final name.
+fn may_remove(journal: &Journal) -> bool {
+    use State::{Aborted, Committing, Placed, Returning};
+    let came = |entry: &Entry| entry.fate == Fate::Moves && entry.path.symlink_metadata().is_ok();
+    matches!(journal.state, Committing | Placed | Returning | Aborted) && journal.entries.iter().any(came)
+}
+
+/// What libvirt knows here of an arriving guest and is not that guest goes before its files and its journal, which keeps it
+/// from being started.
+///
+/// # Errors
+/// It cannot be removed, or is the operator's.
+fn make_way(connection: Connection, journal: &Journal, wish: Wish) -> Result<(), Error> {
+    if journal.role != Role::Destination {
+        return Ok(());
+    }
+    let guest = &journal.guest;
+    let is_no_guest = is_no_guest(journal.role, journal.state, wish);
+    let is_left = connection.domain(guest.uuid).and_then(|domain| {
+        let domain = domain.get();
+        domain
+            .is_persistent()?
+            .then(|| ghost::is_left(domain))
+            .transpose()
+    });
+    let is_left = match is_left {
+        Ok(is_left) => is_left,
+        // Where it may be the guest, nobody need be allowed to see it.
+        Err(error) if error.is_no_domain() || !is_no_guest => None,
+        Err(error) => return Err(error),
+    };
+    match is_left {
+        Some(true) => unregister(connection, guest),
+        // So far, no migration has registered anything.
+        Some(false) if is_no_guest && wish == Wish::Settle => Err(here(format!(
+            "guest {name} is defined here, which its migration from {peer} has not done: neither that nor what has come is \
+             touched. \"virsh undefine {name}\" lets {peer} be asked again; if {peer} is lost for good, \"virt-ferry recover \
+             --lost {peer} {name}\" makes what has come the guest, as it is defined; \"virt-ferry recover --abort {name}\" \
+             removes both",
+            name = guest.name,
+            peer = journal.peer
+        ))),
+        _ if is_no_guest => unregister(connection, guest),
+        _ => Ok(()),
+    }
 }
 
 /// Whether what libvirt knows here of an arriving guest is not that guest: only what a crash left of taking it back, or what
@@ -294,6 +392,45 @@ fn leaves(connection: Connection, journal: &Journal, engine: &Engine) -> Result<
         keep: options.keep || !options.undefine,
     };
     leave(connection, &journal.guest, engine, left)
+}
+
+/// The guest had left, is this host's again by the operator's word, and may have been undefined here: it is defined before the
+/// journal goes, which still has its definition; says whether that was to be done.
+///
+/// # Errors
+/// It cannot be defined: nothing has changed.
+fn define_again(connection: Connection, journal: &Journal, wish: Wish) -> Result<bool, Error> {
+    if (journal.role, journal.state, wish) != (Role::Source, State::OwnedThere, Wish::Own) {
+        return Ok(false);
+    }
+    let guest = &journal.guest;
+    match connection.domain(guest.uuid) {
+        Err(error) if error.is_no_domain() => {}
+        found => return found.map(|_| false),
+    }
+    let definition = journal.definition.as_deref().ok_or_else(|| {
+        here(format!(
+            "guest {} is not defined on this host any more, and an earlier release has not kept its definition: define it (virsh \
+             define), then again",
+            guest.name
+        ))
+    })?;
+    let domain = connection.define(definition)?;
+    let complete = complete(domain.get(), &journal.inventory);
+    complete
+        .and_then(|()| durable::definitions(&guest.name))
+        .inspect_err(|_| take_back(connection, guest))?;
+    Ok(true)
+}
+
+/// Undefines a guest that is not this host's again after all; until that is done, its journal keeps it from being started.
+fn take_back(connection: Connection, guest: &Guest) {
+    if let Err(error) = unregister(connection, guest) {
+        tracing::warn!(
+            guest = guest.name,
+            "it is defined again, and left this host: {error}"
+        );
+    }
 }
 
 /// Registers a guest whose files are in their places, as far as that has not happened. Whether its former host knows.
@@ -486,6 +623,34 @@ mod tests {
             assert_eq!(found.collect::<Vec<_>>(), gone, "{wish:?}");
             assert!(!is_no_guest(Role::Source, State::Committed, wish));
         }
+    }
+
+    #[test]
+    fn a_journal_is_read_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.json");
+        let (mut departing, mut reads) = (Departing::default(), 0);
+        let mut look = |found| {
+            departing.look_at(&path, |_| {
+                reads += 1;
+                found
+            });
+            (departing.is_fenced, departing.has_left, reads)
+        };
+        assert_eq!(look(None), (false, false, 1));
+        std::fs::write(&path, "1").unwrap();
+        let left = Some((true, true));
+        assert_eq!(
+            [look(None), look(left), look(left)],
+            [(true, false, 2), (true, true, 3), (true, true, 3)]
+        );
+        let next = path.with_extension("part");
+        std::fs::write(&next, "2").unwrap();
+        std::fs::rename(&next, &path).unwrap();
+        let given_up = Some((false, false));
+        assert_eq!([look(given_up), look(left)], [(false, false, 4); 2]);
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(look(None), (false, false, 5));
     }
 
     #[test]

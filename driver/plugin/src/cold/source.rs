@@ -1,8 +1,11 @@
 //! The host the guest leaves: Begin, Confirm.
 
 use super::definition::Definition;
+use super::recovery::Departing;
 use super::sessions::{self, Session};
-use super::{configuration, for_libvirt, here, inventory, pools, recovery, unexpected, LOCAL, SETTLED};
+use super::{
+    configuration, durable, for_libvirt, here, inventory, pools, recovery, unexpected, DELETED, SETTLED,
+};
 use crate::engine::Engine;
 use crate::libvirt::phase::{self, Begun, MallocString};
 use crate::libvirt::{c_string, Connection, Cookie, Domain, Error, OwnedConnection, Params};
@@ -75,11 +78,12 @@ impl Departure<'_> {
         // Before the definition is read: an edit after this is noticed at the commitment.
         let file = inventory::definition_file(name);
         let begun = self.libvirts()?;
-        let definition = Definition::read(&self.domain.definition()?).map_err(here)?;
+        let xml = self.domain.definition()?;
+        let definition = Definition::read(&xml).map_err(here)?;
         let disks = self.params.texts(VIR_MIGRATE_PARAM_MIGRATE_DISKS);
         let found = inventory::take(self.domain, &definition, &disks)
             .map_err(|why| here(format!("guest {name} cannot be moved: {why}")))?;
-        let (session, offer) = self.serve(found, file)?;
+        let (session, offer) = self.serve(found, file, xml)?;
         match cookie::with_cold_offer(begun.cookie.bytes(), &offer) {
             Ok(bytes) => {
                 watch(&session, self.domain);
@@ -156,6 +160,7 @@ impl Departure<'_> {
         &self,
         found: inventory::Found,
         definition: Option<cold::Definition>,
+        xml: String,
     ) -> Result<(Arc<Session>, ColdOffer), Error> {
         let name_here = self.domain.connection().hostname().unwrap_or_else(host::name);
         let asked = cold::Options {
@@ -175,6 +180,7 @@ impl Departure<'_> {
             metadata: found.metadata,
             autostart: self.domain.autostart()?,
             definition,
+            xml,
             options: asked,
             settings: self.config.settings(),
         };
@@ -307,7 +313,7 @@ pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left)
     if left.undefine {
         undefine(connection, guest)?;
     }
-    match engine.ask(&Request::ColdDelete { keep, in_use }, Some(LOCAL))? {
+    match engine.ask(&Request::ColdDelete { keep, in_use }, Some(DELETED))? {
         Reply::ColdDeleted(deleted) => {
             tell(guest, &deleted);
             if sweeps {
@@ -320,20 +326,21 @@ pub fn leave(connection: Connection, guest: &Guest, engine: &Engine, left: Left)
     }
 }
 
-/// Removes the definition. A recovery may find it gone; whoever may not see the guest does not know that.
+/// Removes the definition, for good: its files and its journal go next. A recovery may find it gone; whoever may not see the
+/// guest does not know that.
 fn undefine(connection: Connection, guest: &Guest) -> Result<(), Error> {
-    let domain = match connection.domain(guest.uuid) {
-        Ok(domain) => domain,
-        Err(error) if error.is_no_domain() => return Ok(()),
+    match connection.domain(guest.uuid) {
+        Ok(domain) if domain.get().is_shut_off()? => domain.get().undefine()?,
+        Ok(_) => {
+            return Err(here(format!(
+                "guest {} runs, though it is the destination's",
+                guest.name
+            )))
+        }
+        Err(error) if error.is_no_domain() => {}
         Err(error) => return Err(error),
-    };
-    if !domain.get().is_shut_off()? {
-        return Err(here(format!(
-            "guest {} runs, though it is the destination's",
-            guest.name
-        )));
     }
-    domain.get().undefine()
+    durable::definitions(&guest.name)
 }
 
 /// What is left of a TPM whose state has moved: swtpm's lock file, which is empty, and directories that then are.
@@ -371,8 +378,8 @@ fn watch(session: &Arc<Session>, domain: Domain) {
     let started = std::thread::Builder::new()
         .name("ferry-cold-watch".into())
         .spawn(move || {
-            let mut left = None;
-            while !is_over(&watched, &uri, &mut left) {}
+            let (mut left, mut departing) = (None, Departing::default());
+            while !is_over(&watched, &uri, &mut left, &mut departing) {}
         });
     if let Err(error) = started {
         tracing::warn!(
@@ -383,18 +390,23 @@ fn watch(session: &Arc<Session>, domain: Domain) {
 }
 
 /// Whether nothing is left to watch; `left` is when the guest was first seen to have.
-fn is_over(watched: &Weak<Session>, uri: &str, left: &mut Option<Instant>) -> bool {
+fn is_over(
+    watched: &Weak<Session>,
+    uri: &str,
+    left: &mut Option<Instant>,
+    departing: &mut Departing,
+) -> bool {
     std::thread::sleep(LOOK);
     let Some(session) = watched.upgrade() else {
         return true;
     };
     // Given up by the destination, the engine still waits for a Confirm that nobody may send.
-    let uuid = session.guest.uuid;
-    if recovery::has_left(uuid) {
+    departing.look(session.guest.uuid);
+    if departing.has_left {
         left.get_or_insert_with(Instant::now);
     }
     let unconfirmed = left.is_some_and(|left| left.elapsed() > UNCONFIRMED);
-    if !session.engine.is_gone() && !unconfirmed && recovery::is_fenced(uuid) {
+    if !session.engine.is_gone() && !unconfirmed && departing.is_fenced {
         return false;
     }
     if sessions::take(&session) {

@@ -129,8 +129,7 @@ impl Used {
     }
 
     fn kept(self) -> Vec<Kept> {
-        let paths = self.paths.into_iter();
-        paths.map(|(path, reason)| Kept { path, reason }).collect()
+        sayable(self.paths)
     }
 
     /// Looks at one guest: as it will be when it starts, as it is where it runs, and as its snapshots have it.
@@ -216,6 +215,12 @@ impl Used {
     }
 }
 
+/// What the engine can be told of these: a name that is no text is none of a file that moves, for these come with text.
+fn sayable(paths: BTreeMap<PathBuf, String>) -> Vec<Kept> {
+    let paths = paths.into_iter().filter(|(path, _)| path.to_str().is_some());
+    paths.map(|(path, reason)| Kept { path, reason }).collect()
+}
+
 /// Every absolute path in an XML, as it [stands there](written) and without `..`: too many keep a file, too few lose one.
 ///
 /// # Errors
@@ -257,6 +262,16 @@ mod tests {
         assert_eq!(paths, ["/a/b", "/m", "/nv", "/q/disk"].map(PathBuf::from));
         assert_eq!(uuid_in(xml), Some(Uuid::from_u128(7)));
         assert!(named("<domain").is_err());
+    }
+
+    #[test]
+    fn a_name_that_is_no_text_keeps_no_engine_from_its_work() {
+        use std::os::unix::ffi::OsStrExt;
+        let odd = Path::new(std::ffi::OsStr::from_bytes(b"/tpm/\xff"));
+        let paths = [Path::new("/tpm/a"), odd].map(|path| (path.to_owned(), "why".to_owned()));
+        let kept = sayable(paths.into());
+        assert!(serde_json::to_vec(&kept).is_ok());
+        assert!(kept.iter().map(|kept| &kept.path).eq([Path::new("/tpm/a")]));
     }
 
     #[test]

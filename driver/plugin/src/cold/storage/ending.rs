@@ -4,7 +4,7 @@
 use crate::cold::definition::{Definition, Source};
 use crate::cold::destination::redefine;
 use crate::cold::recovery::Standing;
-use crate::cold::{durable, here, inventory, pools, unexpected, LOCAL, SETTLED};
+use crate::cold::{durable, here, inventory, pools, unexpected, DELETED, LOCAL, SETTLED};
 use crate::engine::Engine;
 use crate::libvirt::{Connection, Error};
 use ferry_contract::cold::journal::{Entry, Journal};
@@ -77,7 +77,7 @@ pub fn clear(connection: Connection, guest: &Guest, engine: &Engine, keep: bool)
             Vec::new()
         }),
     };
-    match engine.ask(&Request::ColdDelete { keep, in_use }, Some(LOCAL))? {
+    match engine.ask(&Request::ColdDelete { keep, in_use }, Some(DELETED))? {
         Reply::ColdDeleted(deleted) => {
             pools::refresh(connection, deleted.deleted.iter().map(PathBuf::as_path));
             Ok(deleted)
