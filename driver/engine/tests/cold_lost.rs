@@ -284,6 +284,27 @@ fn a_destination_with_the_files_in_place_hears_that_the_source_has_the_guest_aga
 }
 
 #[test]
+fn a_source_that_cannot_write_down_that_it_has_the_guest_is_told_again() {
+    let guest = Guest::new();
+    let (source, destination) = guest.scene.placed();
+    destination.crash();
+    // Where it is written before it takes its place.
+    let mut part = guest.scene.journal_path(Role::Source).into_os_string();
+    part.push(".part");
+    std::fs::create_dir(&part).unwrap();
+    let mut there = guest.scene.recovery(Role::Destination, Wish::GiveUp);
+    assert_eq!(recovered(&mut there), Recovered::Undone);
+    there.end();
+    assert_eq!(guest.scene.journal(Role::Source).unwrap().state, State::Committed);
+    let journal = guest.scene.journal(Role::Destination);
+    assert_eq!(journal.map(|journal| journal.state), Some(State::Aborted));
+    std::fs::remove_dir(&part).unwrap();
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    source.end_aborted();
+    guest.assert_undone();
+}
+
+#[test]
 fn a_copy_that_waits_gives_way_to_its_own_source_only() {
     let mut guest = Guest::new();
     let (source, destination) = guest.scene.pulled();

@@ -98,8 +98,8 @@ pub fn give_up(mut kept: Kept, mut link: Link, cause: &Error, others: &Others) -
     }
     undo_for_good(&mut kept, &undone, others)?;
     match link.abort(cause, TELL) {
-        // Or it has no such session any more: nothing is left to be known.
-        Ok(()) | Err(Error::Refused { .. }) => kept.remove().map(|()| true),
+        Ok(()) => kept.remove().map(|()| true),
+        // Also where it refuses: one that could not write it down has let go of the guest still.
         Err(error) => {
             tracing::debug!("the source could not be told that it keeps the guest: {error}");
             Ok(false)
