@@ -4,7 +4,8 @@ mod common;
 
 use common::cold::{conclude, disk, report, Engine, Scene, MIB};
 use common::files::{
-    acl, allocated, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, ACCESS, DEFAULT, NO_ID,
+    acl, allocated, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, Mount, ACCESS, DEFAULT,
+    NO_ID,
 };
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Kept, Medium, Options, Part};
@@ -211,6 +212,26 @@ fn packed_limited_and_plain() {
     );
     let there = ["text.raw", "noise.raw"].map(|name| sha256(&scene.destination().join(name)));
     assert_eq!(there, digests);
+}
+
+#[test]
+fn what_another_guest_finds_by_another_mount_is_not_deleted() {
+    let mut scene = Scene::default();
+    let base = scene.image("base.raw", 2, 1);
+    let own = scene.image("own.raw", 2, 1);
+    let pool = scene.directory.path().join("pool");
+    let Some(_mount) = Mount::bind(&scene.source(), &pool) else {
+        println!("SKIPPED: nothing can be mounted here");
+        return;
+    };
+    let (source, destination) = scene.pulled();
+    let needed = Kept {
+        path: pool.join("base.raw"),
+        reason: "guest web refers to it".into(),
+    };
+    let deleted = conclude(&scene, source, destination, &[needed]);
+    assert_eq!(deleted.deleted, [own], "{deleted:?}");
+    assert!(base.exists());
 }
 
 #[test]

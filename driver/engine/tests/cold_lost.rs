@@ -4,7 +4,7 @@
 mod common;
 
 use common::cold::{recovered, Engine, MIB};
-use common::files::{ofd_read_lock, sha256};
+use common::files::{ofd_read_lock, sha256, Mount};
 use common::guest::Guest;
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Kept, Recovered, Wish};
@@ -359,8 +359,11 @@ fn what_another_guest_has_come_to_use_stays() {
     let (source, destination) = guest.scene.placed();
     source.crash();
     destination.crash();
+    // By another mount, where that can be made.
+    let pool = guest.scene.directory.path().join("pool");
+    let mount = Mount::bind(&guest.scene.destination(), &pool);
     let base = [Kept {
-        path: guest.there(),
+        path: mount.as_ref().map_or(guest.there(), |_| pool.join("disk.raw")),
         reason: "guest g2 needs it".into(),
     }];
     let mut there = guest

@@ -6,7 +6,7 @@ use super::nonce;
 use super::place::is_device;
 use ferry_contract::cold::journal::{Entry, Fate, Journal};
 use ferry_contract::cold::{Deleted, Kept as KeptFile, Kind};
-use std::collections::HashMap;
+use ferry_host::Others;
 use std::path::{Path, PathBuf};
 
 /// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since. What
@@ -14,13 +14,10 @@ use std::path::{Path, PathBuf};
 pub fn delete(journal: &Journal, keep: Option<&str>, in_use: &[KeptFile]) -> Deleted {
     let mut outcome = Deleted::default();
     let real = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-    let others: HashMap<_, _> = in_use
-        .iter()
-        .map(|kept| (real(&kept.path), &kept.reason))
-        .collect();
+    let others = Others::new(in_use);
     for entry in &journal.entries {
         let real = real(&entry.path);
-        let reason = match (entry.fate, entry.kind, keep, others.get(&real)) {
+        let reason = match (entry.fate, entry.kind, keep, others.need(&real)) {
             (_, _, Some(why), _) => why.to_owned(),
             (Fate::Shared, ..) => "both hosts use it".to_owned(),
             (Fate::Present, ..) => "the destination had it before".to_owned(),
@@ -28,7 +25,7 @@ pub fn delete(journal: &Journal, keep: Option<&str>, in_use: &[KeptFile]) -> Del
             (_, Kind::Block, ..) => {
                 "it is a volume: remove it where it was made, if nothing needs it".to_owned()
             }
-            (.., Some(why)) => (*why).clone(),
+            (.., Some(why)) => why.to_owned(),
             _ if is_gone(&real) => {
                 outcome.deleted.push(entry.path.clone());
                 continue;

@@ -3,10 +3,11 @@
 
 use super::journal::Kept;
 use super::link::{Link, TELL};
-use super::undo::{undo_for_good, Others};
+use super::undo::undo_for_good;
 use super::{place, Error};
 use crate::live::signals::Signals;
 use ferry_contract::cold::journal::{Journal, State};
+use ferry_host::Others;
 use std::time::Duration;
 
 /// Asks the source to let go and puts the files in place; from the journal's `ready` or `committing`. In `placed` it asks

@@ -2,9 +2,10 @@
 
 use super::identity::is_ours;
 use super::journal::Claim;
-use super::undo::{undo, Others};
+use super::undo::undo;
 use super::Error;
 use ferry_contract::cold::journal::{Journal, Role, State};
+use ferry_host::Others;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 

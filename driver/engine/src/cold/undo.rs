@@ -5,31 +5,14 @@ use super::identity::is_ours;
 use super::journal::Kept;
 use super::Error;
 use ferry_contract::cold::journal::{Entry, Fate, Journal, Role, State};
-use ferry_contract::cold::{Kept as KeptFile, Kind};
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use ferry_contract::cold::Kind;
+use ferry_host::Others;
+use std::path::Path;
 
-/// What others of this host need, as far as it is known.
-#[derive(Debug, Default)]
-pub struct Others(HashMap<PathBuf, String>);
-
-impl Others {
-    /// As the plug-in found them.
-    pub fn new(in_use: &[KeptFile]) -> Self {
-        let needed = in_use.iter().map(|kept| (real(&kept.path), kept.reason.clone()));
-        Self(needed.collect())
-    }
-
-    /// Why a file with its final name stays; a guest that runs holds it, whatever is known.
-    fn need(&self, path: &Path) -> Option<String> {
-        let real = real(path);
-        let held = || files::is_held(&real).then(|| "another process uses it".to_owned());
-        self.0.get(&real).cloned().or_else(held)
-    }
-}
-
-fn real(path: &Path) -> PathBuf {
-    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+/// Why a file with its final name stays; a guest that runs holds it, whatever is known.
+fn need<'a>(path: &Path, others: &'a Others) -> Option<&'a str> {
+    let held = || files::is_held(path).then_some("another process uses it");
+    others.need(path).or_else(held)
 }
 
 /// Removes everything a session made on this host: temporary files, files in place, directories.
@@ -49,7 +32,7 @@ pub fn undo(journal: &Journal, others: &Others) {
             .iter()
             .filter(|path| path.symlink_metadata().is_ok());
         let placed = Some(&entry.path).filter(|path| may_be_placed && is_placed(path, entry, journal.role));
-        let placed = placed.filter(|path| match others.need(path) {
+        let placed = placed.filter(|path| match need(path, others) {
             Some(reason) => {
                 tracing::warn!(path = %path.display(), reason, "not removed, though its guest does not come here");
                 false
