@@ -16,7 +16,7 @@ use super::handover;
 use super::hash::manifest;
 use super::journal::{Claim, Kept};
 use super::leftovers::{follow, leftovers, remove_useless, waits};
-use super::link::{peer, Link, Peer, RECONNECT};
+use super::link::{peer, Link, Opened, Peer, RECONNECT};
 use super::messages::{Ask, Looked};
 use super::place::{self, is_device, Target};
 use super::pull::{Incoming, Pull};
@@ -122,7 +122,7 @@ struct Arrived {
 fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<Arrived, Error> {
     let claim = Claim::take(&pull.settings.state_directory, pull.guest.uuid)?;
     let earlier = claim.find()?;
-    // Of one that waits for its source, that host's name decides.
+    // Of one that waits for its source, it decides who the source is.
     if !earlier.as_ref().is_some_and(waits) {
         refuse_unfinished(earlier.as_ref())?;
     }
@@ -146,14 +146,15 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
         signals,
         kept: None,
     };
-    let outcome = arriving.run(&mut link, claim, earlier, |source_host, entries| Journal {
+    let outcome = arriving.run(&mut link, claim, earlier, |source, entries| Journal {
         version: journal::VERSION,
         role: Role::Destination,
         state: State::Pulling,
         session: pull.offer.session,
         guest: pull.guest.clone(),
         host: pull.host.clone(),
-        peer: source_host,
+        peer: source.host,
+        peer_machine: source.machine,
         address: pull.offer.host.clone(),
         port: pull.offer.port,
         token: pull.offer.token.clone(),
@@ -204,14 +205,14 @@ impl Arriving<'_, '_> {
         link: &mut Link,
         claim: Claim,
         earlier: Option<Journal>,
-        journal: impl FnOnce(String, Vec<Entry>) -> Journal,
+        journal: impl FnOnce(Opened, Vec<Entry>) -> Journal,
     ) -> Result<(), Error> {
         let (pull, signals) = (self.pull, self.signals);
         let inventory = &pull.offer.inventory;
         self.told.recorder.enter("reservation");
-        let (source_host, nonce) = link.open(signals)?;
+        let source = link.open(signals)?;
         if let Some(waiting) = earlier.as_ref().filter(|earlier| waits(earlier)) {
-            follow(&claim, waiting, &source_host, &Others::default())?;
+            follow(waiting, &source)?;
         }
         let (mut looked, mut attributes) = (Vec::new(), 0);
         for (number, file) in inventory.files.iter().enumerate() {
@@ -235,7 +236,7 @@ impl Arriving<'_, '_> {
             session: pull.offer.session,
             inventory,
             looked: &looked,
-            nonce: &nonce,
+            nonce: &source.nonce,
             elsewhere: "give the disk another path with --xml",
         };
         let (fates, problems) = survey(&there, &pull.plan, &left.values().cloned().collect());
@@ -245,7 +246,7 @@ impl Arriving<'_, '_> {
         let entries = self.entries(&fates, &left);
         // From here on a crash leaves a trace; one of an earlier attempt that is of no use any more goes first.
         remove_useless(&claim, earlier.as_ref(), &left)?;
-        let mut journal = journal(source_host, entries);
+        let mut journal = journal(source, entries);
         journal.directories = earlier.map(|earlier| earlier.directories).unwrap_or_default();
         let kept = Kept::new(claim, journal)?;
         let kept = self.kept.insert(kept);

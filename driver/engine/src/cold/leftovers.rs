@@ -2,6 +2,7 @@
 
 use super::identity::is_ours;
 use super::journal::Claim;
+use super::link::Opened;
 use super::undo::undo;
 use super::Error;
 use ferry_contract::cold::journal::{Journal, Role, State};
@@ -26,28 +27,23 @@ pub fn waits(journal: &Journal) -> bool {
         && matches!(journal.state, State::Ready | State::Committing | State::Returning)
 }
 
-/// Lets a new session take the place of one that waits. A source that offers the guest anew has it: it begins none before it
-/// knows that. Another host has another copy, and does not know which one is the guest.
+/// Whether a new session may take the place of one that waits. A source that offers the guest anew has it: it begins none
+/// before it knows that. Another machine, also one of its name, has another copy, and does not know which one is the guest. Files
+/// that have their names already may be what other guests stand on by now: a recovery looks at that.
 ///
 /// # Errors
-/// It comes from another host, or the journal cannot be written.
-pub fn follow(claim: &Claim, waiting: &Journal, source_host: &str, others: &Others) -> Result<(), Error> {
-    if waiting.peer != source_host {
-        let (name, peer) = (&waiting.guest.name, &waiting.peer);
-        return Err(Error::Other(format!(
-            "all of guest {name} has come here from {peer} before, which has not said whose it is: \"virt-ferry recover --abort \
-             {name}\" here removes that copy, \"virt-ferry recover --lost {peer} {name}\" makes it the guest"
-        )));
+/// It may not.
+pub fn follow(waiting: &Journal, source: &Opened) -> Result<(), Error> {
+    let same =
+        waiting.peer == source.host && waiting.peer_machine == source.machine && source.machine.is_some();
+    if same && !waiting.entries.iter().any(|entry| is_ours(&entry.path, entry)) {
+        return Ok(());
     }
-    // Some of it has its names already, which the new session wants.
-    if waiting.entries.iter().any(|entry| is_ours(&entry.path, entry)) {
-        // A crash from here on must not leave a journal by which all of the guest is here; one that is given up has what is
-        // in its place removed, too.
-        claim.note(&in_state(waiting, State::Aborted))?;
-        undo(waiting, others);
-        claim.note(&in_state(waiting, State::Pulling))?;
-    }
-    Ok(())
+    let (name, peer) = (&waiting.guest.name, &waiting.peer);
+    Err(Error::Other(format!(
+        "all of guest {name} has come here from {peer} before, which has not said whose it is: \"virt-ferry recover --abort \
+         {name}\" here removes that copy, \"virt-ferry recover --lost {peer} {name}\" makes it the guest"
+    )))
 }
 
 fn in_state(journal: &Journal, state: State) -> Journal {

@@ -64,6 +64,16 @@ pub fn is_cut(error: &wire::Error) -> bool {
     matches!(error, PeerGone { .. } | Timeout { .. } | Io { .. })
 }
 
+/// Who the source says it is.
+pub struct Opened {
+    /// Its host's name.
+    pub host: String,
+    /// What its file beside the guest's says.
+    pub nonce: String,
+    /// Which machine it is.
+    pub machine: Option<Digest>,
+}
+
 /// The control connection, made again when it is cut: every request may be asked twice.
 pub struct Link {
     peer: Peer,
@@ -124,14 +134,14 @@ impl Link {
         Ok(answer)
     }
 
-    /// Says who is here; the source's host name and what its file beside the guest's says.
+    /// Says who is here; who the source is.
     ///
     /// # Errors
     /// As with [`ask`](Self::ask).
-    pub fn open(&mut self, signals: &Signals) -> Result<(String, String), Error> {
+    pub fn open(&mut self, signals: &Signals) -> Result<Opened, Error> {
         let host = self.host.clone();
         match self.ask(&Ask::Open { host }, signals, RECONNECT)? {
-            Answer::Opened { host, nonce } => Ok((host, nonce)),
+            Answer::Opened { host, nonce, machine } => Ok(Opened { host, nonce, machine }),
             other => Err(out_of_turn(&other)),
         }
     }

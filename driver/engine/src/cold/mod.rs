@@ -47,6 +47,7 @@ mod identity;
 pub mod journal;
 mod leftovers;
 pub mod link;
+mod machine;
 pub mod messages;
 mod nonce;
 mod ownership;

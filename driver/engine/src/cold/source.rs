@@ -11,6 +11,7 @@ use super::deletion::delete;
 use super::door::{linger, listen, refusal};
 use super::files::{self, Source};
 use super::journal::{Claim, Kept};
+use super::machine;
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::Nonces;
 use super::ownership::Ownership;
@@ -312,6 +313,7 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         guest: serve.guest.clone(),
         host: serve.host.clone(),
         peer: String::new(),
+        peer_machine: None,
         address: offer.host.clone(),
         port: offer.port,
         token: offer.token.clone(),
@@ -430,6 +432,7 @@ impl Shared {
                 Ok(Answer::Opened {
                     host: self.host.clone(),
                     nonce: self.nonces.text.clone(),
+                    machine: machine::this(),
                 })
             }
             Ask::Look { file: number } => {

@@ -375,6 +375,7 @@ fn journal_of(order: &Relocate, sources: &[Source]) -> Journal {
         guest: order.guest.clone(),
         host: order.host.clone(),
         peer: format!("{}:{}", order.host, directory.display()),
+        peer_machine: None,
         address: String::new(),
         port: 0,
         // Nobody connects.
