@@ -74,10 +74,11 @@ pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<
     let span =
         tracing::info_span!("recovery", guest = kept.guest.name, role = ?kept.role, state = ?kept.state);
     let _entered = span.enter();
+    let others = Others::new(&in_use);
     let outcome = match kept.role {
         Role::Source => source(kept, wish, control, signals),
-        Role::Destination => arriving(kept, wish, &Others::new(&in_use), control, signals),
-        Role::Within => within::recover(kept, control, signals),
+        Role::Destination => arriving(kept, wish, &others, control, signals),
+        Role::Within => within::recover(kept, &others, control, signals),
     };
     if let Err(error) = outcome {
         // The plug-in knows whether it has been said before.

@@ -56,9 +56,14 @@ pub fn undo(journal: &Journal, others: &Others) {
 
 /// Whether it is the file that was put in place. Its numbers alone may be a later file's, of another length.
 fn is_placed(path: &Path, entry: &Entry, role: Role) -> bool {
-    let same_length = || path.metadata().is_ok_and(|found| found.len() == entry.size);
-    // Within a host, a new name in an image's header may make it longer.
-    is_ours(path, entry) && (entry.lasting.is_some() || role == Role::Within || same_length())
+    let of_its_length = || {
+        path.metadata().is_ok_and(|found| match role {
+            // A new name in an image's header may make it longer.
+            Role::Within => found.len() >= entry.size,
+            _ => found.len() == entry.size,
+        })
+    };
+    is_ours(path, entry) && (entry.lasting.is_some() || of_its_length())
 }
 
 /// As [`undo`], of a session that is kept for its source to be told, and once: a file that comes later is never this one's.

@@ -69,7 +69,14 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
         Ok((kept, sources, mut recorder)) => {
             recorder.enter("registration");
             control.reply(Reply::ColdPlaced);
-            let ended = conclude(kept, &sources, &mut recorder, control, signals);
+            let ended = conclude(
+                kept,
+                &sources,
+                &Others::default(),
+                &mut recorder,
+                control,
+                signals,
+            );
             if let Some(journal) = ended {
                 recorder.publish(&journal, meter, Outcome::Completed, &order.settings.log_directory);
             }
@@ -210,6 +217,7 @@ fn place_all(
 fn conclude(
     mut kept: Kept,
     sources: &[Source],
+    others: &Others,
     recorder: &mut Recorder,
     control: &Control,
     signals: &Signals,
@@ -224,7 +232,7 @@ fn conclude(
                 Err(error) => fail(&error),
             },
             (Some(Request::ColdAbort), State::Placed) => {
-                undo(&kept, &Others::default());
+                undo(&kept, others);
                 match kept.remove() {
                     Ok(()) => control.reply(Reply::ColdAborted),
                     Err(error) => fail(&error),
@@ -257,20 +265,20 @@ fn conclude(
     }
 }
 
-/// After a crash: what was made is removed, unless the definition may name it.
-pub fn recover(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error> {
+/// After a crash: what was made is removed, unless the definition may name it, or others need it by now.
+pub fn recover(kept: Kept, others: &Others, control: &Control, signals: &Signals) -> Result<(), Error> {
     let found = match kept.state {
         State::Placed => Recovered::Define,
         State::Owned => Recovered::Leaves,
         _ => {
-            undo(&kept, &Others::default());
+            undo(&kept, others);
             kept.remove()?;
             control.reply(Reply::ColdRecovered(Recovered::Undone));
             return Ok(());
         }
     };
     control.reply(Reply::ColdRecovered(found));
-    conclude(kept, &[], &mut Recorder::default(), control, signals);
+    conclude(kept, &[], others, &mut Recorder::default(), control, signals);
     Ok(())
 }
 

@@ -261,7 +261,7 @@ fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> 
 
 /// What other guests of this host need of what has come, which may have lain here for days; all, where that is not known.
 fn needed(connection: Connection, journal: &Journal) -> Vec<Kept> {
-    if journal.role != Role::Destination {
+    if journal.role == Role::Source {
         return Vec::new();
     }
     inventory::others(connection, journal.guest.uuid).unwrap_or_else(|why| {
