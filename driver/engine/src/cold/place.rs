@@ -70,7 +70,8 @@ impl Target {
         Self::new(path, file, Kind::File, size)
     }
 
-    /// Takes a device that nobody uses, and makes its first `size` bytes zeros.
+    /// Takes a device that nobody uses, and makes all of it zeros, also behind its first `size` bytes: the guest sees the
+    /// whole device, and is to find nothing there of whoever had it before.
     ///
     /// # Errors
     /// It is in use, too small, or the system refuses.
@@ -81,8 +82,12 @@ impl Target {
             .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
             .open(path)
             .map_err(Error::file("open", path))?;
+        let length = file
+            .metadata()
+            .and_then(|found| files::length(&file, &found, Kind::Block));
+        let length = length.map_err(Error::file("find the length of", path))?;
         let target = Self::new(path, file, Kind::Block, size)?;
-        target.zero(0, size)?;
+        target.zero(0, length.max(size))?;
         Ok(target)
     }
 
