@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 const COMES: Duration = Duration::from_secs(15 * 60);
 /// How long a session that was given up can still be asked about.
 const LINGER: Duration = Duration::from_secs(5);
+/// Connections at once. A destination has up to 17, and those that were cut stay until that is noticed.
+const MOST: usize = 64;
 
 /// Opens the door: each connection that comes gets a thread of its own.
 pub fn listen(
@@ -21,15 +23,24 @@ pub fn listen(
 ) -> Result<(), Error> {
     let span = tracing::Span::current();
     let welcome = Arc::new(welcome);
+    // Each connection has one of these.
+    let open = Arc::new(());
     let door = move || {
         let _entered = span.enter();
         loop {
             match listener.accept(&security, Instant::now() + COMES) {
+                // As it closes, it is tried again.
+                Ok((purpose, _)) if Arc::strong_count(&open) > MOST => {
+                    tracing::warn!(%purpose, "{MOST} connections are open: one more is closed");
+                }
                 Ok((purpose, connection)) => {
-                    let (welcome, span) = (Arc::clone(&welcome), span.clone());
+                    let (welcome, span, open) = (Arc::clone(&welcome), span.clone(), Arc::clone(&open));
                     let thread = std::thread::Builder::new().name(purpose.to_string().replace(' ', "-"));
                     // Without a thread the connection closes, and is tried again.
-                    let _ = thread.spawn(move || span.in_scope(|| welcome(purpose, connection)));
+                    let _ = thread.spawn(move || {
+                        let _open = open;
+                        span.in_scope(|| welcome(purpose, connection));
+                    });
                 }
                 Err(crate::wire::Error::NobodyCame { .. }) => {}
                 Err(error) => return tracing::error!("{error}"),

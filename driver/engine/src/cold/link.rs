@@ -20,6 +20,8 @@ pub const PAUSE: Duration = Duration::from_millis(200);
 const ATTEMPT: Duration = Duration::from_secs(10);
 /// How long the source is tried to be told what it must know; after that a recovery tells it.
 pub const TELL: Duration = Duration::from_secs(30);
+/// Bytes that a file's name may have, and a user's (NAME_MAX, LOGIN_NAME_MAX).
+const LONGEST_NAME: usize = 255;
 /// For one answer of the source's.
 const ANSWER: Duration = Duration::from_secs(30);
 
@@ -152,7 +154,10 @@ impl Link {
     /// As with [`ask`](Self::ask), or it is impossible.
     pub fn look(&mut self, file: u32, signals: &Signals) -> Result<Looked, Error> {
         match self.ask(&Ask::Look { file }, signals, RECONNECT)? {
-            Answer::Looked(looked) if looked.size <= MAX_SIZE => Ok(looked),
+            Answer::Looked(looked) if is_possible(&looked) => Ok(looked),
+            Answer::Looked(_) => Err(Error::Other(format!(
+                "what the source says of file {file} cannot be"
+            ))),
             other => Err(out_of_turn(&other)),
         }
     }
@@ -252,6 +257,12 @@ impl Link {
             other => Err(out_of_turn(&other)),
         }
     }
+}
+
+/// Whether there can be such a file.
+fn is_possible(looked: &Looked) -> bool {
+    let names = [&looked.owner, &looked.group, &looked.name];
+    looked.size <= MAX_SIZE && names.iter().all(|name| name.len() <= LONGEST_NAME)
 }
 
 fn out_of_turn(answer: &Answer) -> Error {
