@@ -5,6 +5,7 @@ use super::identity::Identity;
 use super::messages::Looked;
 use super::{extents, users, Error};
 use ferry_contract::cold::{Digest, Directory, File as Owned, Item, Kind, Part, BLOCK, MAX_FILES};
+use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg};
 use std::collections::BTreeSet;
 use std::fs::{self, File, Metadata, OpenOptions};
@@ -321,7 +322,6 @@ fn lock(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
 /// # Errors
 /// Somebody does.
 fn fence(file: &File, path: &Path) -> Result<(), Error> {
-    use nix::errno::Errno;
     let busy = || {
         Error::Other(format!(
             "{} is in use: another process has it open for writing (see \"fuser -v {}\"); end that first",
@@ -333,7 +333,7 @@ fn fence(file: &File, path: &Path) -> Result<(), Error> {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, byte, 1))) {
             Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => return Err(busy()),
-            Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => {
+            Err(error) if has_no_locks(error) => {
                 tracing::warn!(path = %path.display(), "this file system has no locks: nothing keeps writers away");
                 return Ok(());
             }
@@ -346,16 +346,30 @@ fn fence(file: &File, path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Whether another open of the file holds a lock on any of these bytes.
+/// Whether another open of the file holds a lock on any of these bytes, or that cannot be found out.
 pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
     let mut probe = lock(libc::F_WRLCK, bytes.start, bytes.end - bytes.start);
-    let asked = fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe));
-    asked.is_ok() && probe.l_type != libc::F_UNLCK as libc::c_short
+    match fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe)) {
+        Ok(_) => probe.l_type != libc::F_UNLCK as libc::c_short,
+        Err(error) => !has_no_locks(error),
+    }
 }
 
-/// Whether any process uses the image, as a disk or as another one's base.
+/// Whether it is the file system that has no locks.
+fn has_no_locks(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS
+    )
+}
+
+/// Whether any process uses the image, as a disk or as another one's base, or that cannot be found out: who may not read a
+/// file may delete it all the same.
 pub fn is_held(path: &Path) -> bool {
-    File::open(path).is_ok_and(|file| is_locked(&file, ANY))
+    match File::open(path) {
+        Ok(file) => is_locked(&file, ANY),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
 }
 
 /// `user.*` attributes: libvirt's own (`trusted.libvirt.*`) count this host's users, and labels are this host's too.
@@ -566,6 +580,16 @@ mod tests {
         assert!(is_locked(&late, 201..202));
         drop(served);
         assert!(!is_locked(&late, 201..202));
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_is_held() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("image"), b"x").unwrap();
+        std::os::unix::fs::symlink(at("loop"), at("loop")).unwrap();
+        assert!(!is_held(&at("image")) && !is_held(&at("none")));
+        assert!(is_held(&at("loop")));
     }
 
     #[test]
