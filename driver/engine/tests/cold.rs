@@ -304,6 +304,20 @@ fn a_running_guests_image_and_a_missing_file_are_refused() {
 }
 
 #[test]
+fn a_guest_that_has_left_is_not_locked_any_more() {
+    let mut scene = Scene::default();
+    let image = scene.image("disk.raw", 2, 1);
+    let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    let is_locked = || ferry_engine::cold::files::is_locked(&file, 100..300);
+    let (source, mut destination) = scene.placed();
+    assert!(is_locked());
+    destination.own();
+    assert!(!is_locked());
+    destination.end();
+    source.crash();
+}
+
+#[test]
 fn what_both_hosts_see_is_neither_copied_nor_deleted() {
     let mut scene = Scene::default();
     let shared = scene.image("shared.raw", 8, 4);

@@ -479,6 +479,8 @@ impl Shared {
             Ask::Owned => {
                 self.ownership.owned()?;
                 tracing::info!("the guest is registered at the destination");
+                // Over NFS they are the server's: the guest could not be started there.
+                self.shelf.files.iter().for_each(Source::lift);
                 Ok(Answer::OwnedThere)
             }
             Ask::Keep { kind, cause } => {
