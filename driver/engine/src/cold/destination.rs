@@ -15,7 +15,7 @@ use super::files::{self, Reader};
 use super::handover;
 use super::hash::manifest;
 use super::journal::{Claim, Kept};
-use super::leftovers::{follow, leftovers, remove_useless, waits};
+use super::leftovers::{follow, leftovers, remove_useless, waits, Left};
 use super::link::{peer, Link, Opened, Peer, RECONNECT};
 use super::messages::{Ask, Looked};
 use super::place::{self, is_device, Target};
@@ -239,7 +239,11 @@ impl Arriving<'_, '_> {
             nonce: &source.nonce,
             elsewhere: "give the disk another path with --xml",
         };
-        let (fates, problems) = survey(&there, &pull.plan, &left.values().cloned().collect());
+        let (fates, problems) = survey(
+            &there,
+            &pull.plan,
+            &left.values().map(|left| left.temporary.clone()).collect(),
+        );
         if !problems.is_empty() {
             return Err(Error::Problems(problems));
         }
@@ -287,14 +291,14 @@ impl Arriving<'_, '_> {
         })
     }
 
-    fn entries(&self, fates: &[Fate], left: &BTreeMap<PathBuf, PathBuf>) -> Vec<Entry> {
+    fn entries(&self, fates: &[Fate], left: &BTreeMap<PathBuf, Left>) -> Vec<Entry> {
         let files = self.pull.offer.inventory.files.iter();
         let planned = files.zip(&self.pull.plan.places).zip(fates);
         planned
             .map(|((file, path), fate)| {
                 let device = is_device(path);
                 let temporary = || match left.get(path) {
-                    Some(left) => left.clone(),
+                    Some(left) => left.temporary.clone(),
                     None => place::temporary(path, self.pull.offer.session),
                 };
                 Entry {
@@ -319,7 +323,7 @@ impl Arriving<'_, '_> {
         link: &mut Link,
         looked: Vec<Looked>,
         fates: &[Fate],
-        left: &BTreeMap<PathBuf, PathBuf>,
+        left: &BTreeMap<PathBuf, Left>,
     ) -> Result<Vec<Incoming>, Error> {
         let (mut files, mut most) = (Vec::new(), MAX_RUNS);
         let inventory = &self.pull.offer.inventory;
@@ -355,12 +359,16 @@ impl Arriving<'_, '_> {
                 }
                 Fate::Moves if is_device(path) => (Some(Target::device(path, size)?), None, Vec::new()),
                 Fate::Moves => {
-                    let left = left.get(path);
-                    let fresh = place::temporary(path, self.pull.offer.session);
-                    let target = Target::file(left.unwrap_or(&fresh), size, left.is_some())?;
-                    let have = match left {
-                        Some(left) => data(target.reader().file(), left)?,
-                        None => Vec::new(),
+                    let (target, have) = match left.get(path) {
+                        Some(left) => {
+                            let target = Target::left(&left.temporary, size, &left.entry)?;
+                            let have = data(target.reader().file(), &left.temporary)?;
+                            (target, have)
+                        }
+                        None => {
+                            let fresh = place::temporary(path, self.pull.offer.session);
+                            (Target::file(&fresh, size)?, Vec::new())
+                        }
                     };
                     (Some(target), None, have)
                 }

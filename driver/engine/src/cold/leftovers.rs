@@ -5,18 +5,27 @@ use super::journal::Claim;
 use super::link::Opened;
 use super::undo::undo;
 use super::Error;
-use ferry_contract::cold::journal::{Journal, Role, State};
+use ferry_contract::cold::journal::{Entry, Journal, Role, State};
 use ferry_host::Others;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-/// What an attempt that was cut off by a crash left of files with these places: place and temporary file.
-pub fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
+/// What an attempt that was cut off by a crash left of a file.
+#[derive(Debug, Clone)]
+pub struct Left {
+    /// Under which name it was written.
+    pub temporary: PathBuf,
+    /// Which file that is.
+    pub entry: Entry,
+}
+
+/// What such an attempt left of files with these places.
+pub fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf, Left> {
     let entries = earlier.into_iter().flat_map(|journal| &journal.entries);
     let useful = entries.filter_map(|entry| {
-        let temporary = entry.temporary.as_ref()?;
-        let useful = places.contains(&entry.path) && is_ours(temporary, entry);
-        useful.then(|| (entry.path.clone(), temporary.clone()))
+        let (temporary, entry) = (entry.temporary.clone()?, entry.clone());
+        let useful = places.contains(&entry.path) && is_ours(&temporary, &entry);
+        useful.then(|| (entry.path.clone(), Left { temporary, entry }))
     });
     useful.collect()
 }
@@ -60,14 +69,14 @@ fn in_state(journal: &Journal, state: State) -> Journal {
 pub fn remove_useless(
     claim: &Claim,
     earlier: Option<&Journal>,
-    left: &BTreeMap<PathBuf, PathBuf>,
+    left: &BTreeMap<PathBuf, Left>,
 ) -> Result<(), Error> {
     let Some(earlier) = earlier else { return Ok(()) };
     if waits(earlier) {
         // All of the guest is not here any more.
         claim.note(&in_state(earlier, State::Pulling))?;
     }
-    let used: BTreeSet<_> = left.values().collect();
+    let used: BTreeSet<_> = left.values().map(|left| &left.temporary).collect();
     let mut useless = earlier.clone();
     useless.entries.retain(|entry| {
         !entry

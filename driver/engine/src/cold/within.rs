@@ -175,7 +175,7 @@ fn place_all(
     let mut pairs = Vec::new();
     for (source, entry) in sources.into_iter().zip(&kept.entries) {
         let temporary = entry.temporary.as_deref().unwrap_or(&entry.path);
-        let target = Target::file(temporary, source.size, false)?;
+        let target = Target::file(temporary, source.size)?;
         pairs.push(Pair::new(source, target));
     }
     kept.note(|journal| {
