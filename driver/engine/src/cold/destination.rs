@@ -45,6 +45,8 @@ use std::time::{Duration, Instant};
 const UNTIL_ASKED: Duration = Duration::from_secs(60);
 /// How long libvirt may take between its phases.
 const UNTIL_FINISHED: Duration = Duration::from_secs(15 * 60);
+/// How long the source may take, all together, to say what its files are like.
+const LOOKED: Duration = Duration::from_secs(10 * 60);
 /// Runs of all files that are kept apart, 16 bytes each: a disk of 8 TiB, every other block of it empty. Of more, the
 /// gaps are asked for, too.
 const MAX_RUNS: usize = 4 << 20;
@@ -183,6 +185,7 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
                 kept.remove()?;
             }
             // It frees the guest sooner; the source notices by itself, too.
+            link.limit(None);
             if let Err(untold) = link.abort(&error, Duration::from_secs(3)) {
                 tracing::warn!("the source could not be told: {untold}");
             }
@@ -210,6 +213,8 @@ impl Arriving<'_, '_> {
         let (pull, signals) = (self.pull, self.signals);
         let inventory = &pull.offer.inventory;
         self.told.recorder.enter("reservation");
+        // Until the transfer, at which people can look, and which they can end.
+        link.limit(Some(LOOKED));
         let source = link.open(signals)?;
         if let Some(waiting) = earlier.as_ref().filter(|earlier| waits(earlier)) {
             follow(waiting, &source)?;
@@ -261,6 +266,7 @@ impl Arriving<'_, '_> {
         }
         link.note(&Ask::Fates { fates: fates.clone() }, signals)?;
         let files = self.open(link, looked, &fates, &left)?;
+        link.limit(None);
         let kept = self
             .kept
             .as_mut()

@@ -81,6 +81,8 @@ pub struct Link {
     peer: Peer,
     host: String,
     connection: Option<Connection>,
+    /// What the source may still take for its answers, all together; none where each has its own time.
+    left: Option<Duration>,
 }
 
 impl Link {
@@ -90,7 +92,14 @@ impl Link {
             peer,
             host: host.to_owned(),
             connection: None,
+            left: None,
         }
+    }
+
+    /// What the source may take for all answers from here on, so that one that is slow with each does not hold the guest for
+    /// ever; `None` ends that.
+    pub fn limit(&mut self, left: Option<Duration>) {
+        self.left = left;
     }
 
     /// Where the source is.
@@ -103,6 +112,20 @@ impl Link {
     /// # Errors
     /// The source refuses, or cannot be reached for so long, or the session has ended.
     pub fn ask(&mut self, ask: &Ask, signals: &Signals, patience: Duration) -> Result<Answer, Error> {
+        let began = Instant::now();
+        let answer = self.ask_for(ask, signals, patience)?;
+        if let Some(left) = &mut self.left {
+            *left = left.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(Error::Other(
+                    "the source takes too long to say what the guest's files are like".into(),
+                ));
+            }
+        }
+        Ok(answer)
+    }
+
+    fn ask_for(&mut self, ask: &Ask, signals: &Signals, patience: Duration) -> Result<Answer, Error> {
         let end = Instant::now() + patience;
         loop {
             let connected = self.connection.is_some();
