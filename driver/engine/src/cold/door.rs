@@ -66,3 +66,44 @@ pub fn refusal(error: &Error, host: &str) -> Answer {
     let Failure { kind, host, cause } = error.failure(host);
     Answer::Refused { kind, cause, host }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::messages::Ask;
+    use super::*;
+    use crate::wire::{self, message, Protection, Token};
+    use std::net::Ipv4Addr;
+    use uuid::Uuid;
+
+    #[test]
+    fn not_everybody_comes_in() {
+        let listener = Listener::bind(Ipv4Addr::LOCALHOST.into(), 0..=0).unwrap();
+        let address = listener.address();
+        let security = Security {
+            session: Uuid::new_v4(),
+            token: Token::generate().unwrap(),
+            protection: Protection::Plain,
+        };
+        let stay = |_, mut connection: Connection| {
+            while let Ok(Ask::Owned) = message::receive(&mut connection) {
+                let _ = message::send(&mut connection, &Answer::OwnedThere);
+            }
+        };
+        listen(listener, security.clone(), stay).unwrap();
+        let soon = || Instant::now() + Duration::from_secs(60);
+        let come = || {
+            let mut connection = wire::connect(&[address], &security, Purpose::Control, soon()).unwrap();
+            connection.set_deadline(Some(soon())).unwrap();
+            let answer: Result<Answer, _> = message::ask(&mut connection, &Ask::Owned);
+            answer.map(|_| connection)
+        };
+        let mut inside: Vec<_> = (0..MOST).map(|_| come().unwrap()).collect();
+        assert!(come().is_err());
+        // Whoever leaves makes room.
+        inside.pop();
+        assert!((0..1000).any(|_| come().is_ok() || {
+            std::thread::sleep(Duration::from_millis(10));
+            false
+        }));
+    }
+}

@@ -321,3 +321,78 @@ fn addresses(host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
     })?;
     Ok(found.collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::door::listen;
+    use super::*;
+    use crate::wire::{Listener, Token};
+    use ferry_contract::cold::Kind;
+    use std::net::Ipv4Addr;
+    use uuid::Uuid;
+
+    /// To a source that answers as none of ours does.
+    fn to(answer: impl Fn(&Ask) -> Answer + Send + Sync + 'static) -> Link {
+        let listener = Listener::bind(Ipv4Addr::LOCALHOST.into(), 0..=0).unwrap();
+        let security = Security {
+            session: Uuid::new_v4(),
+            token: Token::generate().unwrap(),
+            protection: Protection::Plain,
+        };
+        let peer = Peer {
+            addresses: vec![listener.address()],
+            security: security.clone(),
+        };
+        let answers = move |_, mut connection: Connection| {
+            while let Ok(ask) = message::receive::<Ask>(&mut connection) {
+                if message::send(&mut connection, &answer(&ask)).is_err() {
+                    break;
+                }
+            }
+        };
+        listen(listener, security, answers).unwrap();
+        Link::new(peer, "host2")
+    }
+
+    #[test]
+    fn a_source_that_is_slow_with_each_answer_comes_to_an_end() {
+        let slow = Duration::from_millis(20);
+        let mut link = to(move |_| {
+            std::thread::sleep(slow);
+            Answer::Noted
+        });
+        let ask = Ask::Verified { bytes: 0 };
+        link.limit(Some(10 * slow));
+        let mut answers = (0..100).map(|_| link.note(&ask, &Signals::default()));
+        let refused = answers.find_map(Result::err).expect("an end").to_string();
+        assert!(refused.contains("too long"), "{refused}");
+        drop(answers);
+        link.limit(None);
+        link.note(&ask, &Signals::default()).unwrap();
+    }
+
+    #[test]
+    fn nobody_has_a_name_without_end() {
+        let mut link = to(|ask| {
+            let length = match ask {
+                Ask::Look { file } => *file as usize,
+                _ => 0,
+            };
+            Answer::Looked(Looked {
+                size: 1,
+                kind: Kind::File,
+                mode: 0o600,
+                owner: "0".into(),
+                group: "x".repeat(length),
+                attributes: Vec::new(),
+                acl: None,
+                name: "disk".into(),
+                has_nonce: false,
+                sample: None,
+            })
+        });
+        let mut look = |length| link.look(length, &Signals::default());
+        assert_eq!(look(255).unwrap().group.len(), 255);
+        assert!(look(256).is_err());
+    }
+}
