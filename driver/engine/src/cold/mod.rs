@@ -51,6 +51,7 @@ mod machine;
 pub mod messages;
 mod nonce;
 mod ownership;
+mod pinned;
 pub mod place;
 pub mod pull;
 mod puller;

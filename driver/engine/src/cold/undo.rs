@@ -3,15 +3,16 @@
 use super::files;
 use super::identity::is_ours;
 use super::journal::Kept;
+use super::pinned::Pinned;
 use super::Error;
 use ferry_contract::cold::journal::{Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::Kind;
 use ferry_host::Others;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Why a file with its final name stays; a guest that runs holds it, whatever is known.
-fn need<'a>(path: &Path, others: &'a Others) -> Option<&'a str> {
-    let held = || files::is_held(path).then_some("another process uses it");
+fn need<'a>(path: &Path, pinned: &Pinned, others: &'a Others) -> Option<&'a str> {
+    let held = || files::is_held(pinned.path()).then_some("another process uses it");
     others.need(path).or_else(held)
 }
 
@@ -27,20 +28,26 @@ pub fn undo(journal: &Journal, others: &Others) {
         if entry.fate != Fate::Moves || entry.kind == Kind::Block {
             continue;
         }
-        let temporary = entry
-            .temporary
-            .iter()
-            .filter(|path| path.symlink_metadata().is_ok());
-        let placed = Some(&entry.path).filter(|path| may_be_placed && is_placed(path, entry, journal.role));
-        let placed = placed.filter(|path| match need(path, others) {
+        let there = |path: &PathBuf| {
+            let pinned = Pinned::at(path).ok()?;
+            pinned
+                .path()
+                .symlink_metadata()
+                .is_ok()
+                .then(|| (path.clone(), pinned))
+        };
+        let temporary = entry.temporary.as_ref().and_then(there);
+        let placed = Some(&entry.path).filter(|_| may_be_placed).and_then(there);
+        let placed = placed.filter(|(_, pinned)| is_placed(pinned.path(), entry, journal.role));
+        let placed = placed.filter(|(path, pinned)| match need(path, pinned, others) {
             Some(reason) => {
                 tracing::warn!(path = %path.display(), reason, "not removed, though its guest does not come here");
                 false
             }
             None => true,
         });
-        for path in temporary.chain(placed) {
-            match std::fs::remove_file(path) {
+        for (path, pinned) in temporary.into_iter().chain(placed) {
+            match std::fs::remove_file(pinned.path()) {
                 Ok(()) => tracing::debug!(path = %path.display(), "removed"),
                 Err(error) => {
                     tracing::warn!(path = %path.display(), %error, "cannot be removed: remove it by hand")
