@@ -232,7 +232,7 @@ pub enum Request {
         journal: PathBuf,
         /// What the operator wants.
         wish: Wish,
-        /// Destination: files that somebody else of this host needs, which stay, each with why.
+        /// Destination, within: files that somebody else of this host needs, which stay, each with why.
         in_use: Vec<Kept>,
         /// The configuration in force.
         settings: Settings,

@@ -4,7 +4,8 @@ mod common;
 
 use common::cold::{conclude, disk, report, Engine, Scene, MIB};
 use common::files::{
-    acl, allocated, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, ACCESS, DEFAULT, NO_ID,
+    acl, allocated, is_root, list, noise, ofd_read_lock, set_acl, sha256, writer, Mount, ACCESS, DEFAULT,
+    NO_ID,
 };
 use ferry_contract::cold::journal::{Role, State};
 use ferry_contract::cold::{Kept, Medium, Options, Part};
@@ -214,6 +215,26 @@ fn packed_limited_and_plain() {
 }
 
 #[test]
+fn what_another_guest_finds_by_another_mount_is_not_deleted() {
+    let mut scene = Scene::default();
+    let base = scene.image("base.raw", 2, 1);
+    let own = scene.image("own.raw", 2, 1);
+    let pool = scene.directory.path().join("pool");
+    let Some(_mount) = Mount::bind(&scene.source(), &pool) else {
+        println!("SKIPPED: nothing can be mounted here");
+        return;
+    };
+    let (source, destination) = scene.pulled();
+    let needed = Kept {
+        path: pool.join("base.raw"),
+        reason: "guest web refers to it".into(),
+    };
+    let deleted = conclude(&scene, source, destination, &[needed]);
+    assert_eq!(deleted.deleted, [own], "{deleted:?}");
+    assert!(base.exists());
+}
+
+#[test]
 fn everything_in_the_way_is_told_at_once_and_nothing_stays() {
     let mut scene = Scene::default();
     scene.image("taken.raw", 2, 1);
@@ -280,6 +301,20 @@ fn a_running_guests_image_and_a_missing_file_are_refused() {
     assert!(ferry_engine::cold::files::is_locked(&late, 201..202));
     source.crash();
     assert!(!ferry_engine::cold::files::is_locked(&late, 201..202));
+}
+
+#[test]
+fn a_guest_that_has_left_is_not_locked_any_more() {
+    let mut scene = Scene::default();
+    let image = scene.image("disk.raw", 2, 1);
+    let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+    let is_locked = || ferry_engine::cold::files::is_locked(&file, 100..300);
+    let (source, mut destination) = scene.placed();
+    assert!(is_locked());
+    destination.own();
+    assert!(!is_locked());
+    destination.end();
+    source.crash();
 }
 
 #[test]

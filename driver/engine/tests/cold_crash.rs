@@ -336,6 +336,32 @@ fn a_second_recovery_does_not_mind_that_the_first_still_listens() {
 }
 
 #[test]
+fn what_is_left_of_an_earlier_session_does_not_touch_a_later_ones_journal() {
+    let mut guest = Guest::new();
+    let (source, destination) = guest.scene.pulled();
+    destination.crash();
+    source.end_aborted();
+    let mut here = guest.scene.recovery(Role::Source, Wish::Settle);
+    assert_eq!(recovered(&mut here), Recovered::Stays);
+    // While that still listens for the destination.
+    let (later, offer) = guest.scene.begin();
+    let journal = || std::fs::read(guest.scene.journal_path(Role::Source)).unwrap();
+    let written = journal();
+    assert_eq!(guest.scene.recover(Role::Destination), Recovered::Undone);
+    assert_eq!(guest.scene.journal(Role::Destination), None);
+    here.end();
+    assert!(
+        journal() == written,
+        "the later session's journal was written over"
+    );
+    let mut destination = Engine::start("cold-destination");
+    destination.tell(&guest.scene.pull(&offer));
+    assert_eq!(destination.hear(), Some(Reply::ColdPulled));
+    guest.finish(later, destination);
+    guest.assert_moved();
+}
+
+#[test]
 fn after_a_reboot_both_hosts_know_their_files() {
     let mut guest = Guest::new();
     let (source, destination) = guest.scene.placed();

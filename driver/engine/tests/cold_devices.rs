@@ -36,9 +36,16 @@ fn devices_are_filled_in_place() {
         deleted.deleted.is_empty() && deleted.kept[0].reason.contains("volume"),
         "{deleted:?}"
     );
-    let mut found = vec![0; content.len()];
-    File::open(&two.0).unwrap().read_exact(&mut found).unwrap();
+    let mut found = Vec::new();
+    File::open(&two.0).unwrap().read_to_end(&mut found).unwrap();
+    // It is longer, and the guest sees all of it.
+    let behind = found.split_off(content.len());
     assert!(found == content, "the device has other content");
+    assert_eq!(behind.len(), 8 << 20);
+    assert!(
+        behind.iter().all(|byte| *byte == 0),
+        "what was there before is left"
+    );
     // One that is too small, and one that is in use.
     let (source, mut offer) = scene.begin();
     offer.inventory.files[0].path = two.0.clone();

@@ -267,6 +267,34 @@ fn it_dies_after_the_definition_was_changed() {
     assert_eq!(allocated(&disks.new_places()[1]) / MIB, 1);
 }
 
+#[test]
+fn what_another_guest_has_come_to_use_stays_where_it_was_put() {
+    let disks = Disks::new(2);
+    let new = disks.new_places();
+    let base = [Kept {
+        path: new[0].clone(),
+        reason: "guest g2 needs it".into(),
+    }];
+    for state in [State::Committing, State::Placed] {
+        disks.placed().crash();
+        disks
+            .scene
+            .change_journal(Role::Within, |journal| journal.state = state);
+        let mut recovery = disks.scene.recovery_beside(Role::Within, Wish::Settle, &base);
+        match recovered(&mut recovery) {
+            Recovered::Undone => assert_eq!(state, State::Committing),
+            // The definition still names the old files.
+            Recovered::Define => assert_eq!(recovery.ask(&Request::ColdAbort), Reply::ColdAborted),
+            other => panic!("{other:?}"),
+        }
+        recovery.end();
+        assert!(!new[1].exists());
+        assert_eq!(sha256(&new[0]), disks.digests[0], "{state:?}");
+        fs::remove_file(&new[0]).unwrap();
+        disks.are_old();
+    }
+}
+
 /// The header of an image that also has a data file beside it, which QEMU looks for where it runs.
 #[test]
 fn a_header_names_its_base_anew() {

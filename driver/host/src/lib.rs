@@ -2,9 +2,11 @@
 
 mod certificates;
 mod conf;
+mod others;
 mod program;
 
 pub use certificates::{certificates, tls_is_forced};
+pub use others::{real, Others};
 pub use program::{run, wait};
 
 use conf::Conf;

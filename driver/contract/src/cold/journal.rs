@@ -126,6 +126,9 @@ pub struct Journal {
     pub host: String,
     /// The other's, once known.
     pub peer: String,
+    /// Destination: which machine that is, as its engine says.
+    #[serde(default)]
+    pub peer_machine: Option<Digest>,
     /// Where the source's engine listens, also in a recovery.
     pub address: String,
     /// Its port.
@@ -361,6 +364,7 @@ mod tests {
             guest: guest.clone(),
             host: "host1".into(),
             peer: String::new(),
+            peer_machine: None,
             address: "192.0.2.1".into(),
             port: 49152,
             token: Token::new([3; 32]),

@@ -226,7 +226,7 @@ mod tests {
         };
         let (mut sources, _) = files::open(&[item]).unwrap();
         let source = sources.remove(0);
-        let target = Target::file(&to, source.size, false).unwrap();
+        let target = Target::file(&to, source.size).unwrap();
         Pair::new(source, target)
     }
 

@@ -3,10 +3,11 @@
 use super::files;
 use super::identity::is_ours;
 use super::nonce;
+use super::pinned::Pinned;
 use super::place::is_device;
 use ferry_contract::cold::journal::{Entry, Fate, Journal};
 use ferry_contract::cold::{Deleted, Kept as KeptFile, Kind};
-use std::collections::HashMap;
+use ferry_host::Others;
 use std::path::{Path, PathBuf};
 
 /// Deletes what has moved: exactly that, none that somebody else needs, and nothing that has taken its place since. What
@@ -14,13 +15,10 @@ use std::path::{Path, PathBuf};
 pub fn delete(journal: &Journal, keep: Option<&str>, in_use: &[KeptFile]) -> Deleted {
     let mut outcome = Deleted::default();
     let real = |path: &PathBuf| std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-    let others: HashMap<_, _> = in_use
-        .iter()
-        .map(|kept| (real(&kept.path), &kept.reason))
-        .collect();
+    let others = Others::new(in_use);
     for entry in &journal.entries {
         let real = real(&entry.path);
-        let reason = match (entry.fate, entry.kind, keep, others.get(&real)) {
+        let reason = match (entry.fate, entry.kind, keep, others.need(&real)) {
             (_, _, Some(why), _) => why.to_owned(),
             (Fate::Shared, ..) => "both hosts use it".to_owned(),
             (Fate::Present, ..) => "the destination had it before".to_owned(),
@@ -28,21 +26,13 @@ pub fn delete(journal: &Journal, keep: Option<&str>, in_use: &[KeptFile]) -> Del
             (_, Kind::Block, ..) => {
                 "it is a volume: remove it where it was made, if nothing needs it".to_owned()
             }
-            (.., Some(why)) => (*why).clone(),
-            _ if is_gone(&real) => {
-                outcome.deleted.push(entry.path.clone());
-                continue;
-            }
-            _ if !is_ours(&real, entry) => "it is not the file that was moved".to_owned(),
-            _ if is_changed(&real, entry) => "it was changed after it was copied".to_owned(),
-            _ if files::is_held(&real) => "another process uses it".to_owned(),
-            _ => match remove(&entry.path, &real) {
+            (.., Some(why)) => why.to_owned(),
+            _ => match remove(entry, &real) {
                 Ok(()) => {
-                    tracing::info!(path = %entry.path.display(), "deleted: it has moved");
                     outcome.deleted.push(entry.path.clone());
                     continue;
                 }
-                Err(error) => error.to_string(),
+                Err(reason) => reason,
             },
         };
         tracing::info!(path = %entry.path.display(), reason, "not deleted");
@@ -93,11 +83,33 @@ fn is_changed(path: &Path, entry: &Entry) -> bool {
     found != entry.modified.map(|modified| (entry.size, modified))
 }
 
-/// The file, and the symbolic link that named it.
-fn remove(path: &Path, real: &Path) -> std::io::Result<()> {
-    std::fs::remove_file(real)?;
-    match path.symlink_metadata() {
-        Ok(link) if link.is_symlink() => std::fs::remove_file(path),
+/// Removes a file that has moved, and the symbolic link that named it; or why it stays.
+fn remove(entry: &Entry, real: &Path) -> Result<(), String> {
+    let there = match Pinned::at(real) {
+        Ok(there) => there,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.to_string()),
+    };
+    let path = there.path();
+    let reason = match () {
+        () if is_gone(path) => return Ok(()),
+        () if !is_ours(path, entry) => "it is not the file that was moved",
+        () if is_changed(path, entry) => "it was changed after it was copied",
+        () if files::is_held(path) => "another process uses it",
+        () => {
+            let removed = std::fs::remove_file(path).and_then(|()| remove_link(&entry.path));
+            removed.map_err(|error| error.to_string())?;
+            tracing::info!(path = %entry.path.display(), "deleted: it has moved");
+            return Ok(());
+        }
+    };
+    Err(reason.to_owned())
+}
+
+fn remove_link(path: &Path) -> std::io::Result<()> {
+    let link = Pinned::at(path)?;
+    match link.path().symlink_metadata() {
+        Ok(found) if found.is_symlink() => std::fs::remove_file(link.path()),
         _ => Ok(()),
     }
 }

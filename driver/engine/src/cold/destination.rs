@@ -15,15 +15,15 @@ use super::files::{self, Reader};
 use super::handover;
 use super::hash::manifest;
 use super::journal::{Claim, Kept};
-use super::leftovers::{follow, leftovers, remove_useless, waits};
-use super::link::{peer, Link, Peer, RECONNECT};
+use super::leftovers::{follow, leftovers, remove_useless, waits, Left};
+use super::link::{peer, Link, Opened, Peer, RECONNECT};
 use super::messages::{Ask, Looked};
 use super::place::{self, is_device, Target};
 use super::pull::{Incoming, Pull};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
-use super::undo::{undo, Others};
+use super::undo::undo;
 use super::users::Owner;
 use super::{extents, users, Error};
 use crate::control::{Control, Meter};
@@ -34,6 +34,7 @@ use ferry_contract::cold::journal::{self, Entry, Fate, Journal, Role, State};
 use ferry_contract::cold::{Digest, Kind, Options, Pull as Order};
 use ferry_contract::control::{FailureKind, Reply, Request};
 use ferry_contract::session::Encryption;
+use ferry_host::Others;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -44,6 +45,8 @@ use std::time::{Duration, Instant};
 const UNTIL_ASKED: Duration = Duration::from_secs(60);
 /// How long libvirt may take between its phases.
 const UNTIL_FINISHED: Duration = Duration::from_secs(15 * 60);
+/// How long the source may take, all together, to say what its files are like.
+const LOOKED: Duration = Duration::from_secs(10 * 60);
 /// Runs of all files that are kept apart, 16 bytes each: a disk of 8 TiB, every other block of it empty. Of more, the
 /// gaps are asked for, too.
 const MAX_RUNS: usize = 4 << 20;
@@ -121,7 +124,7 @@ struct Arrived {
 fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<Arrived, Error> {
     let claim = Claim::take(&pull.settings.state_directory, pull.guest.uuid)?;
     let earlier = claim.find()?;
-    // Of one that waits for its source, that host's name decides.
+    // Of one that waits for its source, it decides who the source is.
     if !earlier.as_ref().is_some_and(waits) {
         refuse_unfinished(earlier.as_ref())?;
     }
@@ -145,14 +148,15 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
         signals,
         kept: None,
     };
-    let outcome = arriving.run(&mut link, claim, earlier, |source_host, entries| Journal {
+    let outcome = arriving.run(&mut link, claim, earlier, |source, entries| Journal {
         version: journal::VERSION,
         role: Role::Destination,
         state: State::Pulling,
         session: pull.offer.session,
         guest: pull.guest.clone(),
         host: pull.host.clone(),
-        peer: source_host,
+        peer: source.host,
+        peer_machine: source.machine,
         address: pull.offer.host.clone(),
         port: pull.offer.port,
         token: pull.offer.token.clone(),
@@ -181,6 +185,7 @@ fn arrive(pull: &Order, told: &mut Told<'_>, signals: &Arc<Signals>) -> Result<A
                 kept.remove()?;
             }
             // It frees the guest sooner; the source notices by itself, too.
+            link.limit(None);
             if let Err(untold) = link.abort(&error, Duration::from_secs(3)) {
                 tracing::warn!("the source could not be told: {untold}");
             }
@@ -203,14 +208,16 @@ impl Arriving<'_, '_> {
         link: &mut Link,
         claim: Claim,
         earlier: Option<Journal>,
-        journal: impl FnOnce(String, Vec<Entry>) -> Journal,
+        journal: impl FnOnce(Opened, Vec<Entry>) -> Journal,
     ) -> Result<(), Error> {
         let (pull, signals) = (self.pull, self.signals);
         let inventory = &pull.offer.inventory;
         self.told.recorder.enter("reservation");
-        let (source_host, nonce) = link.open(signals)?;
+        // Until the transfer, at which people can look, and which they can end.
+        link.limit(Some(LOOKED));
+        let source = link.open(signals)?;
         if let Some(waiting) = earlier.as_ref().filter(|earlier| waits(earlier)) {
-            follow(&claim, waiting, &source_host, &Others::default())?;
+            follow(waiting, &source)?;
         }
         let (mut looked, mut attributes) = (Vec::new(), 0);
         for (number, file) in inventory.files.iter().enumerate() {
@@ -234,17 +241,21 @@ impl Arriving<'_, '_> {
             session: pull.offer.session,
             inventory,
             looked: &looked,
-            nonce: &nonce,
+            nonce: &source.nonce,
             elsewhere: "give the disk another path with --xml",
         };
-        let (fates, problems) = survey(&there, &pull.plan, &left.values().cloned().collect());
+        let (fates, problems) = survey(
+            &there,
+            &pull.plan,
+            &left.values().map(|left| left.temporary.clone()).collect(),
+        );
         if !problems.is_empty() {
             return Err(Error::Problems(problems));
         }
         let entries = self.entries(&fates, &left);
         // From here on a crash leaves a trace; one of an earlier attempt that is of no use any more goes first.
         remove_useless(&claim, earlier.as_ref(), &left)?;
-        let mut journal = journal(source_host, entries);
+        let mut journal = journal(source, entries);
         journal.directories = earlier.map(|earlier| earlier.directories).unwrap_or_default();
         let kept = Kept::new(claim, journal)?;
         let kept = self.kept.insert(kept);
@@ -255,6 +266,7 @@ impl Arriving<'_, '_> {
         }
         link.note(&Ask::Fates { fates: fates.clone() }, signals)?;
         let files = self.open(link, looked, &fates, &left)?;
+        link.limit(None);
         let kept = self
             .kept
             .as_mut()
@@ -285,14 +297,14 @@ impl Arriving<'_, '_> {
         })
     }
 
-    fn entries(&self, fates: &[Fate], left: &BTreeMap<PathBuf, PathBuf>) -> Vec<Entry> {
+    fn entries(&self, fates: &[Fate], left: &BTreeMap<PathBuf, Left>) -> Vec<Entry> {
         let files = self.pull.offer.inventory.files.iter();
         let planned = files.zip(&self.pull.plan.places).zip(fates);
         planned
             .map(|((file, path), fate)| {
                 let device = is_device(path);
                 let temporary = || match left.get(path) {
-                    Some(left) => left.clone(),
+                    Some(left) => left.temporary.clone(),
                     None => place::temporary(path, self.pull.offer.session),
                 };
                 Entry {
@@ -317,7 +329,7 @@ impl Arriving<'_, '_> {
         link: &mut Link,
         looked: Vec<Looked>,
         fates: &[Fate],
-        left: &BTreeMap<PathBuf, PathBuf>,
+        left: &BTreeMap<PathBuf, Left>,
     ) -> Result<Vec<Incoming>, Error> {
         let (mut files, mut most) = (Vec::new(), MAX_RUNS);
         let inventory = &self.pull.offer.inventory;
@@ -353,12 +365,16 @@ impl Arriving<'_, '_> {
                 }
                 Fate::Moves if is_device(path) => (Some(Target::device(path, size)?), None, Vec::new()),
                 Fate::Moves => {
-                    let left = left.get(path);
-                    let fresh = place::temporary(path, self.pull.offer.session);
-                    let target = Target::file(left.unwrap_or(&fresh), size, left.is_some())?;
-                    let have = match left {
-                        Some(left) => data(target.reader().file(), left)?,
-                        None => Vec::new(),
+                    let (target, have) = match left.get(path) {
+                        Some(left) => {
+                            let target = Target::left(&left.temporary, size, &left.entry)?;
+                            let have = data(target.reader().file(), &left.temporary)?;
+                            (target, have)
+                        }
+                        None => {
+                            let fresh = place::temporary(path, self.pull.offer.session);
+                            (Target::file(&fresh, size)?, Vec::new())
+                        }
                     };
                     (Some(target), None, have)
                 }

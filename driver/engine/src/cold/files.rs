@@ -3,8 +3,10 @@
 use super::acl::Acl;
 use super::identity::Identity;
 use super::messages::Looked;
+use super::pinned;
 use super::{extents, users, Error};
 use ferry_contract::cold::{Digest, Directory, File as Owned, Item, Kind, Part, BLOCK, MAX_FILES};
+use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg};
 use std::collections::BTreeSet;
 use std::fs::{self, File, Metadata, OpenOptions};
@@ -77,24 +79,23 @@ impl Seen {
 }
 
 impl Source {
-    fn open(path: &Path, part: &Part) -> Result<Self, Error> {
+    fn open(Found { path, real }: Found, part: &Part) -> Result<Self, Error> {
+        let path = path.as_path();
         let failed = Error::file("open", path);
-        let real = fs::canonicalize(path).map_err(failed)?;
         // A device that is mounted, or part of another one, is written to by nobody who knows of QEMU's locks.
         let alone = match super::place::is_device(&real) {
             true => libc::O_EXCL,
             false => 0,
         };
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | alone)
-            .open(&real)
-            .map_err(|error| match error.raw_os_error() {
-                Some(libc::EBUSY) => Error::Other(format!(
-                    "{} is in use on this host (mounted, or part of another device)",
-                    path.display()
-                )),
-                _ => failed(error),
+        let file =
+            pinned::open(&real, libc::O_NONBLOCK | libc::O_NOCTTY | alone).map_err(|error| {
+                match error.raw_os_error() {
+                    Some(libc::EBUSY) => Error::Other(format!(
+                        "{} is in use on this host (mounted, or part of another device)",
+                        path.display()
+                    )),
+                    _ => failed(error),
+                }
             })?;
         let metadata = file.metadata().map_err(failed)?;
         let kind = kind(&metadata).ok_or_else(|| {
@@ -216,11 +217,11 @@ pub fn open(items: &[Item]) -> Result<(Vec<Source>, Vec<Directory>), Error> {
             problems.push(error.to_string());
             Vec::new()
         });
-        for path in paths {
+        for found in paths {
             if files.len() == MAX_FILES {
                 return Err(Error::Other(format!("the guest has more than {MAX_FILES} files")));
             }
-            match Source::open(&path, &item.part) {
+            match Source::open(found, &item.part) {
                 Ok(source) if known.insert(source.identity.number) => files.push(source),
                 // One file under two names, or of two disks: it moves once, and the other name would be lost.
                 Ok(source) => problems.push(format!("{} belongs to the guest twice", source.path.display())),
@@ -234,12 +235,24 @@ pub fn open(items: &[Item]) -> Result<(Vec<Source>, Vec<Directory>), Error> {
     }
 }
 
+/// A file of an item.
+#[derive(Debug)]
+struct Found {
+    /// As the item names it, or names its directory.
+    path: PathBuf,
+    /// As it is really called. Below a directory no symbolic link is followed: whoever the directory belongs to, a guest's
+    /// TPM to swtpm's user, does not choose files of the host.
+    real: PathBuf,
+}
+
 /// The files of an item, and into `directories` what holds them.
-fn expand(item: &Item, directories: &mut Vec<Directory>) -> Result<Vec<PathBuf>, Error> {
+fn expand(item: &Item, directories: &mut Vec<Directory>) -> Result<Vec<Found>, Error> {
     let failed = Error::file("look at", &item.path);
-    let metadata = fs::metadata(&item.path).map_err(failed)?;
+    let real = fs::canonicalize(&item.path).map_err(failed)?;
+    let metadata = fs::metadata(&real).map_err(failed)?;
     if !metadata.is_dir() {
-        return Ok(vec![item.path.clone()]);
+        let path = item.path.clone();
+        return Ok(vec![Found { path, real }]);
     }
     let (mut files, mut open) = (Vec::new(), vec![item.path.clone()]);
     while let Some(directory) = open.pop() {
@@ -269,7 +282,11 @@ fn expand(item: &Item, directories: &mut Vec<Directory>) -> Result<Vec<PathBuf>,
         }
     }
     files.sort();
-    Ok(files)
+    let found = |path: PathBuf| Found {
+        real: real.join(path.strip_prefix(&item.path).unwrap_or(&path)),
+        path,
+    };
+    Ok(files.into_iter().map(found).collect())
 }
 
 /// A directory's mode, without the access control list, which stays behind.
@@ -321,7 +338,6 @@ fn lock(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
 /// # Errors
 /// Somebody does.
 fn fence(file: &File, path: &Path) -> Result<(), Error> {
-    use nix::errno::Errno;
     let busy = || {
         Error::Other(format!(
             "{} is in use: another process has it open for writing (see \"fuser -v {}\"); end that first",
@@ -333,7 +349,7 @@ fn fence(file: &File, path: &Path) -> Result<(), Error> {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, byte, 1))) {
             Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => return Err(busy()),
-            Err(Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => {
+            Err(error) if has_no_locks(error) => {
                 tracing::warn!(path = %path.display(), "this file system has no locks: nothing keeps writers away");
                 return Ok(());
             }
@@ -346,16 +362,30 @@ fn fence(file: &File, path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Whether another open of the file holds a lock on any of these bytes.
+/// Whether another open of the file holds a lock on any of these bytes, or that cannot be found out.
 pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
     let mut probe = lock(libc::F_WRLCK, bytes.start, bytes.end - bytes.start);
-    let asked = fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe));
-    asked.is_ok() && probe.l_type != libc::F_UNLCK as libc::c_short
+    match fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe)) {
+        Ok(_) => probe.l_type != libc::F_UNLCK as libc::c_short,
+        Err(error) => !has_no_locks(error),
+    }
 }
 
-/// Whether any process uses the image, as a disk or as another one's base.
+/// Whether it is the file system that has no locks.
+fn has_no_locks(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS
+    )
+}
+
+/// Whether any process uses the image, as a disk or as another one's base, or that cannot be found out: who may not read a
+/// file may delete it all the same.
 pub fn is_held(path: &Path) -> bool {
-    File::open(path).is_ok_and(|file| is_locked(&file, ANY))
+    match File::open(path) {
+        Ok(file) => is_locked(&file, ANY),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
 }
 
 /// `user.*` attributes: libvirt's own (`trusted.libvirt.*`) count this host's users, and labels are this host's too.
@@ -566,6 +596,37 @@ mod tests {
         assert!(is_locked(&late, 201..202));
         drop(served);
         assert!(!is_locked(&late, 201..202));
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_is_held() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("image"), b"x").unwrap();
+        std::os::unix::fs::symlink(at("loop"), at("loop")).unwrap();
+        assert!(!is_held(&at("image")) && !is_held(&at("none")));
+        assert!(is_held(&at("loop")));
+    }
+
+    #[test]
+    fn a_guests_directory_does_not_lead_to_others_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for name in ["tpm/tpm2", "others"] {
+            fs::create_dir_all(at(name)).unwrap();
+            fs::write(at(name).join("state"), name).unwrap();
+        }
+        let item = Item {
+            path: at("tpm"),
+            part: Part::Tpm,
+        };
+        let expanded = || expand(&item, &mut Vec::new()).unwrap().remove(0);
+        assert!(Source::open(expanded(), &item.part).is_ok());
+        // Between the look into it and the opening.
+        let found = expanded();
+        fs::rename(at("tpm/tpm2"), at("tpm/away")).unwrap();
+        std::os::unix::fs::symlink(at("others"), at("tpm/tpm2")).unwrap();
+        assert!(Source::open(found, &item.part).is_err());
     }
 
     #[test]

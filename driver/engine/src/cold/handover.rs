@@ -3,10 +3,11 @@
 
 use super::journal::Kept;
 use super::link::{Link, TELL};
-use super::undo::{undo_for_good, Others};
+use super::undo::undo_for_good;
 use super::{place, Error};
 use crate::live::signals::Signals;
 use ferry_contract::cold::journal::{Journal, State};
+use ferry_host::Others;
 use std::time::Duration;
 
 /// Asks the source to let go and puts the files in place; from the journal's `ready` or `committing`. In `placed` it asks
@@ -98,8 +99,8 @@ pub fn give_up(mut kept: Kept, mut link: Link, cause: &Error, others: &Others) -
     }
     undo_for_good(&mut kept, &undone, others)?;
     match link.abort(cause, TELL) {
-        // Or it has no such session any more: nothing is left to be known.
-        Ok(()) | Err(Error::Refused { .. }) => kept.remove().map(|()| true),
+        Ok(()) => kept.remove().map(|()| true),
+        // Also where it refuses: one that could not write it down has let go of the guest still.
         Err(error) => {
             tracing::debug!("the source could not be told that it keeps the guest: {error}");
             Ok(false)

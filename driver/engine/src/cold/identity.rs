@@ -59,7 +59,12 @@ pub fn is_ours(path: &Path, entry: &Entry) -> bool {
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
         .open(path);
-    let Ok(found) = file.and_then(|file| Identity::of(&file)) else {
+    file.is_ok_and(|file| is(&file, entry))
+}
+
+/// As [`is_ours`], of an open file.
+pub fn is(file: &File, entry: &Entry) -> bool {
+    let Ok(found) = Identity::of(file) else {
         return false;
     };
     match &entry.lasting {

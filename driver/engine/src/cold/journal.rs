@@ -240,8 +240,14 @@ impl Kept {
     /// Goes on to `state`, with what `change` notes: it has happened once this returns.
     ///
     /// # Errors
-    /// It cannot be kept: then it has not happened.
+    /// It cannot be kept, or others have been let at it: then it has not happened.
     pub fn enter(&mut self, state: State, change: impl FnOnce(&mut Journal)) -> Result<(), Error> {
+        if self.claim.is_none() {
+            let path = self.path.display();
+            return Err(Error::Other(format!(
+                "the journal {path} may be a later session's by now"
+            )));
+        }
         let before = self.journal.clone();
         self.journal.state = state;
         change(&mut self.journal);
@@ -262,11 +268,13 @@ impl Kept {
     /// # Errors
     /// It cannot be removed.
     pub fn remove(self) -> Result<(), Error> {
+        let session = self.journal.session;
         let claim = match self.claim {
             Some(claim) => claim,
+            // A later session's engine may work on it for long.
+            None if read(&self.path)?.is_none_or(|found| found.session != session) => return Ok(()),
             None => Claim::of(&self.path, Holder::MayStay)?,
         };
-        let session = self.journal.session;
         if claim.find()?.is_some_and(|found| found.session != session) {
             return Ok(());
         }

@@ -2,19 +2,30 @@
 
 use super::identity::is_ours;
 use super::journal::Claim;
-use super::undo::{undo, Others};
+use super::link::Opened;
+use super::undo::undo;
 use super::Error;
-use ferry_contract::cold::journal::{Journal, Role, State};
+use ferry_contract::cold::journal::{Entry, Journal, Role, State};
+use ferry_host::Others;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-/// What an attempt that was cut off by a crash left of files with these places: place and temporary file.
-pub fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf, PathBuf> {
+/// What an attempt that was cut off by a crash left of a file.
+#[derive(Debug, Clone)]
+pub struct Left {
+    /// Under which name it was written.
+    pub temporary: PathBuf,
+    /// Which file that is.
+    pub entry: Entry,
+}
+
+/// What such an attempt left of files with these places.
+pub fn leftovers(earlier: Option<&Journal>, places: &[PathBuf]) -> BTreeMap<PathBuf, Left> {
     let entries = earlier.into_iter().flat_map(|journal| &journal.entries);
     let useful = entries.filter_map(|entry| {
-        let temporary = entry.temporary.as_ref()?;
-        let useful = places.contains(&entry.path) && is_ours(temporary, entry);
-        useful.then(|| (entry.path.clone(), temporary.clone()))
+        let (temporary, entry) = (entry.temporary.clone()?, entry.clone());
+        let useful = places.contains(&entry.path) && is_ours(&temporary, &entry);
+        useful.then(|| (entry.path.clone(), Left { temporary, entry }))
     });
     useful.collect()
 }
@@ -25,28 +36,23 @@ pub fn waits(journal: &Journal) -> bool {
         && matches!(journal.state, State::Ready | State::Committing | State::Returning)
 }
 
-/// Lets a new session take the place of one that waits. A source that offers the guest anew has it: it begins none before it
-/// knows that. Another host has another copy, and does not know which one is the guest.
+/// Whether a new session may take the place of one that waits. A source that offers the guest anew has it: it begins none
+/// before it knows that. Another machine, also one of its name, has another copy, and does not know which one is the guest. Files
+/// that have their names already may be what other guests stand on by now: a recovery looks at that.
 ///
 /// # Errors
-/// It comes from another host, or the journal cannot be written.
-pub fn follow(claim: &Claim, waiting: &Journal, source_host: &str, others: &Others) -> Result<(), Error> {
-    if waiting.peer != source_host {
-        let (name, peer) = (&waiting.guest.name, &waiting.peer);
-        return Err(Error::Other(format!(
-            "all of guest {name} has come here from {peer} before, which has not said whose it is: \"virt-ferry recover --abort \
-             {name}\" here removes that copy, \"virt-ferry recover --lost {peer} {name}\" makes it the guest"
-        )));
+/// It may not.
+pub fn follow(waiting: &Journal, source: &Opened) -> Result<(), Error> {
+    let same =
+        waiting.peer == source.host && waiting.peer_machine == source.machine && source.machine.is_some();
+    if same && !waiting.entries.iter().any(|entry| is_ours(&entry.path, entry)) {
+        return Ok(());
     }
-    // Some of it has its names already, which the new session wants.
-    if waiting.entries.iter().any(|entry| is_ours(&entry.path, entry)) {
-        // A crash from here on must not leave a journal by which all of the guest is here; one that is given up has what is
-        // in its place removed, too.
-        claim.note(&in_state(waiting, State::Aborted))?;
-        undo(waiting, others);
-        claim.note(&in_state(waiting, State::Pulling))?;
-    }
-    Ok(())
+    let (name, peer) = (&waiting.guest.name, &waiting.peer);
+    Err(Error::Other(format!(
+        "all of guest {name} has come here from {peer} before, which has not said whose it is: \"virt-ferry recover --abort \
+         {name}\" here removes that copy, \"virt-ferry recover --lost {peer} {name}\" makes it the guest"
+    )))
 }
 
 fn in_state(journal: &Journal, state: State) -> Journal {
@@ -63,14 +69,14 @@ fn in_state(journal: &Journal, state: State) -> Journal {
 pub fn remove_useless(
     claim: &Claim,
     earlier: Option<&Journal>,
-    left: &BTreeMap<PathBuf, PathBuf>,
+    left: &BTreeMap<PathBuf, Left>,
 ) -> Result<(), Error> {
     let Some(earlier) = earlier else { return Ok(()) };
     if waits(earlier) {
         // All of the guest is not here any more.
         claim.note(&in_state(earlier, State::Pulling))?;
     }
-    let used: BTreeSet<_> = left.values().collect();
+    let used: BTreeSet<_> = left.values().map(|left| &left.temporary).collect();
     let mut useless = earlier.clone();
     useless.entries.retain(|entry| {
         !entry

@@ -20,6 +20,8 @@ pub const PAUSE: Duration = Duration::from_millis(200);
 const ATTEMPT: Duration = Duration::from_secs(10);
 /// How long the source is tried to be told what it must know; after that a recovery tells it.
 pub const TELL: Duration = Duration::from_secs(30);
+/// Bytes that a file's name may have, and a user's (NAME_MAX, LOGIN_NAME_MAX).
+const LONGEST_NAME: usize = 255;
 /// For one answer of the source's.
 const ANSWER: Duration = Duration::from_secs(30);
 
@@ -64,11 +66,23 @@ pub fn is_cut(error: &wire::Error) -> bool {
     matches!(error, PeerGone { .. } | Timeout { .. } | Io { .. })
 }
 
+/// Who the source says it is.
+pub struct Opened {
+    /// Its host's name.
+    pub host: String,
+    /// What its file beside the guest's says.
+    pub nonce: String,
+    /// Which machine it is.
+    pub machine: Option<Digest>,
+}
+
 /// The control connection, made again when it is cut: every request may be asked twice.
 pub struct Link {
     peer: Peer,
     host: String,
     connection: Option<Connection>,
+    /// What the source may still take for its answers, all together; none where each has its own time.
+    left: Option<Duration>,
 }
 
 impl Link {
@@ -78,7 +92,14 @@ impl Link {
             peer,
             host: host.to_owned(),
             connection: None,
+            left: None,
         }
+    }
+
+    /// What the source may take for all answers from here on, so that one that is slow with each does not hold the guest for
+    /// ever; `None` ends that.
+    pub fn limit(&mut self, left: Option<Duration>) {
+        self.left = left;
     }
 
     /// Where the source is.
@@ -91,6 +112,20 @@ impl Link {
     /// # Errors
     /// The source refuses, or cannot be reached for so long, or the session has ended.
     pub fn ask(&mut self, ask: &Ask, signals: &Signals, patience: Duration) -> Result<Answer, Error> {
+        let began = Instant::now();
+        let answer = self.ask_for(ask, signals, patience)?;
+        if let Some(left) = &mut self.left {
+            *left = left.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(Error::Other(
+                    "the source takes too long to say what the guest's files are like".into(),
+                ));
+            }
+        }
+        Ok(answer)
+    }
+
+    fn ask_for(&mut self, ask: &Ask, signals: &Signals, patience: Duration) -> Result<Answer, Error> {
         let end = Instant::now() + patience;
         loop {
             let connected = self.connection.is_some();
@@ -124,14 +159,14 @@ impl Link {
         Ok(answer)
     }
 
-    /// Says who is here; the source's host name and what its file beside the guest's says.
+    /// Says who is here; who the source is.
     ///
     /// # Errors
     /// As with [`ask`](Self::ask).
-    pub fn open(&mut self, signals: &Signals) -> Result<(String, String), Error> {
+    pub fn open(&mut self, signals: &Signals) -> Result<Opened, Error> {
         let host = self.host.clone();
         match self.ask(&Ask::Open { host }, signals, RECONNECT)? {
-            Answer::Opened { host, nonce } => Ok((host, nonce)),
+            Answer::Opened { host, nonce, machine } => Ok(Opened { host, nonce, machine }),
             other => Err(out_of_turn(&other)),
         }
     }
@@ -142,7 +177,10 @@ impl Link {
     /// As with [`ask`](Self::ask), or it is impossible.
     pub fn look(&mut self, file: u32, signals: &Signals) -> Result<Looked, Error> {
         match self.ask(&Ask::Look { file }, signals, RECONNECT)? {
-            Answer::Looked(looked) if looked.size <= MAX_SIZE => Ok(looked),
+            Answer::Looked(looked) if is_possible(&looked) => Ok(looked),
+            Answer::Looked(_) => Err(Error::Other(format!(
+                "what the source says of file {file} cannot be"
+            ))),
             other => Err(out_of_turn(&other)),
         }
     }
@@ -244,6 +282,12 @@ impl Link {
     }
 }
 
+/// Whether there can be such a file.
+fn is_possible(looked: &Looked) -> bool {
+    let names = [&looked.owner, &looked.group, &looked.name];
+    looked.size <= MAX_SIZE && names.iter().all(|name| name.len() <= LONGEST_NAME)
+}
+
 fn out_of_turn(answer: &Answer) -> Error {
     Error::Other(format!("the source answered out of turn ({answer:?})"))
 }
@@ -276,4 +320,79 @@ fn addresses(host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
         ))
     })?;
     Ok(found.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::door::listen;
+    use super::*;
+    use crate::wire::{Listener, Token};
+    use ferry_contract::cold::Kind;
+    use std::net::Ipv4Addr;
+    use uuid::Uuid;
+
+    /// To a source that answers as none of ours does.
+    fn to(answer: impl Fn(&Ask) -> Answer + Send + Sync + 'static) -> Link {
+        let listener = Listener::bind(Ipv4Addr::LOCALHOST.into(), 0..=0).unwrap();
+        let security = Security {
+            session: Uuid::new_v4(),
+            token: Token::generate().unwrap(),
+            protection: Protection::Plain,
+        };
+        let peer = Peer {
+            addresses: vec![listener.address()],
+            security: security.clone(),
+        };
+        let answers = move |_, mut connection: Connection| {
+            while let Ok(ask) = message::receive::<Ask>(&mut connection) {
+                if message::send(&mut connection, &answer(&ask)).is_err() {
+                    break;
+                }
+            }
+        };
+        listen(listener, security, answers).unwrap();
+        Link::new(peer, "host2")
+    }
+
+    #[test]
+    fn a_source_that_is_slow_with_each_answer_comes_to_an_end() {
+        let slow = Duration::from_millis(20);
+        let mut link = to(move |_| {
+            std::thread::sleep(slow);
+            Answer::Noted
+        });
+        let ask = Ask::Verified { bytes: 0 };
+        link.limit(Some(10 * slow));
+        let mut answers = (0..100).map(|_| link.note(&ask, &Signals::default()));
+        let refused = answers.find_map(Result::err).expect("an end").to_string();
+        assert!(refused.contains("too long"), "{refused}");
+        drop(answers);
+        link.limit(None);
+        link.note(&ask, &Signals::default()).unwrap();
+    }
+
+    #[test]
+    fn nobody_has_a_name_without_end() {
+        let mut link = to(|ask| {
+            let length = match ask {
+                Ask::Look { file } => *file as usize,
+                _ => 0,
+            };
+            Answer::Looked(Looked {
+                size: 1,
+                kind: Kind::File,
+                mode: 0o600,
+                owner: "0".into(),
+                group: "x".repeat(length),
+                attributes: Vec::new(),
+                acl: None,
+                name: "disk".into(),
+                has_nonce: false,
+                sample: None,
+            })
+        });
+        let mut look = |length| link.look(length, &Signals::default());
+        assert_eq!(look(255).unwrap().group.len(), 255);
+        assert!(look(256).is_err());
+    }
 }

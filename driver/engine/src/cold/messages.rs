@@ -79,6 +79,9 @@ pub enum Answer {
         host: String,
         /// What our file beside each of the guest's says, to whoever can see it.
         nonce: String,
+        /// Which machine the source is, where it can be told from others.
+        #[serde(default)]
+        machine: Option<Digest>,
     },
     /// To `look`.
     Looked(Looked),

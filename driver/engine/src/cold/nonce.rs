@@ -65,6 +65,13 @@ impl Nonces {
     }
 }
 
+impl Drop for Nonces {
+    /// Also where the session does not come about.
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
 /// Removes the one that a session before a crash made here.
 pub fn remove(directory: &Path, session: Uuid) {
     // Gone already, or the directory is.
@@ -80,4 +87,19 @@ pub fn is_seen(directory: &Path, session: Uuid, text: &str) -> bool {
         .open(path(directory, session))
         .and_then(|file| file.take(text.len() as u64 + 1).read_to_end(&mut found));
     read.is_ok() && !text.is_empty() && found == text.as_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn none_outlives_its_session() {
+        let directory = tempfile::tempdir().unwrap();
+        let session = Uuid::from_u128(3);
+        let nonces = Nonces::make([directory.path().to_owned()], session).unwrap();
+        assert!(nonces.is_in(directory.path()) && is_seen(directory.path(), session, &nonces.text));
+        drop(nonces);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
 }

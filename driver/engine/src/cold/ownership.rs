@@ -115,9 +115,11 @@ impl Ownership {
             None => return Ok(()),
             Some(_) => {}
         }
-        // It may not be possible to remove it.
-        kept.as_mut()
-            .map_or(Ok(()), |kept| kept.enter(State::Aborted, |_| {}))?;
+        // It may not be possible to remove it. What says so already is not written again: a later session's journal may be
+        // in its place by now.
+        if let Some(kept) = kept.as_mut().filter(|kept| kept.state != State::Aborted) {
+            kept.enter(State::Aborted, |_| {})?;
+        }
         let _ = self.cause.set((kind, cause));
         kept.take().map_or(Ok(()), Kept::remove)?;
         self.changed.notify_all();

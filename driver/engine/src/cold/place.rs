@@ -2,12 +2,12 @@
 
 use super::acl::{self, Acl};
 use super::files::{self, Aligned, Reader};
-use super::identity::{is_ours, Identity};
+use super::identity::{self, is_ours, Identity};
 use super::journal::sync_parent;
 use super::messages::Looked;
 use super::users::Owner;
 use super::Error;
-use ferry_contract::cold::journal::{Fate, Journal};
+use ferry_contract::cold::journal::{Entry, Fate, Journal};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
 use nix::unistd::{getegid, geteuid};
@@ -49,28 +49,50 @@ pub struct Target {
 }
 
 impl Target {
-    /// Makes a temporary file, or takes up what an interrupted attempt left of it.
+    /// Makes a temporary file.
     ///
     /// # Errors
     /// The system refuses.
-    pub fn file(path: &Path, size: u64, left: bool) -> Result<Self, Error> {
+    pub fn file(path: &Path, size: u64) -> Result<Self, Error> {
         let failed = Error::file("make", path);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
-            .create_new(!left)
+            .create_new(true)
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)
             .map_err(failed)?;
-        if left {
-            make_ours(&file, path)?;
-        }
         file.set_len(size).map_err(failed)?;
         Self::new(path, file, Kind::File, size)
     }
 
-    /// Takes a device that nobody uses, and makes its first `size` bytes zeros.
+    /// Takes up what an interrupted attempt left of such a file: `entry` says which one that was.
+    ///
+    /// # Errors
+    /// Another one is there by now, or the system refuses.
+    pub fn left(path: &Path, size: u64, entry: &Entry) -> Result<Self, Error> {
+        let failed = Error::file("open", path);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path)
+            .map_err(failed)?;
+        // The source said when it came to this.
+        if !identity::is(&file, entry) {
+            return Err(Error::Other(format!(
+                "{} is not the file any more that an attempt before this one has left: try again",
+                path.display()
+            )));
+        }
+        make_ours(&file, path)?;
+        file.set_len(size).map_err(failed)?;
+        Self::new(path, file, Kind::File, size)
+    }
+
+    /// Takes a device that nobody uses, and makes all of it zeros, also behind its first `size` bytes: the guest sees the
+    /// whole device, and is to find nothing there of whoever had it before.
     ///
     /// # Errors
     /// It is in use, too small, or the system refuses.
@@ -81,8 +103,12 @@ impl Target {
             .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
             .open(path)
             .map_err(Error::file("open", path))?;
+        let length = file
+            .metadata()
+            .and_then(|found| files::length(&file, &found, Kind::Block));
+        let length = length.map_err(Error::file("find the length of", path))?;
         let target = Self::new(path, file, Kind::Block, size)?;
-        target.zero(0, size)?;
+        target.zero(0, length.max(size))?;
         Ok(target)
     }
 
@@ -420,7 +446,7 @@ mod tests {
     #[test]
     fn nothing_runs_as_its_owner() {
         let directory = tempfile::tempdir().unwrap();
-        let target = Target::file(&directory.path().join("file"), 1, false).unwrap();
+        let target = Target::file(&directory.path().join("file"), 1).unwrap();
         let own = fs::metadata(&target.path).unwrap();
         let like = Looked {
             size: 1,
@@ -464,7 +490,7 @@ mod tests {
         // Not below /tmp, which may be a file system without attributes.
         let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = directory.path().join("file");
-        let target = Target::file(&path, 1, false).unwrap();
+        let target = Target::file(&path, 1).unwrap();
         target.attribute("user.former", b"value");
         // Of the owner, user 7, the group, the mask and others: all may everything.
         let list = [
@@ -483,8 +509,25 @@ mod tests {
         if geteuid().is_root() {
             fchown(&target.file, Some(1), Some(2)).unwrap();
         }
+        let mut entry = Entry {
+            source: path.clone(),
+            path: path.clone(),
+            temporary: None,
+            kind: Kind::File,
+            size: 1,
+            fate: Fate::Moves,
+            digest: None,
+            identity: None,
+            lasting: None,
+            modified: None,
+        };
+        // Another one in its place stays as it is.
+        let refused = Target::left(&path, 2, &entry).unwrap_err().to_string();
+        assert!(refused.contains("not the file any more"), "{refused}");
+        assert_eq!(fs::metadata(&path).unwrap().len(), 1);
+        target.identity().unwrap().note(&mut entry);
         drop(target);
-        let target = Target::file(&path, 2, true).unwrap();
+        let target = Target::left(&path, 2, &entry).unwrap();
         let found = fs::metadata(&path).unwrap();
         assert_eq!((found.mode() & 0o7777, found.len()), (0o600, 2));
         assert_eq!(
@@ -498,7 +541,7 @@ mod tests {
     #[test]
     fn zeros_are_made_anywhere() {
         let directory = tempfile::tempdir().unwrap();
-        let target = Target::file(&directory.path().join("file"), 3 * BLOCK, false).unwrap();
+        let target = Target::file(&directory.path().join("file"), 3 * BLOCK).unwrap();
         target.write_bytes(0, &vec![7; 3 * BLOCK as usize]).unwrap();
         target.zero(100, BLOCK).unwrap();
         let bytes = fs::read(&target.path).unwrap();

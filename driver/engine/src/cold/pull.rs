@@ -351,7 +351,7 @@ mod tests {
         Incoming {
             number: 0,
             source: "/disk".into(),
-            target: Some(Target::file(&path, size, false).unwrap()),
+            target: Some(Target::file(&path, size).unwrap()),
             path,
             looked,
             reader: None,

@@ -26,7 +26,7 @@ use super::journal::Kept;
 use super::link::{Link, Peer};
 use super::messages::{Answer, Ask};
 use super::ownership::Ownership;
-use super::undo::{undo, Others};
+use super::undo::undo;
 use super::{nonce, place, within, Error};
 use crate::control::{Control, Meter};
 use crate::live::destination::bind;
@@ -36,6 +36,7 @@ use ferry_contract::cold::journal::{Journal, Role, State};
 use ferry_contract::cold::{Deleted, Recovered, Wish};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::Encryption;
+use ferry_host::Others;
 use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -73,10 +74,11 @@ pub fn run(control: &Control, _: &Arc<Meter>, signals: &Arc<Signals>) -> Result<
     let span =
         tracing::info_span!("recovery", guest = kept.guest.name, role = ?kept.role, state = ?kept.state);
     let _entered = span.enter();
+    let others = Others::new(&in_use);
     let outcome = match kept.role {
         Role::Source => source(kept, wish, control, signals),
-        Role::Destination => arriving(kept, wish, &Others::new(&in_use), control, signals),
-        Role::Within => within::recover(kept, control, signals),
+        Role::Destination => arriving(kept, wish, &others, control, signals),
+        Role::Within => within::recover(kept, &others, control, signals),
     };
     if let Err(error) = outcome {
         // The plug-in knows whether it has been said before.

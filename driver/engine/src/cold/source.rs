@@ -11,6 +11,7 @@ use super::deletion::delete;
 use super::door::{linger, listen, refusal};
 use super::files::{self, Source};
 use super::journal::{Claim, Kept};
+use super::machine;
 use super::messages::{Answer, Ask, RUNS};
 use super::nonce::Nonces;
 use super::ownership::Ownership;
@@ -319,6 +320,7 @@ fn journal_of(serve: &Serve, offer: &ColdOffer, files: &[Source], key: &[u8]) ->
         guest: serve.guest.clone(),
         host: serve.host.clone(),
         peer: String::new(),
+        peer_machine: None,
         address: offer.host.clone(),
         port: offer.port,
         token: offer.token.clone(),
@@ -437,6 +439,7 @@ impl Shared {
                 Ok(Answer::Opened {
                     host: self.host.clone(),
                     nonce: self.nonces.text.clone(),
+                    machine: machine::this(),
                 })
             }
             Ask::Look { file: number } => {
@@ -483,6 +486,8 @@ impl Shared {
             Ask::Owned => {
                 self.ownership.owned()?;
                 tracing::info!("the guest is registered at the destination");
+                // Over NFS they are the server's: the guest could not be started there.
+                self.shelf.files.iter().for_each(Source::lift);
                 Ok(Answer::OwnedThere)
             }
             Ask::Keep { kind, cause } => {

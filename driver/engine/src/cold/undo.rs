@@ -3,33 +3,17 @@
 use super::files;
 use super::identity::is_ours;
 use super::journal::Kept;
+use super::pinned::Pinned;
 use super::Error;
 use ferry_contract::cold::journal::{Entry, Fate, Journal, Role, State};
-use ferry_contract::cold::{Kept as KeptFile, Kind};
-use std::collections::HashMap;
+use ferry_contract::cold::Kind;
+use ferry_host::Others;
 use std::path::{Path, PathBuf};
 
-/// What others of this host need, as far as it is known.
-#[derive(Debug, Default)]
-pub struct Others(HashMap<PathBuf, String>);
-
-impl Others {
-    /// As the plug-in found them.
-    pub fn new(in_use: &[KeptFile]) -> Self {
-        let needed = in_use.iter().map(|kept| (real(&kept.path), kept.reason.clone()));
-        Self(needed.collect())
-    }
-
-    /// Why a file with its final name stays; a guest that runs holds it, whatever is known.
-    fn need(&self, path: &Path) -> Option<String> {
-        let real = real(path);
-        let held = || files::is_held(&real).then(|| "another process uses it".to_owned());
-        self.0.get(&real).cloned().or_else(held)
-    }
-}
-
-fn real(path: &Path) -> PathBuf {
-    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+/// Why a file with its final name stays; a guest that runs holds it, whatever is known.
+fn need<'a>(path: &Path, pinned: &Pinned, others: &'a Others) -> Option<&'a str> {
+    let held = || files::is_held(pinned.path()).then_some("another process uses it");
+    others.need(path).or_else(held)
 }
 
 /// Removes everything a session made on this host: temporary files, files in place, directories.
@@ -44,20 +28,26 @@ pub fn undo(journal: &Journal, others: &Others) {
         if entry.fate != Fate::Moves || entry.kind == Kind::Block {
             continue;
         }
-        let temporary = entry
-            .temporary
-            .iter()
-            .filter(|path| path.symlink_metadata().is_ok());
-        let placed = Some(&entry.path).filter(|path| may_be_placed && is_placed(path, entry, journal.role));
-        let placed = placed.filter(|path| match others.need(path) {
+        let there = |path: &PathBuf| {
+            let pinned = Pinned::at(path).ok()?;
+            pinned
+                .path()
+                .symlink_metadata()
+                .is_ok()
+                .then(|| (path.clone(), pinned))
+        };
+        let temporary = entry.temporary.as_ref().and_then(there);
+        let placed = Some(&entry.path).filter(|_| may_be_placed).and_then(there);
+        let placed = placed.filter(|(_, pinned)| is_placed(pinned.path(), entry, journal.role));
+        let placed = placed.filter(|(path, pinned)| match need(path, pinned, others) {
             Some(reason) => {
                 tracing::warn!(path = %path.display(), reason, "not removed, though its guest does not come here");
                 false
             }
             None => true,
         });
-        for path in temporary.chain(placed) {
-            match std::fs::remove_file(path) {
+        for (path, pinned) in temporary.into_iter().chain(placed) {
+            match std::fs::remove_file(pinned.path()) {
                 Ok(()) => tracing::debug!(path = %path.display(), "removed"),
                 Err(error) => {
                     tracing::warn!(path = %path.display(), %error, "cannot be removed: remove it by hand")
@@ -73,9 +63,14 @@ pub fn undo(journal: &Journal, others: &Others) {
 
 /// Whether it is the file that was put in place. Its numbers alone may be a later file's, of another length.
 fn is_placed(path: &Path, entry: &Entry, role: Role) -> bool {
-    let same_length = || path.metadata().is_ok_and(|found| found.len() == entry.size);
-    // Within a host, a new name in an image's header may make it longer.
-    is_ours(path, entry) && (entry.lasting.is_some() || role == Role::Within || same_length())
+    let of_its_length = || {
+        path.metadata().is_ok_and(|found| match role {
+            // A new name in an image's header may make it longer.
+            Role::Within => found.len() >= entry.size,
+            _ => found.len() == entry.size,
+        })
+    };
+    is_ours(path, entry) && (entry.lasting.is_some() || of_its_length())
 }
 
 /// As [`undo`], of a session that is kept for its source to be told, and once: a file that comes later is never this one's.

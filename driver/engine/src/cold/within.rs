@@ -18,7 +18,7 @@ use super::place::{self, Target};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::is_same_definition;
-use super::undo::{undo, Others};
+use super::undo::undo;
 use super::users::Owner;
 use super::{extents, header, Error};
 use crate::control::{Control, Meter};
@@ -29,6 +29,7 @@ use ferry_contract::cold::storage::Relocate;
 use ferry_contract::cold::{File, Inventory, Item, Kind, Options, Plan, Recovered};
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::session::{Encryption, Token};
+use ferry_host::Others;
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -68,7 +69,14 @@ pub fn run(control: &Control, meter: &Arc<Meter>, signals: &Arc<Signals>) -> Res
         Ok((kept, sources, mut recorder)) => {
             recorder.enter("registration");
             control.reply(Reply::ColdPlaced);
-            let ended = conclude(kept, &sources, &mut recorder, control, signals);
+            let ended = conclude(
+                kept,
+                &sources,
+                &Others::default(),
+                &mut recorder,
+                control,
+                signals,
+            );
             if let Some(journal) = ended {
                 recorder.publish(&journal, meter, Outcome::Completed, &order.settings.log_directory);
             }
@@ -167,7 +175,7 @@ fn place_all(
     let mut pairs = Vec::new();
     for (source, entry) in sources.into_iter().zip(&kept.entries) {
         let temporary = entry.temporary.as_deref().unwrap_or(&entry.path);
-        let target = Target::file(temporary, source.size, false)?;
+        let target = Target::file(temporary, source.size)?;
         pairs.push(Pair::new(source, target));
     }
     kept.note(|journal| {
@@ -209,6 +217,7 @@ fn place_all(
 fn conclude(
     mut kept: Kept,
     sources: &[Source],
+    others: &Others,
     recorder: &mut Recorder,
     control: &Control,
     signals: &Signals,
@@ -223,7 +232,7 @@ fn conclude(
                 Err(error) => fail(&error),
             },
             (Some(Request::ColdAbort), State::Placed) => {
-                undo(&kept, &Others::default());
+                undo(&kept, others);
                 match kept.remove() {
                     Ok(()) => control.reply(Reply::ColdAborted),
                     Err(error) => fail(&error),
@@ -256,20 +265,20 @@ fn conclude(
     }
 }
 
-/// After a crash: what was made is removed, unless the definition may name it.
-pub fn recover(kept: Kept, control: &Control, signals: &Signals) -> Result<(), Error> {
+/// After a crash: what was made is removed, unless the definition may name it, or others need it by now.
+pub fn recover(kept: Kept, others: &Others, control: &Control, signals: &Signals) -> Result<(), Error> {
     let found = match kept.state {
         State::Placed => Recovered::Define,
         State::Owned => Recovered::Leaves,
         _ => {
-            undo(&kept, &Others::default());
+            undo(&kept, others);
             kept.remove()?;
             control.reply(Reply::ColdRecovered(Recovered::Undone));
             return Ok(());
         }
     };
     control.reply(Reply::ColdRecovered(found));
-    conclude(kept, &[], &mut Recorder::default(), control, signals);
+    conclude(kept, &[], others, &mut Recorder::default(), control, signals);
     Ok(())
 }
 
@@ -374,6 +383,7 @@ fn journal_of(order: &Relocate, sources: &[Source]) -> Journal {
         guest: order.guest.clone(),
         host: order.host.clone(),
         peer: format!("{}:{}", order.host, directory.display()),
+        peer_machine: None,
         address: String::new(),
         port: 0,
         // Nobody connects.

@@ -123,3 +123,23 @@ impl Drop for Loop {
         let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
     }
 }
+
+/// A directory that another one leads to as well, until this is dropped.
+pub struct Mount(PathBuf);
+
+impl Mount {
+    /// `None` where nothing can be mounted.
+    pub fn bind(directory: &Path, at: &Path) -> Option<Self> {
+        fs::create_dir(at).unwrap();
+        let mounted = Command::new("mount").arg("--bind").args([directory, at]).status();
+        mounted
+            .is_ok_and(|status| status.success())
+            .then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}

@@ -19,7 +19,7 @@ use ferry_contract::config::Config;
 use ferry_contract::control::{Reply, Request};
 use ferry_contract::cookie::{self, ColdAnswer, ColdOffer};
 use ferry_contract::session::Guest;
-use ferry_host as host;
+use ferry_host::{self as host, Others};
 use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -260,13 +260,12 @@ fn taken(connection: Connection, guest: &Guest, places: &[PathBuf]) -> Vec<Strin
     if devices.is_empty() {
         return Vec::new();
     }
-    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     match inventory::others(connection, guest.uuid) {
         Ok(others) => {
-            let others: Vec<_> = others.iter().map(|kept| real(&kept.path)).collect();
+            let others = Others::new(&others);
             devices
                 .into_iter()
-                .filter(|place| others.contains(&real(place)))
+                .filter(|place| others.need(place).is_some())
                 .map(|place| format!("{} belongs to another guest of this host", place.display()))
                 .collect()
         }

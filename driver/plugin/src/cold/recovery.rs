@@ -309,10 +309,7 @@ fn attempt(
 
 /// What other guests of this host need of what has come, which may have lain here for days; all, where that is not known.
 fn needed(connection: Connection, journal: &Journal, wish: Wish) -> Vec<Kept> {
-    if journal.role != Role::Destination {
-        return Vec::new();
-    }
-    if wish == Wish::Own || !may_remove(journal) {
+    if journal.role == Role::Source || wish == Wish::Own || !may_remove(journal) {
         return Vec::new();
     }
     inventory::others(connection, journal.guest.uuid).unwrap_or_else(|why| {

@@ -7,7 +7,7 @@ use crate::cold::{image, inventory, pools};
 use crate::libvirt::Connection;
 use ferry_contract::cold::Kept;
 use ferry_contract::session::Guest;
-use std::collections::HashMap;
+use ferry_host::{real, Others};
 use std::path::{Path, PathBuf};
 
 /// The disks of a guest.
@@ -93,17 +93,10 @@ fn is_file(path: &Path) -> bool {
     path.metadata().is_ok_and(|found| found.is_file())
 }
 
-/// Which file the kernel finds by this name; one that is yet to come, in which directory.
-pub fn real(path: &Path) -> PathBuf {
-    let to_come = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
-    let found = path.canonicalize().ok().or_else(to_come);
-    found.unwrap_or_else(|| path.to_owned())
-}
-
 /// What this host knows of files.
 pub struct Host {
     /// What other guests refer to, and which.
-    used: HashMap<PathBuf, String>,
+    used: Others,
 }
 
 impl Host {
@@ -114,10 +107,7 @@ impl Host {
             Vec::new()
         });
         Self {
-            used: used
-                .into_iter()
-                .map(|kept| (real(&kept.path), kept.reason))
-                .collect(),
+            used: Others::new(&used),
         }
     }
 }
@@ -134,7 +124,7 @@ impl Here for Host {
     }
 
     fn user(&self, path: &Path) -> Option<String> {
-        self.used.get(&real(path)).cloned()
+        self.used.need(path).map(str::to_owned)
     }
 
     fn is_shared(&self, path: &Path) -> bool {

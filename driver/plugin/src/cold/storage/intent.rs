@@ -1,7 +1,7 @@
 //! What is to be done for one guest, down to the last definition, and everything that is in the way of it as far as it is
 //! known without the engine.
 
-use super::chains::{self, real, Disks, Host};
+use super::chains::{self, Disks, Host};
 use super::plan::{self, Plan};
 use super::rewrite::{self, Destination};
 use crate::cold::definition::{Definition, Source};
@@ -10,6 +10,7 @@ use crate::libvirt::{Connection, Domain, Error};
 use ferry_contract::cold::storage::Order;
 use ferry_contract::cold::{self, Metadata};
 use ferry_contract::session::Guest;
+use ferry_host::real;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
