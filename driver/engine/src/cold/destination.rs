@@ -363,7 +363,9 @@ impl Arriving<'_, '_> {
                     let have = data(&there, path)?;
                     (None, Some(Reader::new(there, path)), have)
                 }
-                Fate::Moves if is_device(path) => (Some(Target::device(path, size)?), None, Vec::new()),
+                Fate::Moves if is_device(path) => {
+                    (Some(Target::device(path, size, self.signals)?), None, Vec::new())
+                }
                 Fate::Moves => {
                     let (target, have) = match left.get(path) {
                         Some(left) => {
@@ -480,8 +482,8 @@ impl Arrived {
                         Err(error) => return control.reply(Reply::Failed(error.failure(&host))),
                     }
                 }
-                Some(other) => {
-                    tracing::warn!(?other, "a request out of turn");
+                Some(_) => {
+                    tracing::warn!("a request out of turn");
                     continue;
                 }
                 // The plug-in has gone. Once the source has been asked, it may have let go: a recovery finds out, and does

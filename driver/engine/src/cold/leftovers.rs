@@ -49,6 +49,12 @@ pub fn follow(waiting: &Journal, source: &Opened) -> Result<(), Error> {
         return Ok(());
     }
     let (name, peer) = (&waiting.guest.name, &waiting.peer);
+    if same {
+        return Err(Error::Other(format!(
+            "what came of guest {name} before has its place here still, though {peer} has the guest: \"virt-ferry recover --abort \
+             {name}\" here removes what no other guest needs; then again"
+        )));
+    }
     Err(Error::Other(format!(
         "all of guest {name} has come here from {peer} before, which has not said whose it is: \"virt-ferry recover --abort \
          {name}\" here removes that copy, \"virt-ferry recover --lost {peer} {name}\" makes it the guest"

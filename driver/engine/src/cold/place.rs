@@ -7,6 +7,7 @@ use super::journal::sync_parent;
 use super::messages::Looked;
 use super::users::Owner;
 use super::Error;
+use crate::live::signals::Signals;
 use ferry_contract::cold::journal::{Entry, Fate, Journal};
 use ferry_contract::cold::{Directory, Inventory, Kind, Part, BLOCK};
 use nix::fcntl::{fallocate, renameat2, FallocateFlags, RenameFlags, AT_FDCWD};
@@ -19,6 +20,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{fchown, DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
+
+/// Bytes of a device made zeros between two looks whether that is still wanted.
+const ZEROED: u64 = 256 << 20;
 
 /// Bytes a file's name may have (NAME_MAX).
 const LONGEST_NAME: usize = 255;
@@ -95,8 +99,8 @@ impl Target {
     /// whole device, and is to find nothing there of whoever had it before.
     ///
     /// # Errors
-    /// It is in use, too small, or the system refuses.
-    pub fn device(path: &Path, size: u64) -> Result<Self, Error> {
+    /// It is in use, too small, or the system refuses; or the migration has ended meanwhile: this may take hours.
+    pub fn device(path: &Path, size: u64, signals: &Signals) -> Result<Self, Error> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -108,7 +112,11 @@ impl Target {
             .and_then(|found| files::length(&file, &found, Kind::Block));
         let length = length.map_err(Error::file("find the length of", path))?;
         let target = Self::new(path, file, Kind::Block, size)?;
-        target.zero(0, length.max(size))?;
+        let length = length.max(size);
+        for at in (0..length).step_by(ZEROED as usize) {
+            signals.check()?;
+            target.zero(at, ZEROED.min(length - at))?;
+        }
         Ok(target)
     }
 

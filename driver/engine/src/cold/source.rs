@@ -238,7 +238,7 @@ impl Session {
                         ),
                     }
                 }
-                Some(other) => tracing::warn!(?other, "a request out of turn"),
+                Some(_) => tracing::warn!("a request out of turn"),
                 None => {}
             }
             // The operator's end, and the plug-in's: as long as nobody else owns the guest, it is ours alone to decide.

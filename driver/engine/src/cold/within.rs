@@ -256,8 +256,8 @@ fn conclude(
                 control.reply(Reply::ColdDeleted(deleted));
                 return Some(journal);
             }
-            (Some(other), state) => {
-                tracing::warn!(?other, ?state, "a request out of turn");
+            (Some(_), state) => {
+                tracing::warn!(?state, "a request out of turn");
                 fail(&Error::Other(format!("this cannot be done in state {state:?}")));
             }
             (None, _) => return None,

@@ -99,6 +99,11 @@ impl Arrival {
         let xml = params
             .utf8(VIR_MIGRATE_PARAM_DEST_XML)
             .ok_or_else(|| here("libvirt passed on no definition"))?;
+        if cold::is_remains(xml) {
+            return Err(here(
+                "it is no guest, but what is left of one that did not arrive: virsh undefine it",
+            ));
+        }
         let definition = Definition::read(xml).map_err(here)?;
         if definition.uuid != offer.inventory.guest.uuid {
             return Err(here("the definition is that of another guest than was offered"));

@@ -259,27 +259,12 @@ pub enum Standing {
 fn recover(connection: Connection, path: &Path, config: &Config, wish: Wish) -> Result<Standing, Error> {
     let journal = read(path).map_err(here)?;
     make_way(connection, &journal, wish)?;
-    let is_back = define_again(connection, &journal, wish)?;
-    attempt(connection, path, config, wish, &journal).inspect_err(|_| {
-        if is_back {
-            take_back(connection, &journal.guest);
-        }
-    })
-}
-
-/// As [`recover`], once libvirt has no more of the guest than it should.
-fn attempt(
-    connection: Connection,
-    path: &Path,
-    config: &Config,
-    wish: Wish,
-    journal: &Journal,
-) -> Result<Standing, Error> {
+    define_again(connection, &journal, wish)?;
     let engine = Engine::start(config, "cold-recover", &host::name()).map_err(here)?;
     let request = Request::ColdRecover {
         journal: path.to_owned(),
         wish,
-        in_use: needed(connection, journal, wish),
+        in_use: needed(connection, &journal, wish),
         settings: config.settings(),
     };
     let recovered = match engine.ask(&request, Some(ASKED))? {
@@ -287,18 +272,18 @@ fn attempt(
         reply => return Err(unexpected(&reply)),
     };
     if journal.role == Role::Within {
-        return storage::ending::recovered(connection, journal, &engine, recovered);
+        return storage::ending::recovered(connection, &journal, &engine, recovered);
     }
     Ok(Standing::Ended(match recovered {
         Recovered::Stays => "an interrupted migration was ended: the guest stays here",
         Recovered::Undone => "an interrupted migration was ended: the guest did not come here",
         Recovered::Arrived => "an interrupted migration was ended: the guest is here",
         Recovered::Leaves => {
-            leaves(connection, journal, &engine)?;
+            leaves(connection, &journal, &engine)?;
             "an interrupted migration was ended: the guest is the other host's"
         }
         Recovered::Define => {
-            if !define(connection, journal, &engine)? {
+            if !define(connection, &journal, &engine)? {
                 return Ok(Standing::Open("its former host does not answer".into()));
             }
             "an interrupted migration was ended: the guest is here now"
@@ -309,7 +294,8 @@ fn attempt(
 
 /// What other guests of this host need of what has come, which may have lain here for days; all, where that is not known.
 fn needed(connection: Connection, journal: &Journal, wish: Wish) -> Vec<Kept> {
-    if journal.role == Role::Source || wish == Wish::Own || !may_remove(journal) {
+    let keeps = journal.role == Role::Destination && wish == Wish::Own;
+    if journal.role == Role::Source || keeps || !may_remove(journal) {
         return Vec::new();
     }
     inventory::others(connection, journal.guest.uuid).unwrap_or_else(|why| {
@@ -354,7 +340,8 @@ fn make_way(connection: Connection, journal: &Journal, wish: Wish) -> Result<(),
         Err(error) => return Err(error),
     };
     match is_left {
-        Some(true) => unregister(connection, guest),
+        // An owner's definition is the guest's, whatever its source has written into it.
+        Some(true) if journal.state != State::Owned => unregister(connection, guest),
         // So far, no migration has registered anything.
         Some(false) if is_no_guest && wish == Wish::Settle => Err(here(format!(
             "guest {name} is defined here, which its migration from {peer} has not done: neither that nor what has come is \
@@ -392,18 +379,19 @@ fn leaves(connection: Connection, journal: &Journal, engine: &Engine) -> Result<
 }
 
 /// The guest had left, is this host's again by the operator's word, and may have been undefined here: it is defined before the
-/// journal goes, which still has its definition; says whether that was to be done.
+/// journal goes, which still has its definition. Should the rest fail, it stays defined: as long as there is a journal, that keeps
+/// it from being started, and when there is none, this is the only definition.
 ///
 /// # Errors
 /// It cannot be defined: nothing has changed.
-fn define_again(connection: Connection, journal: &Journal, wish: Wish) -> Result<bool, Error> {
+fn define_again(connection: Connection, journal: &Journal, wish: Wish) -> Result<(), Error> {
     if (journal.role, journal.state, wish) != (Role::Source, State::OwnedThere, Wish::Own) {
-        return Ok(false);
+        return Ok(());
     }
     let guest = &journal.guest;
     match connection.domain(guest.uuid) {
         Err(error) if error.is_no_domain() => {}
-        found => return found.map(|_| false),
+        found => return found.map(drop),
     }
     let definition = journal.definition.as_deref().ok_or_else(|| {
         here(format!(
@@ -417,7 +405,7 @@ fn define_again(connection: Connection, journal: &Journal, wish: Wish) -> Result
     complete
         .and_then(|()| durable::definitions(&guest.name))
         .inspect_err(|_| take_back(connection, guest))?;
-    Ok(true)
+    Ok(())
 }
 
 /// Undefines a guest that is not this host's again after all; until that is done, its journal keeps it from being started.

@@ -25,7 +25,7 @@ use crate::live::protection;
 use crate::live::signals::{End, Signals};
 use crate::live::watch::{deadline, Watch, COMMAND};
 use crate::live::Error;
-use crate::qemu::{nested, Process, RamBlock};
+use crate::qemu::{nested, MonitorError, Process, RamBlock};
 use crate::report::{self, Migration, Outcome, Ram, Recorder, Role, Stage};
 use crate::wire::Identity;
 use ferry_contract::control::{Options, Reply, Request, Settings};
@@ -34,7 +34,7 @@ use ferry_contract::session::{Block, Encryption, Guest};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// How long a plug-in may take from Begin to Perform: the destination starts QEMU, and may fill its memory first.
@@ -247,7 +247,12 @@ impl Inspected {
         let mut brake = Brake::new(allowed, &self.process, &self.watch, place.meter);
         converge(place, recorder, &mut precopy, brake.as_mut())
             .map_err(|error| last_words(place, &mut links.control, error))?;
-        has_no_guests(&self.watch)?;
+        if !has_no_guests(&self.watch, deadline(COMMAND))? {
+            return Err(Error::Elsewhere(format!(
+                "QEMU did not say within {} s whether the guest runs guests of its own; is its storage reachable?",
+                COMMAND.as_secs()
+            )));
+        }
         Ok(Converged {
             control: links.control,
             ready: Ready {
@@ -263,15 +268,18 @@ impl Inspected {
     }
 }
 
-/// Fails where the guest has begun to run guests of its own since it was found eligible.
-fn has_no_guests(watch: &Watch) -> Result<(), Error> {
-    match watch.command(|monitor| nested::in_the_way(monitor, deadline(COMMAND)))? {
-        false => Ok(()),
-        true => Err(Error::Elsewhere(
+/// Fails where the guest has begun to run guests of its own since it was found eligible; false where QEMU, whose main loop a slow
+/// disk may hold up, has not said so by the deadline.
+fn has_no_guests(watch: &Watch, deadline: Instant) -> Result<bool, Error> {
+    match watch.command(|monitor| nested::in_the_way(monitor, deadline)) {
+        Ok(false) => Ok(true),
+        Ok(true) => Err(Error::Elsewhere(
             "the guest has begun to run guests of its own while it was migrated, which this host's CPU does past write \
              tracking; migrate it again: it goes libvirt's own way then"
                 .into(),
         )),
+        Err(Error::Monitor(MonitorError::Timeout { .. })) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

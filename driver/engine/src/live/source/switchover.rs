@@ -178,7 +178,7 @@ impl Switchover<'_> {
         if options.storage {
             place.signals.expect_mirrors();
         }
-        let mut step = STEP;
+        let (mut step, mut looked) = (STEP, Instant::now());
         loop {
             let begun = place.signals.seen().migrating;
             // While libvirt copies disks, rounds are rare: nobody waits for them.
@@ -201,15 +201,24 @@ impl Switchover<'_> {
             let seen = place.signals.seen();
             match waited {
                 Some(true) if seen.failed => return Err(Error::Libvirt),
-                Some(true) if seen.drained.is_some() => return Ok(()),
+                Some(true) if seen.drained.is_some() => {
+                    if options.storage {
+                        // The last look before it stood still is some rounds old, and QEMU answers until libvirt has ended
+                        // its copies.
+                        has_no_guests(self.watch, deadline(IMMINENT))?;
+                    }
+                    return Ok(());
+                }
                 // It has just begun.
                 Some(true) => {}
                 // libvirt's Perform is over, and QEMU never came to its switch-over.
                 Some(false) => return Err(Error::Libvirt),
                 None => {
                     let began = Instant::now();
-                    if early {
-                        has_no_guests(self.watch)?;
+                    if early && looked.elapsed() >= LONGEST_STEP {
+                        // Where it does not say, it is asked again.
+                        has_no_guests(self.watch, deadline(LONGEST_STEP))?;
+                        looked = Instant::now();
                     }
                     precopy.sweep_again()?;
                     let scan = precopy.scan()?;
