@@ -298,9 +298,9 @@ fn a_running_guests_image_and_a_missing_file_are_refused() {
     scene.items.pop();
     let (source, _) = scene.begin();
     let late = OpenOptions::new().read(true).write(true).open(&image).unwrap();
-    assert!(ferry_engine::cold::files::is_locked(&late, 201..202));
+    assert!(ferry_engine::cold::locks::is_locked(&late, 201..202));
     source.crash();
-    assert!(!ferry_engine::cold::files::is_locked(&late, 201..202));
+    assert!(!ferry_engine::cold::locks::is_locked(&late, 201..202));
 }
 
 #[test]
@@ -308,7 +308,7 @@ fn a_guest_that_has_left_is_not_locked_any_more() {
     let mut scene = Scene::default();
     let image = scene.image("disk.raw", 2, 1);
     let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
-    let is_locked = || ferry_engine::cold::files::is_locked(&file, 100..300);
+    let is_locked = || ferry_engine::cold::locks::is_locked(&file, 100..300);
     let (source, mut destination) = scene.placed();
     assert!(is_locked());
     destination.own();

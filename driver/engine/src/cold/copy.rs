@@ -6,9 +6,10 @@
 //! ```
 
 use super::chunks::{chunks, Chunk};
-use super::files::{Aligned, Source};
+use super::files::Source;
 use super::hash::{self, Blocks};
 use super::place::Target;
+use super::reader::Aligned;
 use super::{extents, Error};
 use crate::control::Meter;
 use crate::live::signals::Signals;

@@ -1,10 +1,10 @@
 //! The source's files, once the guest is another host's: exactly what has moved goes.
 
-use super::files;
 use super::identity::is_ours;
 use super::nonce;
 use super::pinned::Pinned;
 use super::place::is_device;
+use super::{files, locks};
 use ferry_contract::cold::journal::{Entry, Fate, Journal};
 use ferry_contract::cold::{Deleted, Kept as KeptFile, Kind};
 use ferry_host::Others;
@@ -95,7 +95,7 @@ fn remove(entry: &Entry, real: &Path) -> Result<(), String> {
         () if is_gone(path) => return Ok(()),
         () if !is_ours(path, entry) => "it is not the file that was moved",
         () if is_changed(path, entry) => "it was changed after it was copied",
-        () if files::is_held(path) => "another process uses it",
+        () if locks::is_held(path) => "another process uses it",
         () => {
             let removed = std::fs::remove_file(path).and_then(|()| remove_link(&entry.path));
             removed.map_err(|error| error.to_string())?;

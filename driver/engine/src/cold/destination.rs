@@ -11,7 +11,6 @@
 
 use super::acl::Acl;
 use super::chunks::union;
-use super::files::{self, Reader};
 use super::handover;
 use super::hash::manifest;
 use super::journal::{Claim, Kept};
@@ -20,6 +19,7 @@ use super::link::{peer, Link, Opened, Peer, RECONNECT};
 use super::messages::{Ask, Looked};
 use super::place::{self, is_device, Target};
 use super::pull::{Incoming, Pull};
+use super::reader::{self, Reader};
 use super::record::Recorder;
 use super::reserve::{survey, There};
 use super::source::refuse_unfinished;
@@ -449,7 +449,7 @@ fn acl_here(acl: &Acl<String>, path: &Path) -> Acl<u32> {
 fn one_device(path: &Path, looked: &Looked) -> Option<String> {
     let theirs = looked.sample?;
     let shown = path.display();
-    let found = File::open(path).and_then(|file| files::sample(&Reader::new(file, path), looked.size));
+    let found = File::open(path).and_then(|file| reader::sample(&Reader::new(file, path), looked.size));
     match found {
         Ok(ours) if ours != theirs => None,
         Ok(_) => Some(format!(

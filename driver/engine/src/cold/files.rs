@@ -2,30 +2,18 @@
 
 use super::acl::Acl;
 use super::identity::Identity;
+use super::locks;
 use super::messages::Looked;
 use super::pinned;
+use super::reader::{self, Aligned, Reader};
 use super::{extents, users, Error};
-use ferry_contract::cold::{Digest, Directory, File as Owned, Item, Kind, Part, BLOCK, MAX_FILES};
-use nix::errno::Errno;
-use nix::fcntl::{fcntl, FcntlArg};
+use ferry_contract::cold::{Directory, File as Owned, Item, Kind, Part, MAX_FILES};
 use std::collections::BTreeSet;
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
-/// QEMU's bytes (block/file-posix.c, RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE): "I read", "nobody may write",
-/// "nobody may resize". Whoever opens the image for writing is refused while somebody holds them.
-const FENCE: [i64; 3] = [100, 201, 203];
-/// "I write", "I write what is there already", "I resize".
-const WRITERS: Range<i64> = 101..104;
-
-/// All of QEMU's bytes on an image, whatever they say.
-const ANY: Range<i64> = 100..300;
-
-/// The alignment of direct I/O, bytes: enough for every device.
-const ALIGN: usize = 4096;
 
 /// A file of the source, open and fenced for as long as this lives.
 #[derive(Debug)]
@@ -101,7 +89,7 @@ impl Source {
         let kind = kind(&metadata).ok_or_else(|| {
             Error::Other(format!("{} is neither a file nor a block device", path.display()))
         })?;
-        fence(&file, path)?;
+        locks::fence(&file, path)?;
         let size = length(&file, &metadata, kind).map_err(failed)?;
         let runs = extents::data_blocks(&file, size).map_err(failed)?;
         let allocated = match kind {
@@ -138,14 +126,14 @@ impl Source {
 
     /// For the destination.
     pub fn looked(&self, has_nonce: bool) -> Result<Looked, Error> {
-        let sample = (self.kind == Kind::Block).then(|| sample(&self.reader, self.size));
+        let sample = (self.kind == Kind::Block).then(|| reader::sample(&self.reader, self.size));
         Ok(Looked {
             size: self.size,
             kind: self.kind,
             mode: self.mode,
             owner: users::user_name(self.owner.0),
             group: users::group_name(self.owner.1),
-            attributes: attributes(&self.reader.buffered),
+            attributes: attributes(self.reader.file()),
             acl: self.acl()?.map(Acl::named),
             name: self
                 .real
@@ -164,7 +152,7 @@ impl Source {
             return Ok(None);
         }
         let failed = Error::file("read the access control list of", &self.path);
-        Acl::of(&self.reader.buffered).map_err(failed)
+        Acl::of(self.reader.file()).map_err(failed)
     }
 
     /// Fills `buffer` from the file.
@@ -175,18 +163,12 @@ impl Source {
 
     /// Lets go of the locks: the file is nobody's any more.
     pub fn lift(&self) {
-        for byte in FENCE {
-            // Where there are no locks there is nothing to let go of.
-            let _ = fcntl(
-                &self.reader.buffered,
-                FcntlArg::F_OFD_SETLK(&lock(libc::F_UNLCK, byte, 1)),
-            );
-        }
+        locks::lift(self.reader.file());
     }
 
     /// Whether it is still what it was when it was opened.
     pub fn check(&self) -> Result<(), Error> {
-        let metadata = self.reader.buffered.metadata();
+        let metadata = self.reader.file().metadata();
         let metadata = metadata.map_err(Error::file("look at", &self.path))?;
         // An access to a device's node is no change of its content, nor has it a length.
         let same = match self.kind {
@@ -323,71 +305,6 @@ pub fn length(file: &File, metadata: &Metadata, kind: Kind) -> io::Result<u64> {
     }
 }
 
-fn lock(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
-    // SAFETY: plain numbers, for which zeros are a value; l_pid must be 0 for these locks.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = kind as libc::c_short;
-    lock.l_whence = libc::SEEK_SET as libc::c_short;
-    lock.l_start = start;
-    lock.l_len = length;
-    lock
-}
-
-/// Takes QEMU's read locks on an image, and finds out whether somebody writes to it.
-///
-/// # Errors
-/// Somebody does.
-fn fence(file: &File, path: &Path) -> Result<(), Error> {
-    let busy = || {
-        Error::Other(format!(
-            "{} is in use: another process has it open for writing (see \"fuser -v {}\"); end that first",
-            path.display(),
-            path.display()
-        ))
-    };
-    for byte in FENCE {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, byte, 1))) {
-            Ok(_) => {}
-            Err(Errno::EAGAIN | Errno::EACCES) => return Err(busy()),
-            Err(error) if has_no_locks(error) => {
-                tracing::warn!(path = %path.display(), "this file system has no locks: nothing keeps writers away");
-                return Ok(());
-            }
-            Err(error) => return Err(Error::file("lock", path)(error.into())),
-        }
-    }
-    match is_locked(file, WRITERS) {
-        true => Err(busy()),
-        false => Ok(()),
-    }
-}
-
-/// Whether another open of the file holds a lock on any of these bytes, or that cannot be found out.
-pub fn is_locked(file: &File, bytes: Range<i64>) -> bool {
-    let mut probe = lock(libc::F_WRLCK, bytes.start, bytes.end - bytes.start);
-    match fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe)) {
-        Ok(_) => probe.l_type != libc::F_UNLCK as libc::c_short,
-        Err(error) => !has_no_locks(error),
-    }
-}
-
-/// Whether it is the file system that has no locks.
-fn has_no_locks(error: Errno) -> bool {
-    matches!(
-        error,
-        Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS
-    )
-}
-
-/// Whether any process uses the image, as a disk or as another one's base, or that cannot be found out: who may not read a
-/// file may delete it all the same.
-pub fn is_held(path: &Path) -> bool {
-    match File::open(path) {
-        Ok(file) => is_locked(&file, ANY),
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
-    }
-}
-
 /// `user.*` attributes: libvirt's own (`trusted.libvirt.*`) count this host's users, and labels are this host's too.
 pub fn attributes(file: &File) -> Vec<(String, Vec<u8>)> {
     use std::os::fd::AsRawFd;
@@ -413,200 +330,9 @@ pub fn attributes(file: &File) -> Vec<(String, Vec<u8>)> {
     .collect()
 }
 
-/// Memory that direct I/O takes, a block long.
-#[derive(Debug)]
-pub struct Aligned {
-    bytes: Vec<u8>,
-    start: usize,
-}
-
-impl Default for Aligned {
-    fn default() -> Self {
-        let bytes = vec![0; ferry_contract::cold::BLOCK as usize + 2 * ALIGN];
-        let start = bytes.as_ptr().align_offset(ALIGN);
-        Self { bytes, start }
-    }
-}
-
-impl Aligned {
-    /// The first `length` bytes.
-    pub fn get(&self, length: usize) -> &[u8] {
-        &self.bytes[self.start..self.start + length]
-    }
-
-    /// The first `length` bytes, to fill.
-    pub fn get_mut(&mut self, length: usize) -> &mut [u8] {
-        &mut self.bytes[self.start..self.start + length]
-    }
-}
-
-/// Reads a file past the page cache, but for what is in it already: on this project's machine cold data came at 0.5 GB/s
-/// through the cache and at 2.6 GB/s past it with two readers, and what the cache holds at 8 GB/s.
-#[derive(Debug)]
-pub struct Reader {
-    buffered: File,
-    direct: Option<File>,
-}
-
-impl Reader {
-    /// Of an open file, whose path is this.
-    pub fn new(buffered: File, path: &Path) -> Self {
-        // tmpfs and some others know no direct I/O.
-        let direct = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_DIRECT | libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .ok()
-            .filter(|direct| same(direct, &buffered));
-        Self { buffered, direct }
-    }
-
-    /// The file.
-    pub fn file(&self) -> &File {
-        &self.buffered
-    }
-
-    /// Fills the first `length` bytes of `buffer`; `offset` is a multiple of the block's length.
-    pub fn read(&self, buffer: &mut Aligned, offset: u64, length: usize) -> io::Result<()> {
-        if let Some(direct) = &self.direct {
-            if !is_cached(&self.buffered, offset, length)
-                && self.past_cache(direct, buffer, offset, length)?
-            {
-                return Ok(());
-            }
-        }
-        self.buffered.read_exact_at(buffer.get_mut(length), offset)
-    }
-
-    /// As [`read`](Self::read), but never what only the cache holds.
-    pub fn read_back(&self, buffer: &mut Aligned, offset: u64, length: usize) -> io::Result<()> {
-        if let Some(direct) = &self.direct {
-            if self.past_cache(direct, buffer, offset, length)? {
-                return Ok(());
-            }
-        }
-        self.buffered.read_exact_at(buffer.get_mut(length), offset)
-    }
-
-    /// Whether direct I/O has filled the buffer. Where it cannot, the cache still can.
-    fn past_cache(
-        &self,
-        direct: &File,
-        buffer: &mut Aligned,
-        offset: u64,
-        length: usize,
-    ) -> io::Result<bool> {
-        let whole = length.next_multiple_of(ALIGN);
-        match direct.read_at(buffer.get_mut(whole), offset) {
-            Ok(count) => Ok(count >= length),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-/// Blocks of a device that are looked at.
-const SAMPLES: u64 = 16;
-
-/// What the first `size` bytes of a device hold in some of their blocks, the first and the last among them, on the storage
-/// itself. Two hosts that find the same may have one and the same device: nothing else tells (a file beside it cannot be
-/// made, and its names are each host's own).
-pub fn sample(reader: &Reader, size: u64) -> io::Result<Digest> {
-    let blocks = size.div_ceil(BLOCK);
-    let mut hash = blake3::Hasher::new();
-    let mut buffer = Aligned::default();
-    for number in 0..SAMPLES.min(blocks) {
-        let block = match blocks {
-            ..=SAMPLES => number,
-            more => number * (more - 1) / (SAMPLES - 1),
-        };
-        let offset = block * BLOCK;
-        let length = (size - offset).min(BLOCK) as usize;
-        reader.read_back(&mut buffer, offset, length)?;
-        hash.update(buffer.get(length));
-    }
-    Ok(Digest(*hash.finalize().as_bytes()))
-}
-
-fn same(one: &File, two: &File) -> bool {
-    let identity = |file: &File| file.metadata().map(|found| (found.dev(), found.ino())).ok();
-    identity(one).is_some_and(|found| Some(found) == identity(two))
-}
-
-/// Whether the page cache holds all of this range: cachestat(2), Linux 6.5; before it, no.
-fn is_cached(file: &File, offset: u64, length: usize) -> bool {
-    use std::os::fd::AsRawFd;
-    const CACHESTAT: libc::c_long = 451;
-    let range = [offset, length as u64];
-    let mut found = [0u64; 5];
-    // SAFETY: both arrays have the layout of the kernel's structures, two and five 64-bit numbers.
-    let answer = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), found.as_mut_ptr(), 0) };
-    answer == 0 && found[0].saturating_mul(4096) >= length as u64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferry_contract::cold::BLOCK;
-
-    #[test]
-    fn both_ways_of_reading_give_the_same() {
-        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let path = directory.path().join("file");
-        let content: Vec<u8> = (0..BLOCK as usize + 777)
-            .map(|index| (index % 251) as u8)
-            .collect();
-        fs::write(&path, &content).unwrap();
-        let file = File::open(&path).unwrap();
-        file.sync_all().unwrap();
-        let reader = Reader::new(file, &path);
-        let mut buffer = Aligned::default();
-        for _ in 0..2 {
-            for (offset, length) in [(0, BLOCK as usize), (BLOCK, 777)] {
-                let expected = &content[offset as usize..offset as usize + length];
-                reader.read(&mut buffer, offset, length).unwrap();
-                assert_eq!(buffer.get(length), expected);
-                reader.read_back(&mut buffer, offset, length).unwrap();
-                assert_eq!(buffer.get(length), expected);
-            }
-            // The second time from the cache.
-            fs::read(&path).unwrap();
-        }
-        assert!(reader.read(&mut buffer, BLOCK, 778).is_err());
-    }
-
-    #[test]
-    fn a_writer_is_noticed_and_kept_out() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("image");
-        fs::write(&path, b"x").unwrap();
-        let item = Item {
-            path: path.clone(),
-            part: Part::Other,
-        };
-        let writer = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let writes = lock(libc::F_RDLCK, 101, 1);
-        fcntl(&writer, FcntlArg::F_OFD_SETLK(&writes)).unwrap();
-        let refused = open(std::slice::from_ref(&item)).unwrap_err().to_string();
-        assert!(refused.contains("open for writing"), "{refused}");
-        drop(writer);
-        let served = open(std::slice::from_ref(&item)).unwrap();
-        // As QEMU would: "nobody else may write" is somebody's word.
-        let late = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        assert!(is_locked(&late, 201..202));
-        drop(served);
-        assert!(!is_locked(&late, 201..202));
-    }
-
-    #[test]
-    fn what_cannot_be_looked_at_is_held() {
-        let directory = tempfile::tempdir().unwrap();
-        let at = |name: &str| directory.path().join(name);
-        fs::write(at("image"), b"x").unwrap();
-        std::os::unix::fs::symlink(at("loop"), at("loop")).unwrap();
-        assert!(!is_held(&at("image")) && !is_held(&at("none")));
-        assert!(is_held(&at("loop")));
-    }
 
     #[test]
     fn a_guests_directory_does_not_lead_to_others_files() {

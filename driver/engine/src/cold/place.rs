@@ -1,10 +1,11 @@
 //! The destination's files: written under a temporary name beside the target, put in place whole.
 
 use super::acl::{self, Acl};
-use super::files::{self, Aligned, Reader};
+use super::files;
 use super::identity::{self, is_ours, Identity};
 use super::journal::sync_parent;
 use super::messages::Looked;
+use super::reader::{Aligned, Reader};
 use super::users::Owner;
 use super::Error;
 use crate::live::signals::Signals;

@@ -7,12 +7,12 @@
 
 use super::chunks::{chunks, count, gaps, Chunk, Cursor};
 use super::extents;
-use super::files::{Aligned, Reader};
 use super::hash::{self, BlockHash, Blocks};
 use super::link::Peer;
 use super::messages::Looked;
 use super::place::Target;
 use super::puller::Puller;
+use super::reader::{Aligned, Reader};
 use super::Error;
 use crate::control::Meter;
 use crate::live::signals::{End, Signals};

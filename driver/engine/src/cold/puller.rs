@@ -4,11 +4,11 @@
 //! is made anew and asks again for what has not been answered, and for nothing else.
 
 use super::chunks::Chunk;
-use super::files::Aligned;
 use super::frame::{Frame, Invalid, Want, HEADER};
 use super::hash::BlockHash;
 use super::link::{is_cut, PAUSE, RECONNECT};
 use super::pull::Pull;
+use super::reader::Aligned;
 use super::serve::bad;
 use super::Error;
 use crate::wire::{Connection, Purpose};

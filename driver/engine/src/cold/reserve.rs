@@ -1,7 +1,8 @@
 //! Reservation: whether all of a guest's files will have a place here. Everything in the way is told at once, before a
 //! byte moves.
 
-use super::files::{is_locked, length};
+use super::files::length;
+use super::locks::is_locked;
 use super::messages::Looked;
 use super::{nonce, place};
 use crate::report::bytes_text as bytes;

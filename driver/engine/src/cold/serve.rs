@@ -1,8 +1,9 @@
 //! One data connection of the source: blocks are asked for, read, hashed and sent.
 
-use super::files::{Aligned, Source};
+use super::files::Source;
 use super::frame::{Frame, Invalid, Want, HEADER, MAX_REASON, WANT};
 use super::hash::{self, Blocks};
+use super::reader::Aligned;
 use super::Error;
 use crate::control::Meter;
 use crate::live::signals::Signals;

@@ -1,8 +1,8 @@
 //! What a session made on its host goes again: its own files, and none that somebody else has come to use.
 
-use super::files;
 use super::identity::is_ours;
 use super::journal::Kept;
+use super::locks;
 use super::pinned::Pinned;
 use super::Error;
 use ferry_contract::cold::journal::{Entry, Fate, Journal, Role, State};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 /// Why a file with its final name stays; a guest that runs holds it, whatever is known.
 fn need<'a>(path: &Path, pinned: &Pinned, others: &'a Others) -> Option<&'a str> {
-    let held = || files::is_held(pinned.path()).then_some("another process uses it");
+    let held = || locks::is_held(pinned.path()).then_some("another process uses it");
     others.need(path).or_else(held)
 }
 

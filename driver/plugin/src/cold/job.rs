@@ -2,6 +2,7 @@
 //! here alone.
 
 use super::sessions::{self, Session};
+use crate::libvirt::job::{leaving, List};
 use crate::libvirt::Domain;
 use ferry_contract::cold::journal::Role;
 use ferry_contract::control::Statistics;
@@ -49,16 +50,9 @@ impl Progress {
         self.figures.total.saturating_sub(self.figures.remaining)
     }
 
-    fn milliseconds(&self) -> u64 {
-        u64::try_from(self.elapsed.as_millis()).unwrap_or(u64::MAX)
-    }
-
     /// As libvirt's structure has it.
     pub fn info(&self) -> virDomainJobInfo {
-        // SAFETY: a structure of integers, all of which may be 0.
-        let mut info: virDomainJobInfo = unsafe { std::mem::zeroed() };
-        info.type_ = VIR_DOMAIN_JOB_UNBOUNDED as c_int;
-        info.timeElapsed = self.milliseconds();
+        let mut info = leaving(self.elapsed);
         (info.dataTotal, info.fileTotal) = (self.figures.total, self.figures.total);
         (info.dataProcessed, info.fileProcessed) = (self.processed(), self.processed());
         (info.dataRemaining, info.fileRemaining) = (self.figures.remaining, self.figures.remaining);
@@ -68,16 +62,14 @@ impl Progress {
     /// As libvirt's typed list has it; the list is made, from malloc.
     pub fn stats(&self, kind: &mut c_int, params: &mut virTypedParameterPtr, count: &mut c_int) {
         *kind = VIR_DOMAIN_JOB_UNBOUNDED as c_int;
-        (*params, *count) = (std::ptr::null_mut(), 0);
-        let mut room = 0;
         let Statistics {
             total,
             remaining,
             bandwidth,
             ..
         } = self.figures;
-        let figures = [
-            (VIR_DOMAIN_JOB_TIME_ELAPSED, self.milliseconds()),
+        let mut list = List::leaving(self.elapsed);
+        for (name, value) in [
             (VIR_DOMAIN_JOB_DATA_TOTAL, total),
             (VIR_DOMAIN_JOB_DATA_PROCESSED, self.processed()),
             (VIR_DOMAIN_JOB_DATA_REMAINING, remaining),
@@ -85,21 +77,10 @@ impl Progress {
             (VIR_DOMAIN_JOB_DISK_PROCESSED, self.processed()),
             (VIR_DOMAIN_JOB_DISK_REMAINING, remaining),
             (VIR_DOMAIN_JOB_DISK_BPS, bandwidth),
-        ];
-        // SAFETY: a list that libvirt makes and extends; out of memory leaves it as it is.
-        unsafe {
-            let operation = VIR_DOMAIN_JOB_OPERATION.as_ptr();
-            virTypedParamsAddInt(
-                params,
-                count,
-                &mut room,
-                operation,
-                VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT as c_int,
-            );
-            for (name, value) in figures {
-                virTypedParamsAddULLong(params, count, &mut room, name.as_ptr(), value);
-            }
+        ] {
+            list.add(name, value);
         }
+        list.give_back(params, count);
     }
 }
 

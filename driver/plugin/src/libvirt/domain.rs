@@ -1,6 +1,7 @@
 //! Domains and connections, borrowed from a call or opened by us.
 
-use super::Error;
+use super::job::integer;
+use super::{entries, Error};
 use ferry_contract::session::Guest;
 use std::ffi::{CStr, CString};
 use std::os::raw::c_int;
@@ -182,16 +183,15 @@ impl Domain {
     /// What its job is, a `virDomainJobOperation`; `None` where it has none, or cannot be asked.
     pub fn job_operation(self) -> Option<c_int> {
         let ask = super::real::get_job_stats()?;
-        let (mut kind, mut list, mut count, mut operation) = (0, std::ptr::null_mut(), 0, 0);
+        let (mut kind, mut list, mut count) = (0, std::ptr::null_mut(), 0);
         // SAFETY: a valid domain, and values to write; the list is ours then, and freed.
         unsafe {
             if ask(self.0, &mut kind, &mut list, &mut count, 0) < 0 {
                 return None;
             }
-            let name = virt_sys::VIR_DOMAIN_JOB_OPERATION.as_ptr();
-            let found = virt_sys::virTypedParamsGetInt(list, count, name, &mut operation);
+            let operation = integer(entries(list, count), virt_sys::VIR_DOMAIN_JOB_OPERATION);
             virt_sys::virTypedParamsFree(list, count);
-            (found == 1).then_some(operation)
+            operation
         }
     }
 

@@ -9,6 +9,7 @@ mod domain;
 pub mod ending;
 mod error;
 mod host;
+pub mod job;
 mod params;
 pub mod phase;
 pub mod real;

@@ -1,6 +1,7 @@
 //! The job as users see it: the engine's figures in libvirt's fields.
 
 use super::{moved, options};
+use crate::libvirt::job::{integer, leaving, List};
 use crate::libvirt::{Cookie, Domain};
 use crate::sessions::{self, Role};
 use ferry_contract::control::{Request, Statistics};
@@ -77,17 +78,6 @@ pub fn in_cookie(cookie: Cookie, statistics: Statistics) -> Cookie {
             cookie
         }
     }
-}
-
-/// An int parameter of a list.
-fn integer(list: &[virTypedParameter], name: &CStr) -> Option<c_int> {
-    let int = |entry: &&virTypedParameter| {
-        // SAFETY: libvirt ends the name with NUL within its 80 bytes.
-        let named = unsafe { CStr::from_ptr(entry.field.as_ptr()) };
-        named == name && entry.type_ == VIR_TYPED_PARAM_INT as c_int
-    };
-    // SAFETY: the type says that the value is an int.
-    list.iter().find(int).map(|entry| unsafe { entry.value.i })
 }
 
 /// Whether the guest's job, as it is now, is its migration away from here. One that waits for its turn has no session yet,
@@ -201,16 +191,9 @@ impl Progress {
 }
 
 impl Standstill {
-    fn milliseconds(&self) -> u64 {
-        u64::try_from(self.elapsed.as_millis()).unwrap_or(u64::MAX)
-    }
-
     /// As libvirt's structure has it.
     pub fn info(&self) -> virDomainJobInfo {
-        // SAFETY: a structure of integers, all of which may be 0.
-        let mut info: virDomainJobInfo = unsafe { std::mem::zeroed() };
-        info.type_ = VIR_DOMAIN_JOB_UNBOUNDED as c_int;
-        info.timeElapsed = self.milliseconds();
+        let mut info = leaving(self.elapsed);
         self.progress.complete_info(&mut info);
         info
     }
@@ -218,86 +201,8 @@ impl Standstill {
     /// As libvirt's typed list has it; the list is made, from malloc.
     pub fn stats(&self, kind: &mut c_int, params: &mut virTypedParameterPtr, count: &mut c_int) {
         *kind = VIR_DOMAIN_JOB_UNBOUNDED as c_int;
-        (*params, *count) = (std::ptr::null_mut(), 0);
-        let mut list = List::take(params, count);
-        list.add_integer(
-            VIR_DOMAIN_JOB_OPERATION,
-            VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT as c_int,
-        );
-        list.add(VIR_DOMAIN_JOB_TIME_ELAPSED, self.milliseconds());
-        list.give_back(params, count);
+        List::leaving(self.elapsed).give_back(params, count);
         self.progress.complete_stats(params, count);
-    }
-}
-
-/// libvirt's own list of job statistics, from malloc, to be extended in place.
-struct List {
-    entries: virTypedParameterPtr,
-    count: c_int,
-    room: c_int,
-}
-
-impl List {
-    fn take(params: &virTypedParameterPtr, count: &c_int) -> Self {
-        Self {
-            entries: *params,
-            count: *count,
-            room: *count,
-        }
-    }
-
-    fn find(&mut self, name: &CStr) -> Option<&mut virTypedParameter> {
-        // SAFETY: libvirt's own look-up in its own list; NULL where the name is absent.
-        unsafe { virTypedParamsGet(self.entries, self.count, name.as_ptr()).as_mut() }
-    }
-
-    /// The parameter's value.
-    fn number(&mut self, name: &CStr) -> Option<u64> {
-        match self.find(name) {
-            // SAFETY: the type says that the value is an unsigned long long.
-            Some(entry) if entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int => Some(unsafe { entry.value.ul }),
-            _ => None,
-        }
-    }
-
-    /// Adds to the parameter's value, or the parameter to the list.
-    fn add(&mut self, name: &CStr, value: u64) {
-        match self.find(name) {
-            Some(entry) if entry.type_ == VIR_TYPED_PARAM_ULLONG as c_int => {
-                // SAFETY: the type says that the value is an unsigned long long.
-                unsafe { entry.value.ul += value };
-            }
-            Some(_) => {}
-            // SAFETY: libvirt's list from malloc, which it may move; out of memory leaves it as it is.
-            None => unsafe {
-                virTypedParamsAddULLong(
-                    &mut self.entries,
-                    &mut self.count,
-                    &mut self.room,
-                    name.as_ptr(),
-                    value,
-                );
-            },
-        }
-    }
-
-    /// Adds an int parameter to the list.
-    fn add_integer(&mut self, name: &CStr, value: c_int) {
-        // SAFETY: as with `add`.
-        unsafe {
-            virTypedParamsAddInt(
-                &mut self.entries,
-                &mut self.count,
-                &mut self.room,
-                name.as_ptr(),
-                value,
-            );
-        }
-    }
-
-    fn give_back(self, params: &mut virTypedParameterPtr, count: &mut c_int) {
-        *params = self.entries;
-        *count = self.count;
     }
 }
 
