@@ -24,6 +24,7 @@ pub mod authority;
 pub mod checkout;
 pub mod clean;
 pub mod cold;
+pub mod cold_scene;
 pub mod fault;
 pub mod guest;
 pub mod host;
